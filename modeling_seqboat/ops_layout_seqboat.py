@@ -1,0 +1,190 @@
+"""Bookkeeping of padding and packing: which columns are real, where segments start, which position each token has.
+
+Letters: B batch, L columns, C chunk length, S slots of a row (a multiple of C), G chunks of a row (S / C), W memory
+size, K activated tokens.
+
+Nothing here knows of parameters or features; every function takes masks and positions and returns integers.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class ScanPlan:
+    """Where each real token goes when rows are cut into chunks that never span two segments.
+
+    Pads are dropped, every segment begins at a chunk border, and unused slots (at the end of a segment's last chunk)
+    hold zeros. A row without pads and with one segment needs no index at all: `source` and `slot` are None.
+
+    Attributes:
+        chunk_size: C.
+        num_chunks: G, the same for all rows.
+        source: (B, S) int64, the column that each slot reads, L where the slot is unused; None for the identity.
+        slot: (B, L) int64, the slot of each column (0 at pads); None for the identity.
+        first_chunk: (B, G + 1) int64, for each chunk border the border at which its segment starts; None when no
+            segment starts inside the row (then every border belongs to the segment that the state comes from).
+        last_chunk: (B,) int64, the chunk of each row's last real token (0 for a row of pads).
+        last_length: (B,) int64, how many tokens that chunk holds (0 for a row of pads).
+    """
+
+    chunk_size: int
+    num_chunks: int
+    source: Tensor | None
+    slot: Tensor | None
+    first_chunk: Tensor | None
+    last_chunk: Tensor
+    last_length: Tensor
+
+
+def build_scan_plan(
+    batch: int, length: int, chunk_size: int, device: torch.device, real: Tensor | None, reset: Tensor | None
+) -> ScanPlan:
+    """Lays (B, L) columns out in chunks.
+
+    Args:
+        batch, length: B and L.
+        chunk_size: C >= 1.
+        device: of the index tensors.
+        real: (B, L) bool, True at real tokens, or None when all are.
+        reset: (B, L) bool, True where a segment starts (read at real tokens only), or None when none does.
+
+    Returns:
+        `ScanPlan`. With `reset` the number of chunks depends on the data, which synchronises with the device once.
+    """
+    if real is None and reset is None:
+        chunks = max(1, -(-length // chunk_size))
+        last = torch.full((batch,), chunks - 1, dtype=torch.long, device=device)
+        tail = torch.full((batch,), length - (chunks - 1) * chunk_size, dtype=torch.long, device=device)
+        return ScanPlan(chunk_size, chunks, None, None, None, last, tail)
+    if real is None:
+        real = torch.ones(batch, length, dtype=torch.bool, device=device)
+    order = real.long().cumsum(1) - 1
+    counts = order[:, -1] + 1
+    if reset is None:
+        slot = order
+        chunks = max(1, -(-length // chunk_size))
+        first_chunk = None
+        last_chunk = (counts - 1).clamp_min(0) // chunk_size
+        last_length = torch.where(counts > 0, counts - last_chunk * chunk_size, counts)
+    else:
+        starts = reset & real
+        ordinal = starts.long().cumsum(1)
+        # Segment sizes, the tokens before the first start being segment 0, give each segment's first chunk.
+        sizes = torch.zeros(batch, length + 1, dtype=torch.long, device=device)
+        sizes.scatter_add_(1, ordinal, real.long())
+        chunks_of = -(-sizes // chunk_size)
+        chunk_start = chunks_of.cumsum(1) - chunks_of
+        chunks = max(1, int(chunks_of.sum(1).max()))
+        before = sizes.cumsum(1) - sizes
+        place = order - before.gather(1, ordinal)
+        slot = chunk_start.gather(1, ordinal) * chunk_size + place
+        last_ordinal = torch.where(real, ordinal, 0).amax(1, keepdim=True)
+        last_size = sizes.gather(1, last_ordinal)[:, 0]
+        last_in_segment = (last_size - 1).clamp_min(0) // chunk_size
+        last_chunk = chunk_start.gather(1, last_ordinal)[:, 0] + last_in_segment
+        last_length = torch.where(last_size > 0, last_size - last_in_segment * chunk_size, last_size)
+        # A border that a segment starts at: the state is dropped there. Segment 0 keeps border 0 and no drop.
+        border = torch.zeros(batch, chunks + 1, dtype=torch.long, device=device)
+        started = starts.any(1)
+        at = torch.where(starts, slot // chunk_size, 0)
+        border.scatter_reduce_(1, at, torch.where(starts, at + 1, 0), "amax")
+        first_chunk = border.cummax(1).values - 1
+        # -1 marks "no segment has started yet": such borders continue the incoming state.
+        first_chunk = torch.where(started[:, None], first_chunk, -1)
+    slots = chunks * chunk_size
+    slot = torch.where(real, slot, slots)
+    source = torch.full((batch, slots + 1), length, dtype=torch.long, device=device)
+    columns = torch.arange(length, device=device).expand(batch, -1)
+    source.scatter_(1, slot, columns)
+    slot = torch.where(real, slot, 0)
+    return ScanPlan(chunk_size, chunks, source[:, :slots].contiguous(), slot, first_chunk, last_chunk, last_length)
+
+
+def to_slots(x: Tensor, plan: ScanPlan) -> Tensor:
+    """(B, L, D) columns -> (B, S, D) slots, zeros in unused ones. Values at pads are never read."""
+    slots = plan.num_chunks * plan.chunk_size
+    if plan.source is None:
+        return torch.nn.functional.pad(x, (0, 0, 0, slots - x.shape[1]))
+    index = plan.source.clamp_max(x.shape[1] - 1)
+    taken = x.gather(1, index[:, :, None].expand(-1, -1, x.shape[2]))
+    return taken.masked_fill((plan.source == x.shape[1])[:, :, None], 0)
+
+
+def to_columns(y: Tensor, plan: ScanPlan, length: int, real: Tensor | None) -> Tensor:
+    """(B, S, D) slots -> (B, L, D) columns, zeros at pads."""
+    if plan.slot is None:
+        return y[:, :length]
+    taken = y.gather(1, plan.slot[:, :, None].expand(-1, -1, y.shape[2]))
+    return taken if real is None else taken.masked_fill(~real[:, :, None], 0)
+
+
+def shift_real_tokens(x: Tensor, lag: int, real: Tensor | None, reset: Tensor | None, history: Tensor | None) -> Tensor:
+    """x delayed by `lag` real tokens of the same segment.
+
+    Args:
+        x: (B, L, D); values at pads are not read.
+        lag: T >= 1.
+        real, reset: as in `build_scan_plan`.
+        history: (B, T, D), the last T real tokens before column 0, oldest first, zeros where there were fewer, or None.
+
+    Returns:
+        (B, L, D): at a real token the value T real tokens before it, 0 where its segment is younger than that;
+        0 at pads.
+    """
+    batch, length, width = x.shape
+    if history is None:
+        history = x.new_zeros(batch, lag, width)
+    extended = torch.cat([history.to(x.dtype), x], dim=1)
+    if real is None and reset is None:
+        return extended[:, :length]
+    device = x.device
+    columns = torch.arange(length, device=device)
+    real_columns = real if real is not None else torch.ones(batch, length, dtype=torch.bool, device=device)
+    order = real_columns.long().cumsum(1) - 1
+    # Column of the n-th real token, after the T history entries.
+    nth = torch.zeros(batch, length + 1, dtype=torch.long, device=device)
+    nth.scatter_(1, torch.where(real_columns, order, length), columns.expand(batch, -1))
+    wanted = order - lag
+    source = torch.where(wanted < 0, wanted + lag, nth.gather(1, wanted.clamp_min(0)) + lag)
+    source = source.clamp(0, lag + length - 1)
+    known = real_columns
+    if reset is not None:
+        starts = reset & real_columns
+        segment_first = torch.where(starts, order, -lag).cummax(1).values
+        known = known & (wanted >= segment_first)
+    return extended.gather(1, source[:, :, None].expand(-1, -1, width)).masked_fill(~known[:, :, None], 0)
+
+
+def last_real_tokens(x: Tensor, count: int, real: Tensor | None, reset: Tensor | None, history: Tensor) -> Tensor:
+    """The last T real tokens of each row's last segment, continuing `history`.
+
+    Args:
+        x: (B, L, D); values at pads are not read.
+        count: T.
+        real, reset: as in `build_scan_plan`.
+        history: (B, T, D), the last T before column 0, oldest first, zeros where there were fewer.
+
+    Returns:
+        (B, T, D) of `history`'s dtype, oldest first, zeros where the segment is shorter.
+    """
+    batch, length, width = x.shape
+    extended = torch.cat([history, x.to(history.dtype)], dim=1)
+    if real is None and reset is None:
+        return extended[:, length:].contiguous()
+    device = x.device
+    real_columns = real if real is not None else torch.ones(batch, length, dtype=torch.bool, device=device)
+    order = real_columns.long().cumsum(1) - 1
+    total = order[:, -1:] + 1
+    nth = torch.zeros(batch, length + 1, dtype=torch.long, device=device)
+    nth.scatter_(1, torch.where(real_columns, order, length), torch.arange(length, device=device).expand(batch, -1))
+    wanted = total - count + torch.arange(count, device=device)
+    source = torch.where(wanted < 0, wanted + count, nth.gather(1, wanted.clamp(0, length)) + count)
+    source = source.clamp(0, count + length - 1)
+    taken = extended.gather(1, source[:, :, None].expand(-1, -1, width))
+    if reset is None:
+        return taken
+    first = torch.where(reset & real_columns, order, -count).amax(1, keepdim=True)
+    return taken.masked_fill((wanted < first)[:, :, None], 0)

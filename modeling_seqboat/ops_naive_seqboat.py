@@ -1,0 +1,77 @@
+"""The specification of every op, token by token: slow, short, and read by eye against the paper's equations.
+
+Letters: B batch, L columns, D channels, N states, M queries and Mk keys of one flat stream, Z query/key width, V value
+width, W memory size.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def ema_scan_naive(
+    x: Tensor,
+    decay: Tensor,
+    input_gain: Tensor,
+    output_gain: Tensor,
+    skip: Tensor | None,
+    *,
+    real: Tensor | None = None,
+    reset: Tensor | None = None,
+    state: Tensor | None = None,
+    delayed: Tensor | None = None,
+    delay_decay: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`ema_scan` as a loop over columns: s = q*s + g*(x_t - r*x_{t-T}), y_t = sum_n o_n*s_n + skip*x_t."""
+    batch, length, width = x.shape
+    s = decay.new_zeros(batch, *decay.shape) if state is None else state
+    ys = []
+    for t in range(length):
+        is_real = torch.ones(batch, dtype=torch.bool) if real is None else real[:, t]
+        starts = torch.zeros(batch, dtype=torch.bool) if reset is None else reset[:, t] & is_real
+        token = torch.where(is_real[:, None], x[:, t].to(decay.dtype), 0)[:, :, None]
+        after = decay * torch.where(starts[:, None, None], 0, s) + input_gain * token
+        if delayed is not None:
+            after = after - input_gain * delay_decay * delayed[:, t].to(decay.dtype)[:, :, None]
+        s = torch.where(is_real[:, None, None], after, s)
+        y = (output_gain * s).sum(-1) + (0 if skip is None else skip * token[:, :, 0])
+        ys.append(torch.where(is_real[:, None], y, 0))
+    return torch.stack(ys, dim=1).to(x.dtype), s
+
+
+def windowed_attention_naive(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_start: Tensor,
+    key_end: Tensor,
+    *,
+    activation: str,
+    scale: float,
+    bias_table: Tensor | None = None,
+    bias_center: int = 0,
+    q_place: Tensor | None = None,
+    k_place: Tensor | None = None,
+) -> Tensor:
+    """`windowed_attention` query by query (arXiv 2306.11197, section 3.3): keys key_start[i] <= j < key_end[i]."""
+    rows = []
+    for i in range(q.shape[0]):
+        keys = slice(int(key_start[i]), int(key_end[i]))
+        if keys.start >= keys.stop:
+            rows.append(v.new_zeros(v.shape[1]) + 0 * q[i].sum())
+            continue
+        scores = (k[keys].float() if k.dtype != torch.float64 else k[keys]) @ (q[i] * scale).to(
+            torch.float64 if q.dtype == torch.float64 else torch.float32
+        )
+        if bias_table is not None:
+            entry = bias_center + k_place[keys] - q_place[i]
+            scores = scores + bias_table[entry.clamp(0, bias_table.shape[0] - 1)]
+        if activation == "softmax":
+            weights = scores.softmax(-1)
+        elif activation == "relu2":
+            weights = scores.relu().square()
+        else:
+            weights = 0.5 * (1 + torch.erf((scores - 0.707107) / (0.282095 * math.sqrt(2))))
+        rows.append((weights.to(v.dtype) @ v[keys]).to(v.dtype))
+    return torch.stack(rows) if rows else v.new_zeros(0, v.shape[1])
