@@ -1,0 +1,412 @@
+"""Configuration of SeqBoat models (arXiv 2306.11197): the fields, what each accepts, and the named presets.
+
+Letters: D width, N state size, Z query/key width, V value width, W memory size, P positions, T truncation.
+"""
+
+import difflib
+import json
+import math
+import numbers
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import GenerationConfig
+from transformers.activations import ACT2FN
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+Check = Callable[[str, Any], Any]
+
+
+class _DefaultTokenId(int):
+    """A byte tokenizer's special id that nobody asked for: it gives way where the vocabulary is too small for it."""
+
+
+def _refuse(name: str, value: Any, expected: str) -> None:
+    raise ValueError(f"SeqBoatConfig: {name}={value!r} is not valid; {name} must be {expected}.")
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _integer(minimum: int, optional: bool = False) -> Check:
+    expected = f"an integer of at least {minimum}" + (" or None" if optional else "")
+
+    def check(name: str, value: Any) -> int | None:
+        if value is None and optional:
+            return None
+        if not _is_integer(value) or value < minimum:
+            _refuse(name, value, expected)
+        return int(value)
+
+    return check
+
+
+def _real(expected: str, accepts: Callable[[float], bool] = lambda value: True) -> Check:
+    def check(name: str, value: Any) -> float:
+        if not isinstance(value, numbers.Real) or isinstance(value, bool):
+            _refuse(name, value, expected)
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+        if not math.isfinite(number) or not accepts(number):
+            _refuse(name, value, expected)
+        return number
+
+    return check
+
+
+def _boolean(name: str, value: Any) -> bool:
+    if not isinstance(value, (bool, np.bool_)):
+        _refuse(name, value, "True or False")
+    return bool(value)
+
+
+def _one_of(*allowed: str) -> Check:
+    def check(name: str, value: Any) -> str:
+        if not isinstance(value, str) or value not in allowed:
+            near = difflib.get_close_matches(value, allowed, n=1) if isinstance(value, str) else []
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            _refuse(name, value, "one of " + ", ".join(map(repr, allowed)) + hint)
+        return value
+
+    return check
+
+
+def _token_id(several: bool = False) -> Check:
+    expected = "a token id (an integer of at least 0)" + (", a list of them" if several else "") + " or None"
+
+    def check(name: str, value: Any) -> int | list[int] | None:
+        if value is None:
+            return None
+        given = list(value) if several and isinstance(value, (list, tuple)) else [value]
+        if not given or any(not _is_integer(item) or item < 0 for item in given):
+            _refuse(name, value, expected)
+        ids = [int(item) for item in given]
+        return ids if isinstance(value, (list, tuple)) else ids[0]
+
+    return check
+
+
+_POSITIVE_INTEGER = _integer(1)
+_POSITIVE = _real("a finite number above 0", lambda value: value > 0)
+_NOT_NEGATIVE = _real("a finite number of at least 0", lambda value: value >= 0)
+_PROBABILITY = _real("a number from 0 up to, but not including, 1", lambda value: 0 <= value < 1)
+_ACTIVATION = _one_of(*sorted(ACT2FN))
+
+FIELD_CHECKS: dict[str, Check] = {
+    "bidirectional": _boolean,
+    "input_type": _one_of("tokens", "values"),
+    "vocab_size": _POSITIVE_INTEGER,
+    "hidden_size": _POSITIVE_INTEGER,
+    "num_hidden_layers": _POSITIVE_INTEGER,
+    "state_size": _POSITIVE_INTEGER,
+    "qk_head_dim": _POSITIVE_INTEGER,
+    "v_head_dim": _POSITIVE_INTEGER,
+    "memory_size": _POSITIVE_INTEGER,
+    "intermediate_size": _integer(0),
+    "hidden_act": _ACTIVATION,
+    "attention_activation": _one_of("softmax", "relu2", "laplace"),
+    "position_embedding_type": _one_of("rotary", "simple", "local", "t5", "none"),
+    "max_position_embeddings": _POSITIVE_INTEGER,
+    "rope_theta": _POSITIVE,
+    "ssm_type": _one_of("ema"),
+    "ssm_truncation": _integer(1, optional=True),
+    "norm_type": _one_of("layernorm", "scalenorm", "rmsnorm", "batchnorm"),
+    "norm_first": _boolean,
+    "norm_affine": _boolean,
+    "final_norm_affine": _boolean,
+    "norm_eps": _POSITIVE,
+    "router_type": _one_of("tempered_softmax", "always"),
+    "router_temperature_init": _POSITIVE,
+    "activation_bias": _real("a finite number"),
+    "scale_embeddings": _boolean,
+    "add_absolute_positions": _boolean,
+    "pooling_type": _one_of("mean", "first", "last"),
+    "pair_features": _one_of("none", "concat", "nli"),
+    "classifier_hidden_size": _integer(0),
+    "classifier_act": _ACTIVATION,
+    "hidden_dropout": _PROBABILITY,
+    "attention_dropout": _PROBABILITY,
+    "value_dropout": _PROBABILITY,
+    "activation_dropout": _PROBABILITY,
+    "initializer_range": _NOT_NEGATIVE,
+    "tie_word_embeddings": _boolean,
+    "use_cache": _boolean,
+    "pad_token_id": _token_id(),
+    "bos_token_id": _token_id(),
+    "eos_token_id": _token_id(several=True),
+    "kernel_backend": _one_of("auto", "torch", "triton"),
+}
+
+# Keys that transformers and its companions put into a config without declaring them on the base class.
+_COMPANION_KEYS = frozenset(
+    "adapter_path attn_implementation auto_map base_model_name_or_path custom_pipelines dtype experts_implementation "
+    "finetuning_task gguf_file gradient_checkpointing is_causal is_decoder layer_types mlp_layer_types pretraining_tp "
+    "processor_class quantization_config sep_token_id task_specific_params tokenizer_class torchscript "
+    "transformers_weights use_bfloat16".split()
+)
+
+
+def _contradictions(config: Mapping[str, Any]) -> Iterator[str]:
+    """Yield one message for each pair of field values that cannot go together, naming both."""
+
+    def pair(first: str, second: str) -> str:
+        return f"{first}={config[first]!r} contradicts {second}={config[second]!r}"
+
+    if config["bidirectional"]:
+        if config["use_cache"]:
+            yield f"{pair('use_cache', 'bidirectional')}: a bidirectional model has no cache; set use_cache=False."
+    else:
+        if config["norm_type"] == "batchnorm":
+            yield (
+                f"{pair('norm_type', 'bidirectional')}: batch statistics leak the future into a causal model; use "
+                "layernorm, scalenorm or rmsnorm, or bidirectional=True."
+            )
+        if config["input_type"] == "values":
+            yield (
+                f"{pair('input_type', 'bidirectional')}: a causal language model reads tokens; use "
+                "input_type='tokens', or bidirectional=True."
+            )
+        if config["add_absolute_positions"]:
+            yield (
+                f"{pair('add_absolute_positions', 'bidirectional')}: absolute positions belong to encoders; use "
+                "add_absolute_positions=False, or bidirectional=True."
+            )
+    if config["position_embedding_type"] == "rotary" and config["qk_head_dim"] % 2:
+        yield (
+            f"{pair('position_embedding_type', 'qk_head_dim')}: rotary turns pairs of channels; use an even "
+            "qk_head_dim or another position_embedding_type."
+        )
+    if config["add_absolute_positions"] and config["hidden_size"] % 2:
+        yield (
+            f"{pair('add_absolute_positions', 'hidden_size')}: half of the channels are sines, half cosines; use an "
+            "even hidden_size."
+        )
+    if config["input_type"] == "tokens":
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            ids = config[name] if isinstance(config[name], list) else [config[name]]
+            if any(item is not None and item >= config["vocab_size"] for item in ids):
+                yield (
+                    f"{pair(name, 'vocab_size')}: ids run from 0 to {config['vocab_size'] - 1}; use one of these or "
+                    "None, or a larger vocab_size."
+                )
+
+
+class SeqBoatConfig(PreTrainedConfig):
+    r"""Configuration of a SeqBoat model: a damped EMA in every layer, and a gated attention unit that only the tokens
+    chosen by a router go through (arXiv 2306.11197). Without arguments: the published enwik8 language model's shape
+    with the byte tokenizer's vocabulary and no dropout.
+
+    Values are checked on construction and on assignment alike: a field takes an int where a float is meant; an unknown
+    value, or one that contradicts another field, raises ValueError and leaves the config as it was.
+
+    Args:
+        bidirectional: False builds a causal model with a cache, True an encoder.
+        input_type: `tokens` (ids through an embedding) or `values` (real numbers, encoders only).
+        vocab_size: number of token ids.
+        hidden_size: D, width of the residual stream.
+        num_hidden_layers: number of layers.
+        state_size: N, EMA states a channel.
+        qk_head_dim: Z, width of queries and keys; readable as `head_dim` too.
+        v_head_dim: V, width of values.
+        memory_size: W, activated tokens that one activated token sees before itself (encoders: after itself too).
+        intermediate_size: width of the feed-forward block, 0 for none.
+        hidden_act: activation of the layers, a name that transformers knows.
+        attention_activation: `softmax`, `relu2` or `laplace`.
+        position_embedding_type: `rotary`, `simple` (learned, by distance), `local` (learned, by distance in activated
+            tokens), `t5` (32 learned buckets) or `none`.
+        max_position_embeddings: P, for `simple` the distance beyond which it no longer tells distances apart.
+        rope_theta: base of the rotary angles.
+        ssm_type: `ema`, the multi-dimensional damped EMA.
+        ssm_truncation: T, length in tokens at which the EMA's kernel is cut, None for never.
+        norm_type: `layernorm`, `scalenorm`, `rmsnorm` or `batchnorm` (encoders only).
+        norm_first: normalise before a layer (True) or after it.
+        norm_affine: learned scale and shift in the layers' norms.
+        final_norm_affine: the same for the norm after the last layer, which exists with `norm_first` only.
+        norm_eps: added to variances.
+        router_type: `tempered_softmax` (learned) or `always` (every token is activated, no router parameters).
+        router_temperature_init: the router's temperature starts at this times sqrt(D).
+        activation_bias: added to the logit for skipping a token; positive means fewer activations. Read at every
+            forward.
+        scale_embeddings: multiply embeddings by sqrt(D); None means `not bidirectional`.
+        add_absolute_positions: sinusoidal positions with a learned scale (encoders only).
+        pooling_type: what a classifier reads: `mean` over real tokens, the `first` or the `last` real token.
+        pair_features: how a classifier joins two texts: `none`, `concat` ([b, a]) or `nli` ([b, a, a*b, a-b]).
+        classifier_hidden_size: width of the classifier's hidden layer, 0 for a single linear.
+        classifier_act: activation of the classifier, a name that transformers knows.
+        hidden_dropout, attention_dropout, value_dropout, activation_dropout: probabilities in [0, 1).
+        initializer_range: standard deviation of the truncated normal that linears start from.
+        tie_word_embeddings: the output matrix is the embedding matrix.
+        use_cache: return a cache; None means `not bidirectional`, True is an error for an encoder.
+        pad_token_id, bos_token_id, eos_token_id: ids or None. The defaults are the byte tokenizer's, and None where
+            `vocab_size` is too small for them.
+        kernel_backend: `auto`, `torch` or `triton`; the environment variable SEQBOAT_KERNEL_BACKEND overrides it.
+    """
+
+    model_type = "seqboat"
+    keys_to_ignore_at_inference = ["past_key_values", "router_probs"]
+
+    # Fields are set in this order: those that others take their default from come first.
+    bidirectional: bool = False
+    input_type: str = "tokens"
+    vocab_size: int = 264
+    hidden_size: int = 616
+    num_hidden_layers: int = 14
+    state_size: int = 16
+    qk_head_dim: int = 128
+    v_head_dim: int = 1232
+    memory_size: int = 1024
+    intermediate_size: int = 0
+    hidden_act: str = "silu"
+    attention_activation: str = "softmax"
+    position_embedding_type: str = "rotary"
+    max_position_embeddings: int = 10384
+    rope_theta: float = 10000.0
+    ssm_type: str = "ema"
+    ssm_truncation: int | None = None
+    norm_type: str = "layernorm"
+    norm_first: bool = True
+    norm_affine: bool = True
+    final_norm_affine: bool = False
+    norm_eps: float = 1e-5
+    router_type: str = "tempered_softmax"
+    router_temperature_init: float = 1.0
+    activation_bias: float = 0.0
+    scale_embeddings: bool | None = None
+    add_absolute_positions: bool = False
+    pooling_type: str = "mean"
+    pair_features: str = "none"
+    classifier_hidden_size: int = 0
+    classifier_act: str = "gelu"
+    hidden_dropout: float = 0.0
+    attention_dropout: float = 0.0
+    value_dropout: float = 0.0
+    activation_dropout: float = 0.0
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = True
+    use_cache: bool | None = None
+    pad_token_id: int | None = _DefaultTokenId(256)
+    bos_token_id: int | None = _DefaultTokenId(257)
+    eos_token_id: int | list[int] | None = _DefaultTokenId(258)
+    kernel_backend: str = "auto"
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        given_type = kwargs.pop("model_type", self.model_type)
+        if given_type not in (self.model_type, "", None):
+            raise ValueError(
+                f"SeqBoatConfig: model_type={given_type!r} is another architecture's configuration; "
+                f"model_type must be {self.model_type!r}."
+            )
+        if kwargs.get("per_layer_config") is not None:
+            raise ValueError(
+                f"SeqBoatConfig: per_layer_config={kwargs['per_layer_config']!r} is not supported; "
+                "all SeqBoat layers of a model share one configuration."
+            )
+        super().__post_init__(**kwargs)
+
+    def __setattr__(self, key: str, value: Any) -> None:
+        check = FIELD_CHECKS.get(key)
+        if check is None:
+            self._warn_if_unknown(key)
+        else:
+            value = check(key, self._with_default(key, value))
+            values = {**{name: self.__dict__[name] for name in FIELD_CHECKS if name in self.__dict__}, key: value}
+            # During construction the last field to be set finds all the others in place.
+            if len(values) == len(FIELD_CHECKS):
+                for message in _contradictions(values):
+                    raise ValueError(f"SeqBoatConfig: {message}")
+        super().__setattr__(key, value)
+
+    def _with_default(self, name: str, value: Any) -> Any:
+        if value is None and name in ("scale_embeddings", "use_cache"):
+            return not self.bidirectional
+        if isinstance(value, _DefaultTokenId) and (value >= self.vocab_size or self.input_type == "values"):
+            return None
+        return value
+
+    def _warn_if_unknown(self, name: str) -> None:
+        if name.startswith("_") or name in self.__dict__ or hasattr(type(self), name) or name in _COMPANION_KEYS:
+            return
+        if name in GenerationConfig._get_default_generation_params():
+            return
+        near = difflib.get_close_matches(name, FIELD_CHECKS, n=1, cutoff=0.0)[0]
+        logger.warning_once(
+            f"SeqBoatConfig: {name!r} is not a field of SeqBoat and changes nothing in the model; it is kept as an "
+            f"attribute. The nearest field is {near!r}."
+        )
+
+    @property
+    def num_attention_heads(self) -> int:
+        """1: the gated attention unit has a single head."""
+        return 1
+
+    @num_attention_heads.setter
+    def num_attention_heads(self, value: int) -> None:
+        if value != 1:
+            _refuse("num_attention_heads", value, "1: the gated attention unit has a single head")
+
+    @property
+    def head_dim(self) -> int:
+        """Z, another name for `qk_head_dim`."""
+        return self.qk_head_dim
+
+    @head_dim.setter
+    def head_dim(self, value: int) -> None:
+        if value != self.qk_head_dim:
+            raise ValueError(
+                f"SeqBoatConfig: head_dim={value!r} contradicts qk_head_dim={self.qk_head_dim!r}; set qk_head_dim, "
+                "head_dim follows it."
+            )
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "SeqBoatConfig":
+        """Build a config from a dictionary; keyword arguments override it, and are checked together, in any order.
+
+        Raises ValueError on a value that a field does not take, on fields that contradict each other and on the
+        dictionary of another architecture.
+        """
+        overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in FIELD_CHECKS}
+        return super().from_dict({**config_dict, **overrides}, **kwargs)
+
+    @classmethod
+    def preset_names(cls) -> list[str]:
+        """Names that `from_preset` takes. Raises FileNotFoundError where the presets are not installed."""
+        return sorted(_preset_files())
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides: Any) -> "SeqBoatConfig":
+        """Build the config of a named preset, for instance `enwik8` or `lra-text`; keyword arguments override it.
+
+        Raises ValueError on an unknown name, FileNotFoundError where the presets are not installed (they come with the
+        package `modeling_seqboat`, not with a model folder of the Hub).
+        """
+        files = _preset_files()
+        if name not in files:
+            raise ValueError(
+                f"SeqBoatConfig: there is no preset {name!r}; the presets are {', '.join(sorted(files))}."
+            )
+        preset = json.loads(files[name].read_text(encoding="utf-8"))
+        if overrides.get("num_labels") is not None and "id2label" not in overrides:
+            preset.pop("id2label", None)
+            preset.pop("label2id", None)
+        return cls(**{**preset, **overrides})
+
+
+def _preset_files() -> dict[str, Path]:
+    here = Path(__file__).resolve().parent
+    # An installed package holds the presets, in a checkout (editable installs too) they lie beside it.
+    for folder in (here / "configuration", here.parent / "configuration"):
+        files = {path.parent.name: path for path in folder.glob("*/config.json")}
+        if files:
+            return files
+    raise FileNotFoundError(
+        f"SeqBoatConfig: no presets beside {Path(__file__).name}: they come with the package modeling_seqboat, not "
+        "with a model folder. Install the package, or read a configuration by SeqBoatConfig.from_pretrained(folder)."
+    )
