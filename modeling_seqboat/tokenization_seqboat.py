@@ -1,0 +1,69 @@
+"""Byte-level tokenizer: ids 0 to 255 are the bytes of UTF-8 text, the specials follow."""
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+SPECIAL_TOKENS = (
+    "<|pad|>",
+    "<|bos|>",
+    "<|eos|>",
+    "<|mask|>",
+    "<|system|>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|end|>",
+)
+
+# The generation block marks what an assistant said, for losses on these tokens alone.
+CHAT_TEMPLATE = (
+    "{%- for message in messages -%}"
+    "{%- if message['role'] not in ('system', 'user', 'assistant') -%}"
+    "{{- raise_exception('a role must be system, user or assistant, not ' + message['role']) -}}"
+    "{%- endif -%}"
+    "{{- '<|' + message['role'] + '|>' -}}"
+    "{%- if message['role'] == 'assistant' -%}"
+    "{%- generation -%}{{- message['content'] + '<|end|>' -}}{%- endgeneration -%}"
+    "{%- else -%}"
+    "{{- message['content'] + '<|end|>' -}}"
+    "{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"
+)
+
+
+def _byte_symbols() -> list[str]:
+    """The printable character by which byte-level tokenizers write each byte: itself where it is printable Latin-1,
+    the others in order from U+0100."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(0x100, 0x200))
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
+
+
+def build_byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Build the byte tokenizer: ids 0..255 are bytes, 256..263 `<|pad|> <|bos|> <|eos|> <|mask|> <|system|> <|user|>
+    <|assistant|> <|end|>`; 264 ids in all.
+
+    A text becomes one id per UTF-8 byte, nothing is normalised and nothing is added, so that it equals
+    `np.frombuffer(text.encode(), np.uint8)` and decodes to itself. A special's spelling in a text is read as that
+    special; with `split_special_tokens=True` it stays bytes, which is what data of unknown origin needs. Padding goes
+    to the left. `save_pretrained` writes a plain `tokenizer.json` that AutoTokenizer loads without code of this
+    package.
+    """
+    backend = Tokenizer(models.BPE(vocab={symbol: byte for byte, symbol in enumerate(_byte_symbols())}, merges=[]))
+    # Without the regular expression a text is one piece, and no blank is treated specially.
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<|pad|>",
+        bos_token="<|bos|>",
+        eos_token="<|eos|>",
+        mask_token="<|mask|>",
+        additional_special_tokens=["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"],
+        padding_side="left",
+        model_max_length=10**30,
+        clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],
+        chat_template=CHAT_TEMPLATE,
+    )
