@@ -1,0 +1,168 @@
+"""From masks, positions and packing arguments to the `SequenceContext` that every layer reads.
+
+Letters: B batch, L columns.
+"""
+
+import torch
+from torch import Tensor
+
+from .cache_seqboat import SeqBoatCache
+from .configuration_seqboat import SeqBoatConfig
+from .layers_seqboat import SequenceContext
+from .ops_attention_seqboat import rotary_tables
+from .ops_layout_seqboat import build_scan_plan
+from .ops_ssm_seqboat import chunk_size_for
+
+
+def real_columns(attention_mask: Tensor | None, batch: int, length: int, cache: SeqBoatCache | None) -> Tensor | None:
+    """The padding mask of the new columns.
+
+    Args:
+        attention_mask: (B, L) or, with a cache, (B, past + L), nonzero at real tokens; or None.
+
+    Returns:
+        (B, L) bool, or None when every column is known to be real.
+    """
+    if attention_mask is None:
+        return None
+    if attention_mask.ndim != 2:
+        raise ValueError(
+            f"attention_mask must be of shape (batch, length), got {tuple(attention_mask.shape)}: SeqBoat makes its "
+            "own windows and needs to know only which columns are padding"
+        )
+    width = attention_mask.shape[1]
+    stepping = torch.compiler.is_compiling() or (cache is not None and length == 1)
+    if attention_mask.shape[0] != batch or width < length:
+        raise ValueError(
+            f"attention_mask of shape {tuple(attention_mask.shape)} does not fit {batch} rows of {length} new columns"
+        )
+    if width != length and not stepping:
+        past = 0 if cache is None else cache.get_seq_length()
+        if width != past + length:
+            raise ValueError(
+                f"attention_mask has {width} columns; expected {length} (the new ones)"
+                + (f" or {past + length} (with the {past} in past_key_values)" if past else "")
+            )
+    real = attention_mask[:, width - length :].bool()
+    if stepping:
+        # A decode step does not wait for the device to say whether a row is padded.
+        return real if real.device.type != "cpu" or torch.compiler.is_compiling() else _unless_all(real)
+    return _unless_all(real)
+
+
+def _unless_all(real: Tensor) -> Tensor | None:
+    return None if bool(real.all()) else real
+
+
+def segment_starts(
+    real: Tensor | None,
+    batch: int,
+    length: int,
+    device: torch.device,
+    position_ids: Tensor | None,
+    seq_idx: Tensor | None,
+    cu_seq_lens_q: Tensor | None,
+    cache: SeqBoatCache | None,
+) -> Tensor | None:
+    """Where packed segments start.
+
+    A segment starts at a real token whose position is not greater than the real token's before it, at a real token
+    with position 0 behind a cache, where `seq_idx` changes, or at an entry of `cu_seq_lens_q`. The first real token of
+    a row without a cache is no start: nothing precedes it.
+
+    Returns:
+        (B, L) bool, or None when no argument speaks of segments.
+    """
+    filled = cache is not None and cache.is_initialized
+    found: dict[str, Tensor] = {}
+    known = torch.ones(batch, length, dtype=torch.bool, device=device) if real is None else real
+    # Column of the real token before each column, -1 for none.
+    columns = torch.arange(length, device=device)
+    latest = torch.where(known, columns, -1).cummax(1).values
+    before = torch.nn.functional.pad(latest[:, :-1], (1, 0), value=-1)
+    has_before = known & (before >= 0)
+
+    def previous(values: Tensor) -> Tensor:
+        return values.gather(1, before.clamp_min(0))
+
+    if position_ids is not None:
+        starts = has_before & (position_ids <= previous(position_ids))
+        if filled:
+            started_before = cache.layers[0].token_count.to(device)[:, None] > 0
+            starts = starts | (known & (before < 0) & (position_ids == 0) & started_before)
+        found["position_ids"] = starts
+    if seq_idx is not None:
+        if seq_idx.shape != (batch, length):
+            raise ValueError(f"seq_idx must be of shape {(batch, length)}, got {tuple(seq_idx.shape)}")
+        found["seq_idx"] = has_before & (seq_idx != previous(seq_idx))
+    if cu_seq_lens_q is not None:
+        if batch != 1:
+            raise ValueError(f"cu_seq_lens_q needs a batch of one packed row, got {batch} rows")
+        borders = cu_seq_lens_q.to(device=device, dtype=torch.long).flatten()
+        if borders.device.type == "cpu" and (
+            borders.numel() < 2 or borders[0] != 0 or borders[-1] != length or bool((borders.diff() < 0).any())
+        ):
+            raise ValueError(
+                f"cu_seq_lens_q must rise from 0 to the row's length {length}, got {borders.tolist()}"
+            )
+        index = torch.searchsorted(borders, columns, right=True)[None]
+        found["cu_seq_lens_q"] = has_before & (index != previous(index))
+    if filled and (seq_idx is not None or cu_seq_lens_q is not None):
+        given = "seq_idx" if seq_idx is not None else "cu_seq_lens_q"
+        raise ValueError(
+            f"{given} cannot continue a filled past_key_values: it does not say whether its first segment is new; "
+            "use position_ids"
+        )
+    names = list(found)
+    for name in names[1:]:
+        if not torch.compiler.is_compiling() and not torch.equal(found[names[0]], found[name]):
+            at = (found[names[0]] != found[name]).nonzero()[0].tolist()
+            raise ValueError(f"{names[0]} and {name} disagree on where segments start (row {at[0]}, column {at[1]})")
+    return found[names[0]] if names else None
+
+
+def build_context(
+    config: SeqBoatConfig,
+    batch: int,
+    length: int,
+    device: torch.device,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    seq_idx: Tensor | None,
+    cu_seq_lens_q: Tensor | None,
+    cache: SeqBoatCache | None,
+    for_layers: bool = True,
+) -> SequenceContext:
+    """Works out padding, segments, positions and layouts once for all layers. Arguments as in the models' forward;
+    without `for_layers` rotary tables and scan layouts are left out."""
+    real = real_columns(attention_mask, batch, length, cache)
+    if position_ids is not None:
+        if position_ids.ndim != 2 or position_ids.shape[1] != length or position_ids.shape[0] not in (1, batch):
+            raise ValueError(f"position_ids must be of shape {(batch, length)}, got {tuple(position_ids.shape)}")
+        position_ids = position_ids.to(device=device, dtype=torch.long).expand(batch, -1)
+    reset = segment_starts(real, batch, length, device, position_ids, seq_idx, cu_seq_lens_q, cache)
+    stepping = length == 1 and (device.type != "cpu" or torch.compiler.is_compiling())
+    if reset is not None and not stepping and not bool(reset.any()):
+        reset = None
+    segment = None if reset is None else reset.long().cumsum(1)
+    if position_ids is None:
+        positions = torch.arange(length, device=device).expand(batch, -1) if real is None else real.long().cumsum(1) - 1
+        if reset is not None:
+            first = torch.where(reset, positions, 0).cummax(1).values
+            positions = positions - first
+        if cache is not None and cache.is_initialized:
+            offset = cache.layers[0].token_count.to(device)[:, None]
+            positions = positions + (offset if segment is None else torch.where(segment == 0, offset, 0))
+    else:
+        positions = position_ids
+    context = SequenceContext(real, reset, segment, positions)
+    if not for_layers:
+        return context
+    if config.position_embedding_type == "rotary":
+        context.cos, context.sin = rotary_tables(positions, config.qk_head_dim, config.rope_theta)
+    if length > 1:
+        size = chunk_size_for(length)
+        context.plan = build_scan_plan(batch, length, size, device, real, reset)
+        if config.bidirectional:
+            context.reverse_plan = context.reversed_plan(size)
+    return context

@@ -1,0 +1,490 @@
+"""The parts of a SeqBoat layer: norms, the EMA, the router, the gated attention unit, the feed-forward block.
+
+Letters: B batch, L columns, D hidden width, N states a channel, Z query/key width, V value width, W memory size, M
+activated tokens of all rows. Step numbers in comments follow arXiv 2306.11197, section 3.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .cache_seqboat import CacheUpdate, SeqBoatCacheLayer
+from .configuration_seqboat import SeqBoatConfig
+from .ops_attention_seqboat import (
+    apply_rotary,
+    attention_scale,
+    memory_attention_step,
+    t5_bias_table,
+    windowed_attention,
+)
+from .ops_layout_seqboat import ScanPlan, build_scan_plan, shift_real_tokens
+from .ops_ssm_seqboat import ema_parameters, ema_scan
+from .ops_stream_seqboat import build_stream
+
+
+@dataclass
+class SequenceContext:
+    """What every layer needs to know about the columns of one forward.
+
+    Attributes:
+        real: (B, L) bool, False at pads; None when every column is real.
+        reset: (B, L) bool, True at real tokens whose segment starts there; None when none does.
+        segment: (B, L) int64, segments started in the row up to each column; None with `reset`.
+        positions: (B, L) int64, places among the segment's real tokens, or the caller's `position_ids`.
+        cos, sin: (B, L, Z/2) float32 rotary tables, or None.
+        plan, reverse_plan: layouts of the EMA scan and of the one that runs backwards, or None.
+    """
+
+    real: Tensor | None
+    reset: Tensor | None
+    segment: Tensor | None
+    positions: Tensor
+    cos: Tensor | None = None
+    sin: Tensor | None = None
+    plan: ScanPlan | None = None
+    reverse_plan: ScanPlan | None = None
+
+    def reversed_plan(self, chunk_size: int) -> ScanPlan:
+        """The layout of the scan that runs from the last column to the first."""
+        real, ends = _reversed_marks(self)
+        batch, length = self.positions.shape
+        return build_scan_plan(batch, length, chunk_size, self.positions.device, real, ends)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "SequenceContext":
+        """A copy on `device`: layers of one model may live on several."""
+        moved = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                moved[field.name] = value.to(device, non_blocking=non_blocking)
+            elif isinstance(value, ScanPlan):
+                tensors = {
+                    part.name: getattr(value, part.name).to(device, non_blocking=non_blocking)
+                    for part in fields(value)
+                    if isinstance(getattr(value, part.name), Tensor)
+                }
+                moved[field.name] = replace(value, **tensors)
+        return replace(self, **moved)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """Autocast would run the float32 parts (EMA, router) in half precision."""
+    known = device.type in ("cpu", "cuda", "xpu", "mps")
+    return torch.autocast(device.type, enabled=False) if known else nullcontext()
+
+
+class SeqBoatLayerNorm(nn.LayerNorm):
+    def forward(self, x: Tensor, real: Tensor | None = None) -> Tensor:
+        return super().forward(x)
+
+
+class SeqBoatRMSNorm(nn.RMSNorm):
+    def forward(self, x: Tensor, real: Tensor | None = None) -> Tensor:
+        return super().forward(x)
+
+
+class SeqBoatScaleNorm(nn.Module):
+    """x * s * rsqrt(mean(x^2) + eps) with one learned scalar s, a parameter of shape (1,)."""
+
+    def __init__(self, eps: float, affine: bool):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(1)) if affine else None
+
+    def forward(self, x: Tensor, real: Tensor | None = None) -> Tensor:
+        wide = x.float() if x.dtype != torch.float64 else x
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return (normed if self.weight is None else normed * self.weight).to(x.dtype)
+
+
+class SeqBoatBatchNorm(nn.Module):
+    """Batch normalisation of each channel over the real positions of all rows; pads take no part and stay 0."""
+
+    def __init__(self, width: int, eps: float, affine: bool):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(width, eps=eps, affine=affine)
+
+    def forward(self, x: Tensor, real: Tensor | None = None) -> Tensor:
+        if real is None:
+            return self.norm(x.flatten(0, 1)).view_as(x)
+        normed = self.norm(x[real])
+        return x.new_zeros(x.shape, dtype=normed.dtype).masked_scatter(real[..., None], normed)
+
+
+def build_norm(config: SeqBoatConfig, affine: bool) -> nn.Module:
+    """The norm that `config.norm_type` names, called as norm(x, real)."""
+    if config.norm_type == "layernorm":
+        return SeqBoatLayerNorm(config.hidden_size, eps=config.norm_eps, elementwise_affine=affine)
+    if config.norm_type == "rmsnorm":
+        return SeqBoatRMSNorm(config.hidden_size, eps=config.norm_eps, elementwise_affine=affine)
+    if config.norm_type == "scalenorm":
+        return SeqBoatScaleNorm(config.norm_eps, affine)
+    return SeqBoatBatchNorm(config.hidden_size, config.norm_eps, affine)
+
+
+class SeqBoatEMA(nn.Module):
+    """Step 1: the damped EMA over every real token. Bidirectional: the first D parameter rows run forwards, the last
+    D backwards, and both see the token itself."""
+
+    def __init__(self, config: SeqBoatConfig):
+        super().__init__()
+        rows = config.hidden_size * (2 if config.bidirectional else 1)
+        self.hidden_size = config.hidden_size
+        self.truncation = config.ssm_truncation
+        self.bidirectional = config.bidirectional
+        shape = (rows, config.state_size)
+        self.delta = nn.Parameter(torch.empty(*shape, 1))
+        self.alpha = nn.Parameter(torch.empty(*shape, 1))
+        self.beta = nn.Parameter(torch.empty(*shape, 1))
+        self.gamma = nn.Parameter(torch.empty(*shape))
+        self.omega = nn.Parameter(torch.empty(config.hidden_size))
+
+    def forward(
+        self, x: Tensor, context: SequenceContext, cache: SeqBoatCacheLayer | None
+    ) -> tuple[Tensor, dict[str, Tensor | None]]:
+        """x (B, L, D) -> y (B, L, D) of x's dtype, and what the cache keeps of the scan."""
+        with without_autocast(x.device):
+            decay, input_gain, output_gain = ema_parameters(self.delta, self.alpha, self.beta, self.gamma)
+            width = self.hidden_size
+            history = state = None
+            if cache is not None:
+                state, history = cache.ssm_state, cache.ssm_inputs
+            y, state, delay_decay = self._scan(
+                x, decay[:width], input_gain[:width], output_gain[:width], self.omega,
+                context.real, context.reset, context.plan, state, history, cache is not None,
+            )  # fmt: skip
+            if self.bidirectional:
+                real, ends = _reversed_marks(context)
+                back, _, _ = self._scan(
+                    x.flip(1), decay[width:], input_gain[width:], output_gain[width:], None,
+                    real, ends, context.reverse_plan, None, None, False,
+                )  # fmt: skip
+                y = y + back.flip(1)
+        scanned = {"decay": decay, "input_gain": input_gain, "delay_decay": delay_decay, "ssm_state": state}
+        return y, scanned
+
+    def _scan(self, x, decay, input_gain, output_gain, skip, real, reset, plan, state, history, need_state):
+        delayed = delay_decay = None
+        if self.truncation is not None:
+            delay_decay = decay**self.truncation
+            delayed = shift_real_tokens(x, self.truncation, real, reset, history)
+        y, state = ema_scan(
+            x, decay, input_gain, output_gain, skip, real=real, reset=reset, state=state,
+            delayed=delayed, delay_decay=delay_decay, plan=plan, need_state=need_state,
+        )  # fmt: skip
+        return y, state, delay_decay
+
+
+def _reversed_marks(context: SequenceContext) -> tuple[Tensor | None, Tensor | None]:
+    """Real marks and segment starts of the row read backwards: a segment then starts at its last real token."""
+    real = None if context.real is None else context.real.flip(1)
+    if context.segment is None:
+        return real, None
+    segment = context.segment.flip(1)
+    if real is None:
+        ends = segment[:, 1:] != segment[:, :-1]
+        return None, F.pad(ends, (1, 0))
+    # Compared with the nearest real token already read; pads in between carry no segment of their own.
+    length = segment.shape[1]
+    columns = torch.arange(length, device=segment.device)
+    latest = torch.where(real, columns, -1).cummax(1).values
+    before = F.pad(latest[:, :-1], (1, 0), value=-1)
+    previous = segment.gather(1, before.clamp_min(0))
+    return real, real & (before >= 0) & (segment != previous)
+
+
+class SeqBoatRouter(nn.Module):
+    """The latent configurator (steps 4 and 5): float32 logits from plain parameters, so that no adapter or quantiser
+    takes it for a linear layer."""
+
+    def __init__(self, config: SeqBoatConfig):
+        super().__init__()
+        self.config = config
+        self.learned = config.router_type != "always"
+        if self.learned:
+            self.weight = nn.Parameter(torch.empty(2, config.hidden_size))
+            self.bias = nn.Parameter(torch.empty(2))
+            self.log_temperature = nn.Parameter(torch.empty(1))
+
+    def forward(self, x: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x (B, L, D) -> confidence (B, L) float32, 0 where skipped or a pad; active (B, L) bool."""
+        if not self.learned:
+            active = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if real is None else real
+            return active.float(), active
+        with without_autocast(x.device):
+            dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+            logits = F.linear(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
+            # A bias of 0 is added too: a branch on it would be a second graph for the compiler.
+            skip, run = logits[..., 0] + self.config.activation_bias, logits[..., 1]
+            active = run > skip
+            if real is not None:
+                active = active & real
+            # softmax over two logits at this temperature, the entry of the winner.
+            confidence = torch.sigmoid((run - skip) * torch.exp(-self.log_temperature.to(dtype)))
+            return torch.where(active, confidence, 0), active
+
+
+class SeqBoatPositionBias(nn.Module):
+    """Learned attention bias by distance, as one table indexed by clamp(center + place_k - place_q)."""
+
+    def __init__(self, config: SeqBoatConfig):
+        super().__init__()
+        self.kind = config.position_embedding_type
+        self.bidirectional = config.bidirectional
+        shape = {
+            "simple": (2 * config.max_position_embeddings - 1,),
+            "local": (6 * config.memory_size - 1,),
+            "t5": (32, 1),
+        }[self.kind]
+        self.center = {"simple": config.max_position_embeddings - 1, "local": 4 * config.memory_size - 1, "t5": 128}[
+            self.kind
+        ]
+        self.weight = nn.Parameter(torch.empty(shape))
+
+    def forward(self) -> Tensor:
+        return t5_bias_table(self.weight, self.bidirectional) if self.kind == "t5" else self.weight
+
+
+class SeqBoatAttention(nn.Module):
+    """The gated attention unit over activated tokens (steps 6 to 8)."""
+
+    def __init__(self, config: SeqBoatConfig):
+        super().__init__()
+        self.config = config
+        self.sizes = [config.qk_head_dim, config.v_head_dim, config.v_head_dim]
+        self.in_proj = nn.Linear(config.hidden_size, sum(self.sizes))
+        self.out_proj = nn.Linear(config.v_head_dim, config.hidden_size)
+        self.qk_scale = nn.Parameter(torch.empty(2, config.qk_head_dim))
+        self.qk_offset = nn.Parameter(torch.empty(2, config.qk_head_dim))
+        learned = config.position_embedding_type in ("simple", "local", "t5")
+        self.position_bias = SeqBoatPositionBias(config) if learned else None
+        self.activation = ACT2FN[config.hidden_act]
+        self.scale = attention_scale(
+            config.attention_activation, config.qk_head_dim, config.memory_size, config.bidirectional
+        )
+
+    def project(self, x: Tensor, cos: Tensor | None, sin: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """x (..., D) -> q, k (..., Z), v, gate (..., V); q and k rotated when the positions are rotary."""
+        z, gate, v = self.activation(self.in_proj(x)).split(self.sizes, dim=-1)
+        q, k = ((z * s + o).to(z.dtype) for s, o in zip(self.qk_scale, self.qk_offset, strict=True))
+        if cos is not None:
+            q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
+        v = F.dropout(v, self.config.value_dropout, self.training)
+        return q, k, v, gate
+
+    def finish(self, attended: Tensor, gate: Tensor) -> Tensor:
+        """(..., V) -> (..., D)."""
+        out = self.out_proj(attended * gate)
+        return F.dropout(out, self.config.hidden_dropout, self.training) if self.config.bidirectional else out
+
+    def _bias(self) -> dict[str, Tensor | int]:
+        if self.position_bias is None:
+            return {}
+        return {"bias_table": self.position_bias(), "bias_center": self.position_bias.center}
+
+    @torch.compiler.disable
+    def forward(
+        self,
+        x: Tensor,
+        active: Tensor,
+        context: SequenceContext,
+        cache: SeqBoatCacheLayer | None,
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Runs the unit on activated tokens only.
+
+        Args:
+            x: (B, L, D); active: (B, L) bool.
+
+        Returns:
+            flat (M,) int64, places of the activated tokens in (B * L); out (M, D); and what the cache keeps of them.
+        """
+        config = self.config
+        stream = build_stream(
+            active,
+            context.segment,
+            config.memory_size,
+            config.bidirectional,
+            None if cache is None else cache.activated_count,
+        )
+        positions = context.positions.flatten()[stream.flat]
+        cos = sin = None
+        if context.cos is not None:
+            cos, sin = (table.flatten(0, 1)[stream.flat] for table in (context.cos, context.sin))
+        q, k, v, gate = self.project(x.flatten(0, 1).index_select(0, stream.flat), cos, sin)
+        keys = stream.with_memory(k, None if cache is None else cache.keys)
+        values = stream.with_memory(v, None if cache is None else cache.values)
+        bias = self._bias()
+        if bias:
+            if config.position_embedding_type == "local":
+                bias |= {"q_place": stream.key_index, "k_place": torch.arange(stream.num_keys, device=x.device)}
+            else:
+                places = stream.with_memory(positions, None if cache is None else cache.positions)
+                bias |= {"q_place": positions, "k_place": places}
+        with without_autocast(x.device):
+            attended = windowed_attention(
+                q, keys, values, stream.key_start, stream.key_end,
+                activation=config.attention_activation, scale=self.scale,
+                dropout_p=config.attention_dropout if self.training else 0.0, **bias,
+            )  # fmt: skip
+        out = self.finish(attended, gate)
+        entries = {
+            "row": stream.row,
+            "column": stream.column,
+            "ordinal": stream.ordinal,
+            "current": stream.current,
+            "keys": k,
+            "values": v,
+            "positions": positions,
+        }
+        return stream.flat, out, entries
+
+    def step(self, x: Tensor, context: SequenceContext, cache: SeqBoatCacheLayer, rows: Tensor | None):
+        """One column over the memory, every row alike: no shape and no branch depends on data.
+
+        Args:
+            x: (B, 1, D).
+            rows: (R,) int64, the rows to compute, or None for all.
+
+        Returns:
+            out (R, D), and the new keys (R, Z), values (R, V) and positions (R,).
+        """
+        config = self.config
+        count = cache.activated_count
+        if context.reset is not None:
+            starts = context.reset if context.real is None else context.reset & context.real
+            count = count.masked_fill(starts[:, 0], 0)
+        pick = (lambda tensor: tensor) if rows is None else (lambda tensor: tensor[rows])
+        cos = sin = None
+        if context.cos is not None:
+            cos, sin = pick(context.cos[:, 0]), pick(context.sin[:, 0])
+        count, position = pick(count), pick(context.positions[:, 0])
+        q, k, v, gate = self.project(pick(x[:, 0]), cos, sin)
+        bias = self._bias()
+        if bias:
+            if config.position_embedding_type == "local":
+                # Slot s holds the newest ordinal below `count` that is congruent to it.
+                slots = torch.arange(config.memory_size, device=x.device)
+                places = count[:, None] - 1 - (count[:, None] - 1 - slots) % config.memory_size
+                bias |= {"q_place": count, "k_place": places}
+            else:
+                bias |= {"q_place": position, "k_place": pick(cache.positions)}
+        with without_autocast(x.device):
+            attended = memory_attention_step(
+                q, k, v, pick(cache.keys), pick(cache.values), count,
+                activation=config.attention_activation, scale=self.scale, **bias,
+            )  # fmt: skip
+        return self.finish(attended.to(gate.dtype), gate), k, v, position
+
+
+class SeqBoatFFN(nn.Module):
+    """Step 11: the normalised feed-forward block, x + dropout(fc2(dropout(silu(fc1(norm(x))))))."""
+
+    def __init__(self, config: SeqBoatConfig):
+        super().__init__()
+        self.config = config
+        self.norm = build_norm(config, config.norm_affine)
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.activation = ACT2FN[config.hidden_act]
+
+    def forward(self, x: Tensor, real: Tensor | None) -> Tensor:
+        config = self.config
+        hidden = self.norm(x, real) if config.norm_first else x
+        hidden = F.dropout(self.activation(self.fc1(hidden)), config.activation_dropout, self.training)
+        hidden = F.dropout(self.fc2(hidden), config.hidden_dropout, self.training)
+        x = x + hidden
+        return x if config.norm_first else self.norm(x, real)
+
+
+class SeqBoatDecoderLayer(GradientCheckpointingLayer):
+    """One layer: EMA over every token, attention where the router asks for it."""
+
+    def __init__(self, config: SeqBoatConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.norm = build_norm(config, config.norm_affine)
+        self.ssm = SeqBoatEMA(config)
+        self.hidden_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.router = SeqBoatRouter(config)
+        self.attention = SeqBoatAttention(config)
+        self.ffn = SeqBoatFFN(config) if config.intermediate_size > 0 else None
+        self.activation = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: Tensor, context: SequenceContext, past_key_values=None) -> tuple[Tensor, Tensor]:
+        """hidden_states (B, L, D) -> the same shape, and the router's confidence (B, L) float32."""
+        config, x = self.config, hidden_states
+        cache = None
+        if past_key_values is not None:
+            cache = past_key_values.layers[self.layer_idx]
+            cache.initialize(x.shape[0], self._state_dtype(x), x.device)
+        h = self.norm(x, context.real) if config.norm_first else x
+        y, scanned = self.ssm(h, context, cache)
+        m = F.dropout(self.activation(y), config.hidden_dropout, self.training)
+        hidden = self.hidden_proj(m)
+        confidence, active = self.router(m, context.real)
+        if cache is not None and x.shape[1] == 1 and self._steps_in_place(cache):
+            hidden = self._step(h, m, hidden, confidence, active, context, cache, scanned)
+        else:
+            flat, out, entries = self.attention(m, active, context, cache)
+            out = (out * confidence.flatten()[flat, None]).to(hidden.dtype)
+            hidden = hidden.flatten(0, 1).index_add(0, flat, out).view_as(hidden)
+            if cache is not None:
+                self._commit(cache, h, context, scanned, entries)
+        if not config.bidirectional:
+            hidden = F.dropout(hidden, config.hidden_dropout, self.training)
+        x = self.activation(hidden + x)
+        if not config.norm_first:
+            x = self.norm(x, context.real)
+        if self.ffn is not None:
+            x = self.ffn(x, context.real)
+        return x, confidence
+
+    def _state_dtype(self, x: Tensor) -> torch.dtype:
+        kind = x.device.type
+        if kind in ("cpu", "cuda", "xpu", "mps") and torch.is_autocast_enabled(kind):
+            return torch.get_autocast_dtype(kind)
+        return x.dtype
+
+    @staticmethod
+    def _steps_in_place(cache: SeqBoatCacheLayer) -> bool:
+        # A recorded forward keeps what a rollback needs, and a graph must not see its inputs overwritten.
+        return not cache.record_past and not torch.is_grad_enabled()
+
+    def _step(self, h, m, hidden, confidence, active, context, cache, scanned) -> Tensor:
+        """One column for every row; rows that skip cost no attention on the CPU, where looking is free."""
+        real, reset = context.real, context.reset
+        position = context.positions[:, 0]
+        batch = m.shape[0]
+        chosen = None
+        if m.device.type == "cpu" and not torch.compiler.is_compiling():
+            chosen = active[:, 0].nonzero()[:, 0]
+            if chosen.shape[0] == batch:
+                chosen = None
+        if chosen is not None and chosen.shape[0] == 0:
+            key, value = cache.keys[:, 0], cache.values[:, 0]
+        else:
+            out, key, value, _ = self.attention.step(m, context, cache, chosen)
+            if chosen is None:
+                hidden = hidden + (out * confidence).to(hidden.dtype)[:, None]
+            else:
+                added = (out * confidence[chosen]).to(hidden.dtype)
+                hidden = hidden.index_add(0, chosen, added[:, None])
+                spread = [tensor.new_zeros(batch, tensor.shape[1]) for tensor in (key, value)]
+                key, value = (s.index_copy_(0, chosen, t) for s, t in zip(spread, (key, value), strict=True))
+        cache.commit_step(h, real, reset, scanned["ssm_state"], active[:, 0], key, value, position)
+        return hidden
+
+    @staticmethod
+    @torch.compiler.disable
+    def _commit(cache, h, context, scanned, entries) -> None:
+        detached = {name: tensor.detach() for name, tensor in entries.items()}
+        scanned = {name: None if tensor is None else tensor.detach() for name, tensor in scanned.items()}
+        cache.commit(
+            CacheUpdate(hidden=h.detach(), real=context.real, reset=context.reset, **scanned, **detached)
+        )

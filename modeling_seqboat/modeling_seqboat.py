@@ -1,0 +1,437 @@
+"""SeqBoat models for transformers (arXiv 2306.11197): the base model and the causal language model.
+
+Letters: B batch, L columns, D hidden width.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import transformers
+from packaging.version import Version
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import initialization as init
+from transformers.generation import GenerationMixin
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import ModelOutput, logging
+from transformers.utils.generic import can_return_tuple
+
+from .cache_seqboat import SeqBoatCache
+from .configuration_seqboat import SeqBoatConfig
+from .context_seqboat import build_context
+from .layers_seqboat import (
+    SeqBoatAttention,
+    SeqBoatDecoderLayer,
+    SeqBoatEMA,
+    SeqBoatPositionBias,
+    SeqBoatRouter,
+    SeqBoatScaleNorm,
+    build_norm,
+)
+
+logger = logging.get_logger(__name__)
+
+# Which Auto class loads which class: registered on import, and written into a published folder's auto_map.
+AUTO_CLASSES: dict[str, str] = {
+    "AutoModel": "SeqBoatModel",
+    "AutoModelForCausalLM": "SeqBoatForCausalLM",
+}
+
+_PAGED_ARGUMENTS = ("cache", "read_index", "write_index", "block_table")
+
+
+@dataclass
+class SeqBoatModelOutput(ModelOutput):
+    """Output of `SeqBoatModel`.
+
+    Attributes:
+        last_hidden_state: (B, L, D).
+        past_key_values: the `SeqBoatCache`, with `use_cache`.
+        hidden_states: one (B, L, D) for the embeddings and one a layer, with `output_hidden_states`; the last one is
+            normalised.
+        router_probs: one (B, L) float32 a layer, the confidence of activated tokens and 0 elsewhere, with
+            `output_router_probs`.
+    """
+
+    last_hidden_state: Tensor | None = None
+    past_key_values: SeqBoatCache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    router_probs: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class SeqBoatCausalLMOutput(ModelOutput):
+    """Output of `SeqBoatForCausalLM`: loss (scalar, with labels), logits (B, kept columns, vocab), and the rest of
+    `SeqBoatModelOutput`."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: SeqBoatCache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    router_probs: tuple[Tensor, ...] | None = None
+
+
+def _trunc_normal(tensor: Tensor, std: float) -> None:
+    """Every truncated normal of the model is cut at two standard deviations."""
+    init.trunc_normal_(tensor, mean=0.0, std=std, a=-2 * std, b=2 * std)
+
+
+class SeqBoatPreTrainedModel(PreTrainedModel):
+    """Initialisation, loading and the capability sheet shared by all SeqBoat models."""
+
+    config_class = SeqBoatConfig
+    config: SeqBoatConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["SeqBoatDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _is_stateful = False
+    _supports_sdpa = False
+    _supports_flash_attn = False
+    _supports_flex_attn = False
+    _supports_attention_backend = False
+    _can_compile_fullgraph = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, nn.Linear):
+            _trunc_normal(module.weight, std)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            values = torch.empty_like(module.weight).normal_(0.0, self.config.hidden_size**-0.5)
+            pad = self.config.pad_token_id
+            if pad is not None and pad < values.shape[0]:
+                values[pad] = 0
+            init.copy_(module.weight, values)
+        elif isinstance(module, SeqBoatEMA):
+            _trunc_normal(module.delta, 0.2)
+            _trunc_normal(module.alpha, 0.2)
+            beta = nn.init.trunc_normal_(torch.empty_like(module.beta), std=0.02, a=-0.04, b=0.04)
+            beta[:, 0::2] += 1
+            beta[:, 1::2] -= 1
+            init.copy_(module.beta, beta)
+            _trunc_normal(module.gamma, 1.0)
+            _trunc_normal(module.omega, 1.0)
+        elif isinstance(module, SeqBoatRouter):
+            if module.learned:
+                _trunc_normal(module.weight, std)
+                init.zeros_(module.bias)
+                start = self.config.router_temperature_init * math.sqrt(self.config.hidden_size)
+                init.constant_(module.log_temperature, math.log(start))
+        elif isinstance(module, SeqBoatAttention):
+            _trunc_normal(module.qk_scale, std)
+            init.zeros_(module.qk_offset)
+        elif isinstance(module, SeqBoatPositionBias):
+            _trunc_normal(module.weight, std)
+        elif isinstance(module, SeqBoatScaleNorm) and module.weight is not None:
+            init.ones_(module.weight)
+
+
+class SeqBoatModel(SeqBoatPreTrainedModel):
+    """The layers between embeddings and heads, causal or bidirectional as the config says."""
+
+    def __init__(self, config: SeqBoatConfig):
+        super().__init__(config)
+        if config.input_type == "tokens":
+            self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        else:
+            raise ValueError(f"input_type must be 'tokens' for this model, got {config.input_type!r}")
+        self.layers = nn.ModuleList([SeqBoatDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.final_norm = build_norm(config, config.final_norm_affine) if config.norm_first else None
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.embed_tokens = value
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: SeqBoatCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_router_probs: bool = False,
+        output_attentions: bool | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        **kwargs,
+    ) -> SeqBoatModelOutput:
+        """Runs the model.
+
+        Args:
+            input_ids: (B, L) int64, or inputs_embeds: (B, L, D), exactly one.
+            attention_mask: (B, L), or (B, past + L) with a cache; 0 at padding, which may stand anywhere.
+            position_ids: (B, L) or (1, L) int64, ignored at padding; counted over real tokens when not given. A
+                position not above the one before it starts a new segment of a packed row.
+            past_key_values: a `SeqBoatCache` to continue; it is updated in place.
+            use_cache: whether to return a cache; by default as the config says, and never in training.
+            output_hidden_states, output_router_probs: what else to return.
+            cu_seq_lens_q: (segments + 1,) borders of a single packed row; seq_idx: (B, L) segment numbers.
+
+        Raises:
+            ValueError: for arguments that contradict each other or that SeqBoat cannot honour.
+        """
+        config = self.config
+        self._refuse_unsupported(kwargs, output_attentions)
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        cache = self._cache_for(past_key_values, use_cache)
+        if inputs_embeds is None:
+            if input_ids.ndim != 2 or input_ids.shape[1] == 0:
+                raise ValueError(f"input_ids must be of shape (batch, length >= 1), got {tuple(input_ids.shape)}")
+            self._check_ids(input_ids)
+            inputs_embeds = self.embed_tokens(input_ids)
+        batch, length = inputs_embeds.shape[:2]
+        if cache is not None and cache.is_initialized and cache.batch_size != batch:
+            raise ValueError(f"past_key_values holds {cache.batch_size} rows, the input has {batch}")
+        context = build_context(
+            config, batch, length, inputs_embeds.device, attention_mask, position_ids, seq_idx, cu_seq_lens_q, cache
+        )
+        hidden = inputs_embeds * math.sqrt(config.hidden_size) if config.scale_embeddings else inputs_embeds
+        hidden = F.dropout(hidden, config.hidden_dropout, self.training)
+        if context.real is not None:
+            hidden = hidden.masked_fill(~context.real[..., None], 0)
+        wants_hidden = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        states, probs = [hidden], []
+        for layer in self.layers:
+            hidden, confidence = layer(hidden, context, past_key_values=cache)
+            states.append(hidden if wants_hidden else None)
+            probs.append(confidence)
+        if self.final_norm is not None:
+            hidden = self.final_norm(hidden, context.real)
+            states[-1] = hidden
+        return SeqBoatModelOutput(
+            last_hidden_state=hidden,
+            past_key_values=cache,
+            hidden_states=tuple(states) if wants_hidden else None,
+            router_probs=tuple(probs) if output_router_probs else None,
+        )
+
+    def _refuse_unsupported(self, kwargs: dict, output_attentions: bool | None) -> None:
+        paged = [name for name in _PAGED_ARGUMENTS if kwargs.get(name) is not None]
+        if paged:
+            raise ValueError(
+                f"SeqBoat does not run under paged continuous batching (got {', '.join(paged)}): its state has no "
+                "pages; use generate() with a padded batch"
+            )
+        if output_attentions or (output_attentions is None and self.config.output_attentions):
+            raise ValueError(
+                "output_attentions=True is not supported: attention runs over activated tokens in blocks and keeps no "
+                "weights; output_router_probs=True shows which tokens attend"
+            )
+
+    def _cache_for(self, past_key_values: SeqBoatCache | None, use_cache: bool | None) -> SeqBoatCache | None:
+        config = self.config
+        if config.bidirectional:
+            if past_key_values is not None or use_cache:
+                raise ValueError("a bidirectional SeqBoat has no cache: use_cache must be False and past_key_values None")
+            return None
+        if past_key_values is not None and not getattr(past_key_values, "is_seqboat_cache", False):
+            raise ValueError(
+                f"past_key_values must be a SeqBoatCache, got {type(past_key_values).__name__}, which has no place for "
+                "the state of an EMA; use SeqBoatCache(model.config)"
+            )
+        checkpointing = self.training and self.gradient_checkpointing
+        if checkpointing:
+            if past_key_values is not None or use_cache:
+                logger.warning_once("no cache is kept under gradient checkpointing")
+            return None
+        if past_key_values is not None:
+            past_key_values.check_config(config)
+            return past_key_values
+        if use_cache is None:
+            # A training step that nobody asked a cache of does not pay for one.
+            use_cache = config.use_cache and not self.training
+        return SeqBoatCache(config) if use_cache else None
+
+    def _check_ids(self, input_ids: Tensor) -> None:
+        if input_ids.device.type != "cpu" or torch.compiler.is_compiling():
+            return
+        size = self.embed_tokens.num_embeddings
+        low, high = int(input_ids.min()), int(input_ids.max())
+        if low < 0 or high >= size:
+            raise ValueError(f"input_ids must lie in 0..{size - 1}, got {low if low < 0 else high}")
+
+
+class SeqBoatForCausalLM(SeqBoatPreTrainedModel, GenerationMixin):
+    """A causal SeqBoat with an output matrix, tied to the embeddings by default."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: SeqBoatConfig):
+        if config.bidirectional:
+            raise ValueError("SeqBoatForCausalLM needs bidirectional=False, got bidirectional=True")
+        super().__init__(config)
+        self.model = SeqBoatModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: SeqBoatCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        output_hidden_states: bool | None = None,
+        output_router_probs: bool = False,
+        output_attentions: bool | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        **kwargs,
+    ) -> SeqBoatCausalLMOutput:
+        """Runs the model and its output matrix.
+
+        Args:
+            labels: (B, L) int64 next-token targets before shifting (labels[t] is compared with what is predicted at
+                the real token before t); -100, padding and the first token of a segment are ignored.
+            logits_to_keep: how many of the last columns get logits (0: all), or the (n,) indices of those that do.
+
+        The other arguments are those of `SeqBoatModel.forward`.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            output_router_probs=output_router_probs,
+            output_attentions=output_attentions,
+            cu_seq_lens_q=cu_seq_lens_q,
+            seq_idx=seq_idx,
+            return_dict=True,
+            **{name: kwargs[name] for name in _PAGED_ARGUMENTS if name in kwargs},
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
+        loss = None
+        if labels is not None:
+            if logits.shape[1] != labels.shape[1]:
+                raise ValueError(f"labels of {labels.shape[1]} columns need logits_to_keep=0, got {logits_to_keep}")
+            shifted = self._next_labels(labels, attention_mask, position_ids, seq_idx, cu_seq_lens_q)
+            passed = {name: kwargs[name] for name in ("num_items_in_batch",) if name in kwargs}
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, shift_labels=shifted, **passed
+            )
+        return SeqBoatCausalLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            router_probs=outputs.router_probs,
+        )
+
+    def _next_labels(
+        self,
+        labels: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        seq_idx: Tensor | None,
+        cu_seq_lens_q: Tensor | None,
+    ) -> Tensor:
+        """Each real token's target is the next real token of its segment, so padding and packing cost no target."""
+        batch, length = labels.shape
+        context = build_context(
+            self.config, batch, length, labels.device,
+            None if attention_mask is None else attention_mask[:, -length:], position_ids, seq_idx, cu_seq_lens_q, None,
+            for_layers=False,
+        )  # fmt: skip
+        if context.reset is not None:
+            labels = labels.masked_fill(context.reset, -100)
+        ignored = labels.new_full((batch, 1), -100)
+        if context.real is None:
+            return torch.cat([labels[:, 1:], ignored], dim=1)
+        real = context.real
+        columns = torch.arange(length, device=labels.device)
+        following = torch.where(real, columns, length).flip(1).cummin(1).values.flip(1)
+        following = torch.cat([following[:, 1:], torch.full_like(following[:, :1], length)], dim=1)
+        shifted = torch.cat([labels, ignored], dim=1).gather(1, following)
+        return shifted.masked_fill(~real, -100)
+
+    def generate(self, inputs: Tensor | None = None, *args, **kwargs):
+        """`GenerationMixin.generate`; a prompt padded on the right gets a warning, since its last column is read."""
+        mask = kwargs.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] > 0 and bool((mask[:, -1] == 0).any()):
+            logger.warning(
+                "generate() continues from the last column, which is padding in some rows: pad on the left "
+                "(tokenizer.padding_side = 'left')"
+            )
+        return super().generate(inputs, *args, **kwargs)
+
+    def generate_batch(self, *args, **kwargs):
+        raise NotImplementedError(
+            "SeqBoat does not run under paged continuous batching: its state has a constant size and no pages; "
+            "use generate() with a padded batch"
+        )
+
+    def init_continuous_batching(self, *args, **kwargs):
+        self.generate_batch()
+
+    def prepare_inputs_for_generation(self, input_ids, past_key_values=None, attention_mask=None, **kwargs):
+        """The mask is cut to the new columns: the padding before them is in the state already, and its width would
+        change at every step. Positions are counted by the model, from the cache on."""
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, past_key_values=past_key_values, attention_mask=attention_mask, **kwargs
+        )
+        if isinstance(past_key_values, SeqBoatCache) or getattr(past_key_values, "is_seqboat_cache", False):
+            given = inputs.get("inputs_embeds")
+            length = (inputs["input_ids"] if given is None else given).shape[1]
+            mask = inputs.get("attention_mask")
+            if mask is not None:
+                inputs["attention_mask"] = mask[:, -length:]
+            inputs.pop("position_ids", None)
+        return inputs
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask: Tensor | None = None, **kwargs) -> Tensor | None:
+        """A padding mask is all SeqBoat needs, for a static cache too."""
+        return attention_mask
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:
+        cache = model_kwargs.get("past_key_values")
+        implementation = generation_config.cache_implementation
+        if cache is not None:
+            if not getattr(cache, "is_seqboat_cache", False):
+                raise ValueError(
+                    f"past_key_values must be a SeqBoatCache, got {type(cache).__name__}; use SeqBoatCache(model.config)"
+                )
+            if (
+                generation_config.prefill_chunk_size is not None
+                and cache.get_seq_length() > 0
+                and Version(transformers.__version__) < Version("5.18")
+            ):
+                raise ValueError(
+                    f"prefill_chunk_size onto a filled past_key_values needs transformers newer than "
+                    f"{transformers.__version__}, whose loop feeds the cached prompt again; feed the chunks by forward()"
+                )
+            super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+            return
+        if generation_config.use_cache is False:
+            return
+        if implementation not in (None, "dynamic", "static"):
+            raise ValueError(
+                f"cache_implementation must be None, 'dynamic' or 'static' for SeqBoat, got {implementation!r}: the "
+                "state has a constant size and is neither offloaded nor quantised by generate()"
+            )
+        cache = SeqBoatCache(self.config, static=implementation == "static")
+        if generation_config.is_assistant:
+            cache.activate_past_recording()
+        model_kwargs["past_key_values"] = cache
