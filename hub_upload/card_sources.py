@@ -1,0 +1,255 @@
+"""What is known about a model beyond its config: the trainer's state, a run record and an evaluation file.
+
+Nothing is estimated here: a value that no source states is None or absent, and the card leaves it out.
+"""
+
+import json
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult
+
+from .errors import HubUploadError
+
+EVALUATION_FILE = "evaluation.json"
+RECORD_FILE = "training_record.json"
+STATE_FILE = "trainer_state.json"
+
+# Keys of a run record that the card prints, and how it calls them. Others are not printed: a record may hold paths
+# and names of machines that are nobody's business.
+RECORD_LABELS = {
+    "dataset": "Data",
+    "tokens_seen": "Tokens seen",
+    "sequence_length": "Sequence length",
+    "batch_size": "Sequences a step",
+    "tokens_per_step": "Tokens a step",
+    "gradient_accumulation_steps": "Gradient accumulation steps",
+    "steps": "Optimizer steps",
+    "epochs": "Epochs",
+    "optimizer": "Optimizer",
+    "learning_rate": "Peak learning rate",
+    "weight_decay": "Weight decay",
+    "betas": "Betas",
+    "max_grad_norm": "Gradient clipping",
+    "lr_scheduler_type": "Schedule",
+    "warmup_steps": "Warm-up steps",
+    "precision": "Precision",
+    "seed": "Seed",
+    "hardware": "Hardware",
+    "wall_clock_hours": "Wall-clock time (h)",
+    "tokens_per_second": "Tokens a second",
+    "train_loss": "Last training loss",
+}
+# Measurements of the evaluation run that say nothing about the model.
+_NOT_RESULTS = re.compile(r"eval_(runtime|samples_per_second|steps_per_second|model_preparation_time)|epoch|step")
+_RATE_KEY = re.compile(r"(?:.*/)?(?:layers?[._/]?(\d+)[._/])?activation_rate(?:\D*?(\d+))?")
+
+
+@dataclass
+class Sources:
+    """Everything the card may state.
+
+    Attributes:
+        procedure: label -> value, for the training table.
+        results: for the metadata's model-index and the table of results.
+        plain_results: metric -> value where the data that was evaluated on is not named.
+        activation_rates: mean share of activated tokens, one a layer, from 0 to 1.
+        remarks: for the user, not for the card.
+    """
+
+    procedure: dict[str, str] = field(default_factory=dict)
+    results: list[EvalResult] = field(default_factory=list)
+    plain_results: dict[str, float] = field(default_factory=dict)
+    activation_rates: list[float] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+
+
+def read_sources(
+    model: Path, layers: int, *, evaluation: Path | None = None, record: Path | None = None, state: Path | None = None
+) -> Sources:
+    """Read what lies beside a model, or where the caller says.
+
+    Args:
+        model: the model folder, searched for `evaluation.json`, `training_record.json` and `trainer_state.json` (also
+            that of its last `checkpoint-*`).
+        layers: number of layers, which the activation rates must have.
+        evaluation, record, state: files to use instead.
+
+    Raises HubUploadError when a file that was named does not exist, or one that exists is not what it should be.
+    """
+    sources = Sources()
+    state_file = _existing(state) or _trainer_state(model)
+    if state_file is not None:
+        _read_state(_read_object(state_file), sources, layers)
+    record_file = _existing(record) or _if_file(model / RECORD_FILE)
+    if record_file is not None:
+        _read_record(_read_object(record_file), record_file, sources)
+    evaluation_file = _existing(evaluation) or _if_file(model / EVALUATION_FILE)
+    if evaluation_file is not None:
+        _read_evaluation(_read_object(evaluation_file), evaluation_file, sources, layers)
+    return sources
+
+
+def format_number(value: float) -> str:
+    """A number as the card prints it: whole numbers with separators, others with at most five significant digits."""
+    if float(value).is_integer() and abs(value) < 1e15:
+        return f"{int(value):,}"
+    return f"{value:.5g}"
+
+
+def _if_file(path: Path) -> Path | None:
+    return path if path.is_file() else None
+
+
+def _existing(path: Path | None) -> Path | None:
+    if path is not None and not path.is_file():
+        raise HubUploadError(f"the file {path} does not exist.")
+    return path
+
+
+def _trainer_state(model: Path) -> Path | None:
+    if (model / STATE_FILE).is_file():
+        return model / STATE_FILE
+    found = {}
+    for file in model.glob(f"checkpoint-*/{STATE_FILE}"):
+        number = file.parent.name.removeprefix("checkpoint-")
+        if number.isdigit():
+            found[int(number)] = file
+    return found[max(found)] if found else None
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise HubUploadError(f"{path} is not a JSON file: {error}") from error
+    if not isinstance(value, dict):
+        raise HubUploadError(f"{path} must hold a JSON object, not a {type(value).__name__}.")
+    return value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _read_state(state: dict[str, Any], sources: Sources, layers: int) -> None:
+    # Trainer saves 0 for what it did not count.
+    for key, label in (
+        ("global_step", "Optimizer steps"),
+        ("epoch", "Epochs"),
+        ("train_batch_size", "Sequences a device and step"),
+        ("num_input_tokens_seen", "Tokens seen"),
+        ("total_flos", "Floating point operations (Trainer's estimate)"),
+    ):
+        if _is_number(state.get(key)) and state[key] > 0:
+            sources.procedure[label] = format_number(state[key])
+    history = [entry for entry in state.get("log_history") or [] if isinstance(entry, dict)]
+    rates = [entry["learning_rate"] for entry in history if _is_number(entry.get("learning_rate"))]
+    if rates:
+        sources.procedure["Highest logged learning rate"] = format_number(max(rates))
+    losses = [entry["loss"] for entry in history if _is_number(entry.get("loss"))]
+    if losses:
+        sources.procedure["Last logged training loss"] = format_number(losses[-1])
+    evaluations = [entry for entry in history if any(key.startswith("eval_") for key in entry)]
+    if evaluations:
+        _take_plain_results(evaluations[-1], sources)
+    for entry in reversed(history):
+        by_layer = _rates_of(entry)
+        if by_layer and sorted(by_layer) == list(range(layers)):
+            sources.activation_rates = [by_layer[layer] for layer in range(layers)]
+            break
+
+
+def _rates_of(entry: dict[str, Any]) -> dict[int, float]:
+    rates = {}
+    for key, value in entry.items():
+        match = _RATE_KEY.fullmatch(key)
+        number = match and (match[1] or match[2])
+        if number and _is_number(value) and 0 <= value <= 1:
+            rates[int(number)] = float(value)
+    return rates
+
+
+def _take_plain_results(values: dict[str, Any], sources: Sources) -> None:
+    for key, value in values.items():
+        if key.startswith("eval_") and _is_number(value) and not _NOT_RESULTS.fullmatch(key):
+            if _RATE_KEY.fullmatch(key) is None:
+                sources.plain_results[key.removeprefix("eval_")] = float(value)
+
+
+def _read_record(record: dict[str, Any], path: Path, sources: Sources) -> None:
+    ignored = sorted(set(record) - set(RECORD_LABELS))
+    if ignored:
+        sources.remarks.append(f"{path.name}: not printed in the card: {', '.join(ignored)}.")
+    for key, label in RECORD_LABELS.items():
+        value = record.get(key)
+        if value is None:
+            continue
+        if isinstance(value, list) and value:
+            sources.procedure[label] = ", ".join(format_number(v) if _is_number(v) else str(v) for v in value)
+        elif _is_number(value):
+            sources.procedure[label] = str(value) if key == "seed" else format_number(value)
+        elif isinstance(value, str) and value.strip():
+            sources.procedure[label] = value.strip()
+        else:
+            raise HubUploadError(f"{path}: {key}={value!r} must be a number, a text or a list of them.")
+
+
+def _read_evaluation(evaluation: dict[str, Any], path: Path, sources: Sources, layers: int) -> None:
+    rates = evaluation.get("activation_rates")
+    if rates is not None:
+        if (
+            not isinstance(rates, list)
+            or len(rates) != layers
+            or not all(_is_number(r) and 0 <= r <= 1 for r in rates)
+        ):
+            raise HubUploadError(
+                f"{path}: activation_rates={rates!r} must be a list of {layers} numbers from 0 to 1, one a layer."
+            )
+        sources.activation_rates = [float(rate) for rate in rates]
+    if "results" not in evaluation:
+        # The flat file that Trainer's save_metrics writes.
+        _take_plain_results(evaluation, sources)
+        if not sources.plain_results and rates is None:
+            raise HubUploadError(f"{path}: found neither 'results', 'activation_rates' nor any 'eval_...' number.")
+        return
+    results = evaluation["results"]
+    if not isinstance(results, list):
+        raise HubUploadError(f"{path}: results must be a list, not a {type(results).__name__}.")
+    for number, entry in enumerate(results):
+        sources.results += _eval_results(entry, f"{path}: results[{number}]")
+
+
+def _eval_results(entry: Any, where: str) -> list[EvalResult]:
+    try:
+        dataset, metrics = entry["dataset"], entry["metrics"]
+        task, dataset_name = entry["task"], dataset["name"]
+    except (TypeError, KeyError) as error:
+        raise HubUploadError(
+            f"{where} must hold 'task' (a Hub task such as 'text-generation'), 'dataset' (an object with 'name') and "
+            f"'metrics' (a list of objects with 'type' and 'value'); missing: {error}."
+        ) from error
+    found = []
+    for metric in metrics:
+        if (
+            not isinstance(metric, dict)
+            or not isinstance(metric.get("type"), str)
+            or not _is_number(metric.get("value"))
+        ):
+            raise HubUploadError(f"{where}: metric {metric!r} must hold a text 'type' and a finite number 'value'.")
+        found.append(
+            EvalResult(
+                task_type=task,
+                dataset_type=dataset.get("type", dataset_name),
+                dataset_name=dataset_name,
+                dataset_config=dataset.get("config"),
+                dataset_split=dataset.get("split"),
+                metric_type=metric["type"],
+                metric_name=metric.get("name"),
+                metric_value=metric["value"],
+            )
+        )
+    return found

@@ -1,0 +1,164 @@
+"""Command line: `python -m hub_upload push|build|verify|convert`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from huggingface_hub import get_token
+
+from .errors import HubUploadError, redact
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all subcommands."""
+    parser = argparse.ArgumentParser(prog="python -m hub_upload", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    push = commands.add_parser("push", help="build, verify and upload a model in one commit")
+    _add_model(push)
+    push.add_argument("--repo-id", required=True, metavar="NAME/REPO", help="created if it does not exist")
+    push.add_argument("--private", action="store_true", help="create the repo as a private one")
+    push.add_argument("--revision", help="branch to push to (default: main), created if it does not exist")
+    push.add_argument("--create-pr", action="store_true", help="open a pull request instead of changing the repo")
+    push.add_argument("--message", help="title of the commit")
+    push.add_argument("--token", help="access token; better: `hf auth login` or the variable HF_TOKEN")
+    push.add_argument("--overwrite", action="store_true", help="replace the model in a repo that is not empty")
+    push.add_argument("--no-verify", action="store_true", help="upload without loading the folder in a fresh process")
+    push.set_defaults(run=_push)
+
+    build = commands.add_parser("build", help="write the folder that push would upload")
+    _add_model(build)
+    build.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder to write")
+    build.add_argument("--overwrite", action="store_true", help="replace an existing model folder")
+    build.add_argument("--repo-id", metavar="NAME/REPO", help="named in the card's examples")
+    build.set_defaults(run=_build)
+
+    verify = commands.add_parser("verify", help="load a built folder in a fresh process without this package")
+    verify.add_argument("folder", type=Path, metavar="DIR", help="folder that build wrote")
+    verify.set_defaults(run=_verify)
+
+    convert = commands.add_parser("convert", help="turn a published checkpoint into a model folder")
+    convert.add_argument("--checkpoint", required=True, type=Path, metavar="X.pt", help="published torch checkpoint")
+    convert.add_argument("--dict", type=Path, metavar="dict.txt", help="dictionary of a byte corpus")
+    convert.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder to write")
+    convert.add_argument("--overwrite", action="store_true", help="replace an existing model folder")
+    convert.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest weight file (default: 5GB)")
+    convert.set_defaults(run=_convert)
+    return parser
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, type=Path, metavar="DIR", help="folder with a saved model")
+    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest weight file (default: 5GB)")
+    card = parser.add_argument_group("model card")
+    card.add_argument("--license", default="mit", help="licence of the weights (default: mit)")
+    card.add_argument("--language", action="append", default=[], metavar="CODE", help="may be repeated")
+    card.add_argument("--dataset", action="append", default=[], metavar="NAME", help="training data, may be repeated")
+    card.add_argument("--tag", action="append", default=[], help="may be repeated")
+    card.add_argument("--base-model", metavar="NAME/REPO", help="the model that this one was fine-tuned from")
+    card.add_argument("--evaluation", type=Path, metavar="FILE", help="default: DIR/evaluation.json if it exists")
+    card.add_argument("--record", type=Path, metavar="FILE", help="default: DIR/training_record.json if it exists")
+    card.add_argument(
+        "--trainer-state", type=Path, metavar="FILE", help="default: DIR/trainer_state.json if it exists"
+    )
+    card.add_argument("--card", type=Path, metavar="FILE", help="a finished README.md, used as it is")
+
+
+def _card_options(args: argparse.Namespace):
+    from .model_card import CardOptions
+
+    return CardOptions(
+        repo_id=args.repo_id,
+        license=args.license,
+        languages=args.language,
+        datasets=args.dataset,
+        tags=args.tag,
+        base_model=args.base_model,
+        evaluation=args.evaluation,
+        record=args.record,
+        state=args.trainer_state,
+        card=args.card,
+    )
+
+
+def _print_built(built) -> None:
+    print(f"built {built.model_class}, {built.parameters:,} parameters: {', '.join(built.files)}", flush=True)
+    for remark in built.remarks:
+        print(f"note: {remark}", file=sys.stderr)
+
+
+def _print_check(check) -> None:
+    where = " (saved again)" if check.again else ""
+    print(f"ok  {check.name}{where}: {check.detail}", flush=True)
+
+
+# The subcommands import what they need when they run, so that --help and wrong arguments are answered at once.
+
+
+def _push(args: argparse.Namespace) -> None:
+    from .push import push_folder
+
+    pushed = push_folder(
+        args.model,
+        args.repo_id,
+        private=args.private,
+        revision=args.revision,
+        create_pr=args.create_pr,
+        message=args.message,
+        token=args.token,
+        overwrite=args.overwrite,
+        max_shard_size=args.max_shard_size,
+        card=_card_options(args),
+        verify=not args.no_verify,
+        on_build=_print_built,
+        on_check=_print_check,
+    )
+    print(pushed.url)
+
+
+def _build(args: argparse.Namespace) -> None:
+    from .build import build_folder
+
+    built = build_folder(
+        args.model,
+        args.output,
+        overwrite=args.overwrite,
+        max_shard_size=args.max_shard_size,
+        card=_card_options(args),
+    )
+    _print_built(built)
+    print(built.output)
+
+
+def _verify(args: argparse.Namespace) -> None:
+    from .verify import verify_folder
+
+    verify_folder(args.folder, on_check=_print_check)
+    print(f"{args.folder} verified")
+
+
+def _convert(args: argparse.Namespace) -> None:
+    from .convert import convert_checkpoint
+
+    converted = convert_checkpoint(
+        args.checkpoint, args.output, args.dict, overwrite=args.overwrite, max_shard_size=args.max_shard_size
+    )
+    for warning in converted.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    print(f"converted {converted.model_class}, {converted.parameters:,} parameters")
+    print(converted.output)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line. Returns the exit status: 0, or 1 after an error that was printed."""
+    args = build_parser().parse_args(arguments)
+    try:
+        args.run(args)
+    except (HubUploadError, OSError) as error:
+        print(f"error: {redact(str(error), (getattr(args, 'token', None), get_token()))}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; nothing was committed and no partial folder is left", file=sys.stderr)
+        return 130
+    return 0

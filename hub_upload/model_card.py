@@ -1,0 +1,292 @@
+"""The model card: written from the config and what the sources state; what is not known is left out."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from modeling_seqboat.configuration_seqboat import SeqBoatConfig
+
+from .activation_plot import FILE_NAME as PLOT_FILE
+from .activation_plot import write_activation_plot
+from .card_sources import Sources, format_number, read_sources
+from .errors import HubUploadError
+
+PAPER = "https://arxiv.org/abs/2306.11197"
+CITATION = """@inproceedings{ren2023seqboat,
+  title     = {Sparse Modular Activation for Efficient Sequence Modeling},
+  author    = {Ren, Liliang and Liu, Yang and Wang, Shuohang and Xu, Yichong and Zhu, Chenguang and Zhai, ChengXiang},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year      = {2023},
+  url       = {https://arxiv.org/abs/2306.11197}
+}"""
+PLACEHOLDER = "NAME/REPO"
+
+
+@dataclass
+class CardOptions:
+    """What the user says about the model.
+
+    Attributes:
+        repo_id: `name/repo`, for the usage examples.
+        license: the weights' licence, an identifier of the Hub.
+        languages, datasets, tags: for the metadata; datasets are Hub ids or plain names.
+        base_model: Hub id of the model this one was fine-tuned from.
+        evaluation, record, state: files to read instead of those in the model folder.
+        card: a finished card to be used as it is.
+    """
+
+    repo_id: str | None = None
+    license: str = "mit"
+    languages: list[str] = field(default_factory=list)
+    datasets: list[str] = field(default_factory=list)
+    tags: list[str] = field(default_factory=list)
+    base_model: str | None = None
+    evaluation: Path | None = None
+    record: Path | None = None
+    state: Path | None = None
+    card: Path | None = None
+
+
+def write_card(
+    folder: Path,
+    model: Path,
+    config: SeqBoatConfig,
+    model_class: str,
+    parameters: int,
+    has_tokenizer: bool,
+    options: CardOptions,
+) -> list[str]:
+    """Write README.md, and the plot of activation rates where there are any, into a Hub folder.
+
+    Args:
+        folder: where to write.
+        model: the model folder, whose trainer state, run record and evaluation are read.
+        config, model_class, parameters, has_tokenizer: of the model.
+        options: what the user says.
+
+    Returns:
+        Remarks for the user.
+
+    Raises HubUploadError when a source or the finished card cannot be read.
+    """
+    if options.card is not None:
+        return _copy_card(folder, options.card)
+    sources = read_sources(
+        model, config.num_hidden_layers, evaluation=options.evaluation, record=options.record, state=options.state
+    )
+    remarks = list(sources.remarks)
+    if (model / "README.md").is_file():
+        remarks.append("the README.md in the model folder is not used; pass it by --card to publish it instead.")
+    if not sources.results:
+        remarks.append("no evaluation file was found, so the card has no model-index; see --evaluation.")
+    plotted = bool(sources.activation_rates) and write_activation_plot(sources.activation_rates, folder / PLOT_FILE)
+    body = "\n\n".join(
+        part
+        for part in (
+            _introduction(config, model_class, parameters, options),
+            _usage(config, model_class, has_tokenizer, options),
+            _shape(config),
+            _training(config, sources, options),
+            _results(sources),
+            _activation_rates(sources.activation_rates, plotted),
+            _limits(config, model_class, has_tokenizer, sources),
+            f"## Citation\n\n```bibtex\n{CITATION}\n```",
+        )
+        if part
+    )
+    metadata = _metadata(config, model_class, sources, options)
+    ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{body}\n").save(folder / "README.md")
+    return remarks
+
+
+def _copy_card(folder: Path, card: Path) -> list[str]:
+    try:
+        text = card.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise HubUploadError(f"the card {card} cannot be read: {error}") from error
+    (folder / "README.md").write_text(text, encoding="utf-8")
+    return [] if text.startswith("---\n") else [f"the card {card} has no metadata block at its beginning."]
+
+
+def _is_language_model(model_class: str) -> bool:
+    return model_class.endswith("ForCausalLM")
+
+
+def _name(options: CardOptions) -> str:
+    return (options.repo_id or "SeqBoat").split("/")[-1]
+
+
+def _pipeline(config: SeqBoatConfig, model_class: str) -> str | None:
+    if _is_language_model(model_class):
+        return "text-generation"
+    if model_class.endswith("ForSequenceClassification") and config.input_type == "tokens":
+        return "text-classification"
+    return None
+
+
+def _metadata(config: SeqBoatConfig, model_class: str, sources: Sources, options: CardOptions) -> ModelCardData:
+    tags = ["seqboat", "state-space-model", "sparse-activation", "arxiv:2306.11197", *options.tags]
+    metrics = list(dict.fromkeys(result.metric_type for result in sources.results))
+    return ModelCardData(
+        license=options.license,
+        language=options.languages or None,
+        tags=list(dict.fromkeys(tags)),
+        library_name="transformers",
+        pipeline_tag=_pipeline(config, model_class),
+        datasets=options.datasets or None,
+        base_model=options.base_model,
+        metrics=metrics or None,
+        model_name=_name(options) if sources.results else None,
+        eval_results=sources.results or None,
+    )
+
+
+def _introduction(config: SeqBoatConfig, model_class: str, parameters: int, options: CardOptions) -> str:
+    kind = "bidirectional encoder" if config.bidirectional else "causal language model"
+    if model_class.endswith("ForSequenceClassification"):
+        kind = f"classifier with {config.num_labels} classes"
+    base = ""
+    if options.base_model:
+        base = f" It was fine-tuned from [{options.base_model}](https://huggingface.co/{options.base_model})."
+    return (
+        f"# {_name(options)}\n\nA [SeqBoat]({PAPER}) {kind} with {parameters:,} parameters.{base} Every layer carries "
+        "a damped moving average over the whole sequence; a router in each layer chooses the tokens that attention, "
+        "over a window of chosen tokens, is spent on."
+    )
+
+
+def _usage(config: SeqBoatConfig, model_class: str, has_tokenizer: bool, options: CardOptions) -> str:
+    repo = options.repo_id or PLACEHOLDER
+    lines = ["import torch"] if not has_tokenizer else []
+    if _is_language_model(model_class) and has_tokenizer:
+        lines += [
+            "from transformers import pipeline",
+            "",
+            f'generate = pipeline("text-generation", model="{repo}", trust_remote_code=True)',
+            'print(generate("Once upon a time", max_new_tokens=64)[0]["generated_text"])',
+        ]
+    elif _is_language_model(model_class):
+        lines += [
+            "from transformers import AutoModelForCausalLM",
+            "",
+            f'model = AutoModelForCausalLM.from_pretrained("{repo}", trust_remote_code=True)',
+            f"ids = torch.tensor([[{min(4, config.vocab_size - 1)}]])  # no tokenizer comes with this model",
+            "print(model.generate(ids, max_new_tokens=64))",
+        ]
+    elif model_class.endswith("ForSequenceClassification"):
+        lines += [
+            f"from transformers import AutoModelForSequenceClassification{', AutoTokenizer' * has_tokenizer}",
+            "",
+        ]
+        lines.append(f'model = AutoModelForSequenceClassification.from_pretrained("{repo}", trust_remote_code=True)')
+        if has_tokenizer:
+            lines += [
+                f'tokenizer = AutoTokenizer.from_pretrained("{repo}")',
+                'print(model(**tokenizer("Some text", return_tensors="pt")).logits)',
+            ]
+        elif config.input_type == "values":
+            lines.append("print(model(input_values=torch.randn(1, 64)).logits)  # (batch, length) real numbers")
+        else:
+            lines.append("print(model(torch.tensor([[4, 5, 6]])).logits)  # no tokenizer comes with this model")
+    else:
+        lines += [
+            "from transformers import AutoModel",
+            "",
+            f'model = AutoModel.from_pretrained("{repo}", trust_remote_code=True)',
+        ]
+    code = "\n".join(lines)
+    return (
+        f"## Use\n\n```python\n{code}\n```\n\n`trust_remote_code=True` runs the Python files of this repo; they need "
+        "`torch` and `transformers`, and use `triton` on a GPU where it is installed."
+    )
+
+
+def _table(rows: dict[str, str]) -> str:
+    return "| | |\n| --- | --- |\n" + "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+
+
+def _shape(config: SeqBoatConfig) -> str:
+    rows = {
+        "Layers": str(config.num_hidden_layers),
+        "Width": str(config.hidden_size),
+        "Query/key and value width": f"{config.qk_head_dim}, {config.v_head_dim}",
+        "EMA states a channel": str(config.state_size),
+        "Attention window (activated tokens)": str(config.memory_size),
+        "Attention": f"{config.attention_activation}, {config.position_embedding_type} positions",
+        "Norm": f"{config.norm_type}, {'before' if config.norm_first else 'after'} each layer",
+    }
+    if config.intermediate_size:
+        rows["Feed-forward width"] = str(config.intermediate_size)
+    if config.ssm_truncation is not None:
+        rows["EMA kernel cut after (tokens)"] = f"{config.ssm_truncation:,}"
+    if config.input_type == "tokens":
+        rows["Vocabulary"] = str(config.vocab_size)
+    return f"## Model\n\n{_table(rows)}"
+
+
+def _training(config: SeqBoatConfig, sources: Sources, options: CardOptions) -> str:
+    procedure = dict(sources.procedure)
+    for name, label in (
+        ("hidden_dropout", "Dropout"),
+        ("attention_dropout", "Attention dropout"),
+        ("value_dropout", "Value dropout"),
+        ("activation_dropout", "Feed-forward dropout"),
+    ):
+        if procedure and getattr(config, name) > 0:
+            procedure[label] = format_number(getattr(config, name))
+    parts = []
+    if options.datasets:
+        parts.append("Data: " + ", ".join(options.datasets) + ".")
+    if procedure:
+        parts.append(_table(procedure))
+    return "## Training\n\n" + "\n\n".join(parts) if parts else ""
+
+
+def _results(sources: Sources) -> str:
+    if sources.results:
+        lines = ["| data | split | metric | value |", "| --- | --- | --- | --- |"]
+        for result in sources.results:
+            metric = result.metric_name or result.metric_type
+            value = format_number(result.metric_value)
+            lines.append(f"| {result.dataset_name} | {result.dataset_split or ''} | {metric} | {value} |")
+        return "## Results\n\n" + "\n".join(lines)
+    if sources.plain_results:
+        rows = {name: format_number(value) for name, value in sources.plain_results.items()}
+        return f"## Results\n\nThe last evaluation of the training run:\n\n{_table(rows)}"
+    return ""
+
+
+def _activation_rates(rates: list[float], plotted: bool) -> str:
+    if not rates:
+        return ""
+    mean = 100 * sum(rates) / len(rates)
+    rows = "\n".join(f"| {layer} | {100 * rate:.1f} % |" for layer, rate in enumerate(rates))
+    picture = f"![share of activated tokens by layer]({PLOT_FILE})\n\n" if plotted else ""
+    return (
+        f"## Activation rates\n\nShare of tokens that a layer's router sends through attention; {mean:.1f} % on "
+        f"average over the layers.\n\n{picture}| layer | activated |\n| --- | --- |\n{rows}"
+    )
+
+
+def _limits(config: SeqBoatConfig, model_class: str, has_tokenizer: bool, sources: Sources) -> str:
+    points = []
+    if _is_language_model(model_class):
+        points.append(
+            "It continues text by what it saw in training, and what it says may be wrong, biased or offensive; check "
+            "it before use."
+        )
+        window = config.memory_size
+        points.append(
+            f"Attention sees the last {window:,} activated tokens of a layer; what lies further back reaches a token "
+            "through the moving average alone."
+        )
+    if config.ssm_truncation is not None:
+        points.append(f"The moving average forgets what is more than {config.ssm_truncation:,} tokens back.")
+    if config.input_type == "tokens" and not has_tokenizer:
+        points.append("No tokenizer comes with it; token ids are those of its training data.")
+    if not sources.results and not sources.plain_results:
+        points.append("No evaluation results are recorded with it.")
+    if config.router_type != "always":
+        points.append("How much time attention takes depends on the input: a router decides for each token.")
+    return "## Limits\n\n" + "\n".join(f"* {point}" for point in points)

@@ -1,0 +1,92 @@
+"""Verifying a Hub folder: another process loads it without this package and uses it, then does so once more from what
+that process saved."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import HubUploadError, redact
+
+CHILD = Path(__file__).with_name("verify_child.py")
+# Variables that could lead the process to this checkout, to a cache that already knows the code, or hold a secret.
+_REMOVED = ("PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_ENDPOINT")
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that worked: its name, what was seen, and whether it was the folder saved again."""
+
+    name: str
+    detail: str
+    again: bool = False
+
+
+def verify_folder(folder: str | Path, *, on_check: Callable[[Check], None] | None = None) -> list[Check]:
+    """Load a Hub folder in a fresh process, offline, with an empty module cache and without this package: config,
+    model, tokenizer, a forward, a generation, a LoRA step (with peft), save and reload. Then the same from the folder
+    which that process saved.
+
+    Args:
+        folder: as `build_folder` writes it. It is only read.
+        on_check: called with each check as it passes.
+
+    Raises:
+        HubUploadError: the folder is not there, or the first check that failed, with the process's last words.
+    """
+    folder = Path(folder).resolve()
+    if not (folder / "config.json").is_file():
+        raise HubUploadError(f"{folder} is not a model folder: it has no config.json.")
+    checks: list[Check] = []
+    with tempfile.TemporaryDirectory(prefix="verify-") as scratch:
+        saved = Path(scratch) / "saved-again"
+        for stage, source in (("first", folder), ("again", saved)):
+            for check in _run_child(source, saved, stage, Path(scratch) / stage):
+                checks.append(check)
+                if on_check is not None:
+                    on_check(check)
+    return checks
+
+
+def _run_child(source: Path, target: Path, stage: str, home: Path):
+    home.mkdir()
+    environment = {name: value for name, value in os.environ.items() if name not in _REMOVED}
+    environment |= {
+        "HF_HOME": str(home),
+        "HF_MODULES_CACHE": str(home / "modules"),
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    # -I: neither the current directory nor the user's site packages nor PYTHON* variables are looked at.
+    command = [sys.executable, "-I", str(CHILD), str(source), str(target), stage]
+    errors = home / "stderr"
+    with errors.open("w+", encoding="utf-8") as stderr:
+        process = subprocess.Popen(
+            command, env=environment, cwd=home, stdout=subprocess.PIPE, stderr=stderr, text=True, encoding="utf-8"
+        )
+        failure = None
+        try:
+            for line in process.stdout:
+                try:
+                    entry = json.loads(line)
+                except ValueError:
+                    continue
+                if isinstance(entry, dict) and "error" in entry:
+                    failure = entry["error"]
+                elif isinstance(entry, dict) and "check" in entry:
+                    yield Check(entry["check"], entry["detail"], stage == "again")
+            status = process.wait()
+        finally:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+    if status != 0:
+        words = errors.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-12:]
+        where = "the folder saved again by a stranger's process" if stage == "again" else f"the folder {source}"
+        reason = failure or f"the process ended with status {status}"
+        raise HubUploadError(redact(f"{where} did not verify: {reason}\n" + "\n".join(f"  {line}" for line in words)))
