@@ -124,7 +124,13 @@ class SeqBoatCacheLayer(CacheLayerMixin):
 
     def __init__(self, config: SeqBoatConfig, static: bool = False):
         super().__init__()
-        self.shapes = (config.hidden_size, config.state_size, config.memory_size, config.qk_head_dim, config.v_head_dim)
+        self.shapes = (
+            config.hidden_size,
+            config.state_size,
+            config.memory_size,
+            config.qk_head_dim,
+            config.v_head_dim,
+        )
         self.truncation = config.ssm_truncation
         self.static = static
         self.is_compileable = static
@@ -278,9 +284,7 @@ class SeqBoatCacheLayer(CacheLayerMixin):
     def _rescan(self, update: CacheUpdate) -> Tensor:
         delayed = None
         if update.delay_decay is not None:
-            delayed = shift_real_tokens(
-                update.hidden, self.truncation, update.real, update.reset, self.ssm_inputs
-            )
+            delayed = shift_real_tokens(update.hidden, self.truncation, update.real, update.reset, self.ssm_inputs)
         return ema_scan(
             update.hidden,
             update.decay,

@@ -102,9 +102,7 @@ def segment_starts(
         if borders.device.type == "cpu" and (
             borders.numel() < 2 or borders[0] != 0 or borders[-1] != length or bool((borders.diff() < 0).any())
         ):
-            raise ValueError(
-                f"cu_seq_lens_q must rise from 0 to the row's length {length}, got {borders.tolist()}"
-            )
+            raise ValueError(f"cu_seq_lens_q must rise from 0 to the row's length {length}, got {borders.tolist()}")
         index = torch.searchsorted(borders, columns, right=True)[None]
         found["cu_seq_lens_q"] = has_before & (index != previous(index))
     if filled and (seq_idx is not None or cu_seq_lens_q is not None):
@@ -146,7 +144,9 @@ def build_context(
         reset = None
     segment = None if reset is None else reset.long().cumsum(1)
     if position_ids is None:
-        positions = torch.arange(length, device=device).expand(batch, -1) if real is None else real.long().cumsum(1) - 1
+        positions = (
+            torch.arange(length, device=device).expand(batch, -1) if real is None else real.long().cumsum(1) - 1
+        )
         if reset is not None:
             first = torch.where(reset, positions, 0).cummax(1).values
             positions = positions - first

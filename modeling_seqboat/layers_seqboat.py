@@ -15,15 +15,15 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .cache_seqboat import CacheUpdate, SeqBoatCacheLayer
 from .configuration_seqboat import SeqBoatConfig
+from .kernels_seqboat import requested_backend, run_ema_scan, run_windowed_attention
 from .ops_attention_seqboat import (
     apply_rotary,
     attention_scale,
     memory_attention_step,
     t5_bias_table,
-    windowed_attention,
 )
 from .ops_layout_seqboat import ScanPlan, build_scan_plan, shift_real_tokens
-from .ops_ssm_seqboat import ema_parameters, ema_scan
+from .ops_ssm_seqboat import ema_parameters
 from .ops_stream_seqboat import build_stream
 
 
@@ -134,6 +134,7 @@ class SeqBoatEMA(nn.Module):
     def __init__(self, config: SeqBoatConfig):
         super().__init__()
         rows = config.hidden_size * (2 if config.bidirectional else 1)
+        self.config = config
         self.hidden_size = config.hidden_size
         self.truncation = config.ssm_truncation
         self.bidirectional = config.bidirectional
@@ -173,8 +174,8 @@ class SeqBoatEMA(nn.Module):
         if self.truncation is not None:
             delay_decay = decay**self.truncation
             delayed = shift_real_tokens(x, self.truncation, real, reset, history)
-        y, state = ema_scan(
-            x, decay, input_gain, output_gain, skip, real=real, reset=reset, state=state,
+        y, state = run_ema_scan(
+            requested_backend(self.config.kernel_backend), x, decay, input_gain, output_gain, skip, real=real, reset=reset, state=state,
             delayed=delayed, delay_decay=delay_decay, plan=plan, need_state=need_state,
         )  # fmt: skip
         return y, state, delay_decay
@@ -326,9 +327,10 @@ class SeqBoatAttention(nn.Module):
                 places = stream.with_memory(positions, None if cache is None else cache.positions)
                 bias |= {"q_place": positions, "k_place": places}
         with without_autocast(x.device):
-            attended = windowed_attention(
-                q, keys, values, stream.key_start, stream.key_end,
+            attended = run_windowed_attention(
+                requested_backend(config.kernel_backend), q, keys, values, stream.key_start, stream.key_end,
                 activation=config.attention_activation, scale=self.scale,
+                max_keys=config.memory_size * (2 if config.bidirectional else 1) + 1,
                 dropout_p=config.attention_dropout if self.training else 0.0, **bias,
             )  # fmt: skip
         out = self.finish(attended, gate)
@@ -485,6 +487,4 @@ class SeqBoatDecoderLayer(GradientCheckpointingLayer):
     def _commit(cache, h, context, scanned, entries) -> None:
         detached = {name: tensor.detach() for name, tensor in entries.items()}
         scanned = {name: None if tensor is None else tensor.detach() for name, tensor in scanned.items()}
-        cache.commit(
-            CacheUpdate(hidden=h.detach(), real=context.real, reset=context.reset, **scanned, **detached)
-        )
+        cache.commit(CacheUpdate(hidden=h.detach(), real=context.real, reset=context.reset, **scanned, **detached))

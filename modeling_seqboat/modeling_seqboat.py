@@ -12,7 +12,7 @@ from packaging.version import Version
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import initialization as init
-from transformers.generation import GenerationMixin
+from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput, logging
 from transformers.utils.generic import can_return_tuple
@@ -235,7 +235,9 @@ class SeqBoatModel(SeqBoatPreTrainedModel):
         config = self.config
         if config.bidirectional:
             if past_key_values is not None or use_cache:
-                raise ValueError("a bidirectional SeqBoat has no cache: use_cache must be False and past_key_values None")
+                raise ValueError(
+                    "a bidirectional SeqBoat has no cache: use_cache must be False and past_key_values None"
+                )
             return None
         if past_key_values is not None and not getattr(past_key_values, "is_seqboat_cache", False):
             raise ValueError(
@@ -262,6 +264,27 @@ class SeqBoatModel(SeqBoatPreTrainedModel):
         low, high = int(input_ids.min()), int(input_ids.max())
         if low < 0 or high >= size:
             raise ValueError(f"input_ids must lie in 0..{size - 1}, got {low if low < 0 else high}")
+
+
+def _refuse_uneven_positions(position_ids: Tensor, attention_mask: Tensor | None) -> None:
+    """Raises ValueError unless positions rise by one from each real token to the next."""
+    if position_ids.ndim != 2:
+        raise ValueError(f"position_ids must be of shape (batch, length), got {tuple(position_ids.shape)}")
+    width = position_ids.shape[1]
+    real = torch.ones_like(position_ids) if attention_mask is None else attention_mask[:, -width:].long()
+    if real.shape[1] != width:
+        raise ValueError(f"position_ids has {width} columns, attention_mask {real.shape[1]}")
+    real = real.to(position_ids.device)
+    offset = position_ids - real.cumsum(1)
+    low = offset.masked_fill(real == 0, torch.iinfo(torch.long).max).amin(1)
+    uneven = (real.bool() & (offset != low[:, None])).any(1)
+    if bool(uneven.any()):
+        row = int(uneven.nonzero()[0])
+        raise ValueError(
+            f"generate() counts positions over real tokens itself; position_ids must rise by one from each real token "
+            f"to the next, those of row {row} do not (give the attention_mask of a padded prompt too; forward() takes "
+            "any positions)"
+        )
 
 
 class SeqBoatForCausalLM(SeqBoatPreTrainedModel, GenerationMixin):
@@ -366,15 +389,23 @@ class SeqBoatForCausalLM(SeqBoatPreTrainedModel, GenerationMixin):
         shifted = torch.cat([labels, ignored], dim=1).gather(1, following)
         return shifted.masked_fill(~real, -100)
 
-    def generate(self, inputs: Tensor | None = None, *args, **kwargs):
-        """`GenerationMixin.generate`; a prompt padded on the right gets a warning, since its last column is read."""
+    def generate(self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, *args, **kwargs):
+        """`GenerationMixin.generate`.
+
+        A prompt padded on the right gets a warning, since its last column is read. Positions are counted by the model;
+        `position_ids` that say the same up to one offset a row are accepted (only differences of positions matter),
+        others raise ValueError.
+        """
         mask = kwargs.get("attention_mask")
         if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] > 0 and bool((mask[:, -1] == 0).any()):
             logger.warning(
                 "generate() continues from the last column, which is padding in some rows: pad on the left "
                 "(tokenizer.padding_side = 'left')"
             )
-        return super().generate(inputs, *args, **kwargs)
+        # A draft model is handed the positions that the loop around it keeps, not the user's.
+        if kwargs.get("position_ids") is not None and not getattr(generation_config, "is_assistant", False):
+            _refuse_uneven_positions(kwargs["position_ids"], mask)
+        return super().generate(inputs, generation_config, *args, **kwargs)
 
     def generate_batch(self, *args, **kwargs):
         raise NotImplementedError(
@@ -385,13 +416,19 @@ class SeqBoatForCausalLM(SeqBoatPreTrainedModel, GenerationMixin):
     def init_continuous_batching(self, *args, **kwargs):
         self.generate_batch()
 
-    def prepare_inputs_for_generation(self, input_ids, past_key_values=None, attention_mask=None, **kwargs):
+    def prepare_inputs_for_generation(
+        self, input_ids, past_key_values=None, attention_mask=None, inputs_embeds=None, **kwargs
+    ):
         """The mask is cut to the new columns: the padding before them is in the state already, and its width would
         change at every step. Positions are counted by the model, from the cache on."""
         inputs = super().prepare_inputs_for_generation(
-            input_ids, past_key_values=past_key_values, attention_mask=attention_mask, **kwargs
+            input_ids,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
         )
-        if isinstance(past_key_values, SeqBoatCache) or getattr(past_key_values, "is_seqboat_cache", False):
+        if getattr(past_key_values, "is_seqboat_cache", False):
             given = inputs.get("inputs_embeds")
             length = (inputs["input_ids"] if given is None else given).shape[1]
             mask = inputs.get("attention_mask")

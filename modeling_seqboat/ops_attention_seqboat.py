@@ -135,7 +135,20 @@ def windowed_attention(
     seed = int(torch.randint(2**62, ())) if dropout_p > 0 else 0
     blocks = _blocks(key_start, key_end)
     return _WindowedAttention.apply(
-        q, k, v, bias_table, key_start, key_end, q_place, k_place, blocks, activation, scale, bias_center, dropout_p, seed
+        q,
+        k,
+        v,
+        bias_table,
+        key_start,
+        key_end,
+        q_place,
+        k_place,
+        blocks,
+        activation,
+        scale,
+        bias_center,
+        dropout_p,
+        seed,
     )
 
 

@@ -121,7 +121,9 @@ def to_columns(y: Tensor, plan: ScanPlan, length: int, real: Tensor | None) -> T
     return taken if real is None else taken.masked_fill(~real[:, :, None], 0)
 
 
-def shift_real_tokens(x: Tensor, lag: int, real: Tensor | None, reset: Tensor | None, history: Tensor | None) -> Tensor:
+def shift_real_tokens(
+    x: Tensor, lag: int, real: Tensor | None, reset: Tensor | None, history: Tensor | None
+) -> Tensor:
     """x delayed by `lag` real tokens of the same segment.
 
     Args:
