@@ -1,0 +1,51 @@
+"""Small causal models whose routers and attention really decide something, for tests of generation and caches."""
+
+import torch
+
+from modeling_seqboat import SeqBoatConfig, SeqBoatForCausalLM
+
+SMALL = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "state_size": 2,
+    "qk_head_dim": 8,
+    "v_head_dim": 24,
+    "memory_size": 8,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+
+
+def small_lm(seed: int = 0, **overrides) -> SeqBoatForCausalLM:
+    """A causal model in eval mode. Its parameters are wider than at the start of training: about half of the tokens
+    are activated, and attention and positions change the logits."""
+    torch.manual_seed(seed)
+    model = SeqBoatForCausalLM(SeqBoatConfig(**{**SMALL, **overrides})).eval()
+    stds = {"router.weight": 1.0, "router.bias": 0.1, "qk_scale": 0.5, "qk_offset": 0.2, "position_bias.weight": 0.5}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            std = next((value for key, value in stds.items() if name.endswith(key)), None)
+            if std is None and "proj" in name:
+                std = 0.3
+            if std is not None:
+                parameter.normal_(0, std)
+    return model
+
+
+def random_ids(batch: int, length: int, seed: int = 0, vocab_size: int = 40) -> torch.Tensor:
+    """(batch, length) int64 in 3..vocab_size - 1."""
+    return torch.randint(3, vocab_size, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def pad_left(rows: list[torch.Tensor], pad: int = 0) -> dict[str, torch.Tensor]:
+    """Rows of several lengths as `input_ids` and `attention_mask`, padded on the left."""
+    width = max(row.shape[0] for row in rows)
+    ids = torch.full((len(rows), width), pad)
+    mask = torch.zeros(len(rows), width, dtype=torch.long)
+    for index, row in enumerate(rows):
+        ids[index, width - row.shape[0] :] = row
+        mask[index, width - row.shape[0] :] = 1
+    return {"input_ids": ids, "attention_mask": mask}

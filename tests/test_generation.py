@@ -1,0 +1,295 @@
+"""Every mode of generate gives, token for token, what the model gives without a cache."""
+
+import copy
+import logging
+from threading import Thread
+
+import pytest
+import torch
+import transformers
+from packaging.version import Version
+from small_models import pad_left, random_ids, small_lm
+from transformers import TextIteratorStreamer, TextStreamer, set_seed
+
+from modeling_seqboat import SeqBoatCache, build_byte_tokenizer
+
+KINDS = [
+    ("rotary", "softmax"),
+    ("rotary", "relu2"),
+    ("simple", "softmax"),
+    ("simple", "relu2"),
+    ("local", "softmax"),
+    ("local", "relu2"),
+    ("none", "laplace"),
+]
+NEW = 24
+CONTINUES_CHUNKED = Version(transformers.__version__) >= Version("5.18")
+
+
+def model_of(kind: tuple[str, str], **overrides):
+    return small_lm(position_embedding_type=kind[0], attention_activation=kind[1], **overrides)
+
+
+def padded_prompts() -> dict[str, torch.Tensor]:
+    return pad_left([random_ids(1, length, seed=length)[0] for length in (21, 1, 9)])
+
+
+def greedy(model, inputs: dict[str, torch.Tensor], **options) -> torch.Tensor:
+    return model.generate(**inputs, do_sample=False, max_new_tokens=options.pop("max_new_tokens", NEW), **options)
+
+
+def by_forward(model, ids: torch.Tensor, new: int = NEW) -> torch.Tensor:
+    """Greedy continuation of one unpadded row by full forwards alone."""
+    with torch.no_grad():
+        for _ in range(new):
+            logits = model(ids, use_cache=False).logits
+            ids = torch.cat([ids, logits[:, -1:].argmax(-1)], dim=1)
+    return ids
+
+
+@pytest.mark.parametrize("kind", KINDS, ids="-".join)
+def test_greedy_equals_full_forwards_row_by_row(kind):
+    model, inputs = model_of(kind), padded_prompts()
+    produced = greedy(model, inputs)
+    assert torch.equal(produced, greedy(model, inputs, use_cache=False))
+    for row, mask, got in zip(inputs["input_ids"], inputs["attention_mask"], produced, strict=True):
+        alone = row[mask.bool()][None]
+        assert torch.equal(by_forward(model, alone)[0, alone.shape[1] :], got[row.shape[0] :])
+
+
+def test_the_models_under_test_skip_some_tokens_and_use_their_memory():
+    model, ids = model_of(KINDS[0]), random_ids(2, 60)
+    probs = model(ids, output_router_probs=True).router_probs
+    for confidence in probs:
+        assert 0.15 < (confidence > 0).float().mean() < 0.85
+        assert ((confidence > 0).sum(1) > model.config.memory_size).all()
+
+
+@pytest.mark.parametrize("kind", KINDS, ids="-".join)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"do_sample": True, "top_k": 0},
+        {"num_beams": 3},
+        {"num_beams": 3, "num_return_sequences": 2},
+        {"do_sample": True, "num_return_sequences": 3},
+        {"do_sample": True, "num_beams": 2},
+    ],
+    ids=["sample", "beams", "beams-return-2", "sample-return-3", "beam-sample"],
+)
+def test_sampling_and_beams_equal_their_cache_free_counterpart(kind, options):
+    model, inputs = model_of(kind), padded_prompts()
+    outputs = []
+    for use_cache in (True, False):
+        set_seed(3)
+        outputs.append(model.generate(**inputs, max_new_tokens=14, use_cache=use_cache, **options))
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_greedy_with_routers_that_activate_nothing_or_everything(share):
+    model, inputs = model_of(KINDS[0]), padded_prompts()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.router.bias.copy_(torch.tensor([0.0, 1e4]) if share else torch.tensor([1e4, 0.0]))
+    assert torch.equal(greedy(model, inputs), greedy(model, inputs, use_cache=False))
+
+
+def test_greedy_with_a_truncated_ema_and_a_feed_forward_block():
+    model, inputs = small_lm(ssm_truncation=5, intermediate_size=24, norm_type="scalenorm"), padded_prompts()
+    assert torch.equal(greedy(model, inputs), greedy(model, inputs, use_cache=False))
+    assert torch.equal(greedy(model, inputs, prefill_chunk_size=3), greedy(model, inputs, use_cache=False))
+
+
+@pytest.mark.parametrize("kind", KINDS, ids="-".join)
+@pytest.mark.parametrize("chunk", [1, 7, 100])
+def test_prefill_in_chunks(kind, chunk):
+    model, inputs = model_of(kind), padded_prompts()
+    assert torch.equal(greedy(model, inputs, prefill_chunk_size=chunk), greedy(model, inputs, use_cache=False))
+
+
+@pytest.mark.parametrize("kind", KINDS, ids="-".join)
+def test_static_cache(kind):
+    model, inputs = model_of(kind), padded_prompts()
+    expected = greedy(model, inputs, use_cache=False)
+    assert torch.equal(greedy(model, inputs, cache_implementation="static"), expected)
+    assert torch.equal(greedy(model, inputs, cache_implementation="static", prefill_chunk_size=4), expected)
+    expected = model.generate(**inputs, num_beams=2, max_new_tokens=12, use_cache=False)
+    assert torch.equal(
+        model.generate(**inputs, num_beams=2, max_new_tokens=12, cache_implementation="static"), expected
+    )
+
+
+@pytest.mark.parametrize("implementation", [None, "static"])
+def test_inputs_embeds(implementation):
+    model, inputs = model_of(KINDS[0]), padded_prompts()
+    expected = greedy(model, inputs)[:, inputs["input_ids"].shape[1] :]
+    embeds = model.get_input_embeddings()(inputs["input_ids"])
+    given = {"inputs_embeds": embeds, "attention_mask": inputs["attention_mask"]}
+    assert torch.equal(greedy(model, given, cache_implementation=implementation), expected)
+    both = given | {"input_ids": inputs["input_ids"]}
+    assert torch.equal(greedy(model, both)[:, -NEW:], expected)
+
+
+@pytest.mark.parametrize("implementation", [None, "static"])
+def test_continuing_from_a_returned_cache(implementation):
+    model, inputs = model_of(KINDS[0]), padded_prompts()
+    expected = greedy(model, inputs, use_cache=False)
+    options = {"return_dict_in_generate": True, "cache_implementation": implementation}
+    first = greedy(model, inputs, max_new_tokens=10, **options)
+    assert isinstance(first.past_key_values, SeqBoatCache)
+    mask = torch.cat([inputs["attention_mask"], torch.ones(3, 10, dtype=torch.long)], dim=1)
+    second = greedy(
+        model,
+        {"input_ids": first.sequences, "attention_mask": mask, "past_key_values": first.past_key_values},
+        max_new_tokens=NEW - 10,
+    )
+    assert torch.equal(second, expected)
+
+
+def test_continuing_a_conversation_with_more_text():
+    model, ids, more = model_of(KINDS[0]), random_ids(1, 12), random_ids(1, 9, seed=5)
+    first = greedy(model, {"input_ids": ids}, return_dict_in_generate=True)
+    whole = torch.cat([first.sequences, more], dim=1)
+    expected = greedy(model, {"input_ids": whole}, use_cache=False)
+    cached = greedy(model, {"input_ids": whole, "past_key_values": copy.deepcopy(first.past_key_values)})
+    assert torch.equal(cached, expected)
+    chunked = {"input_ids": whole, "past_key_values": first.past_key_values}
+    if CONTINUES_CHUNKED:
+        assert torch.equal(greedy(model, chunked, prefill_chunk_size=4), expected)
+    else:
+        with pytest.raises(ValueError, match="prefill_chunk_size"):
+            greedy(model, chunked, prefill_chunk_size=4)
+        assert torch.equal(greedy(model, chunked), expected)
+
+
+class Collector:
+    """A streamer that keeps the ids it is given."""
+
+    def __init__(self):
+        self.ids = []
+
+    def put(self, value):
+        self.ids.extend(value.flatten().tolist())
+
+    def end(self):
+        self.ended = True
+
+
+def test_a_streamer_sees_every_token():
+    model, ids, streamer = model_of(KINDS[0]), random_ids(1, 12), Collector()
+    expected = greedy(model, {"input_ids": ids}, use_cache=False)
+    greedy(model, {"input_ids": ids}, streamer=streamer)
+    assert streamer.ids == expected[0].tolist() and streamer.ended
+
+
+def test_text_streamers(capsys):
+    tokenizer = build_byte_tokenizer()
+    model = small_lm(vocab_size=264, pad_token_id=256, bos_token_id=257)
+    inputs = {"input_ids": torch.tensor([list(b"a harbour at dawn")])}
+    # Printable ASCII: a streamer may cut other bytes in the middle of a character.
+    options = {"suppress_tokens": [*range(32), *range(127, 264)]}
+    expected = tokenizer.decode(greedy(model, inputs, use_cache=False, **options)[0, -NEW:])
+    greedy(model, inputs, streamer=TextStreamer(tokenizer, skip_prompt=True), **options)
+    assert capsys.readouterr().out == expected + "\n"
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=60)
+    thread = Thread(target=greedy, args=(model, inputs), kwargs={"streamer": streamer, **options})
+    thread.start()
+    assert "".join(streamer) == expected
+    thread.join()
+
+
+def single_prompts() -> list[dict[str, torch.Tensor]]:
+    """An unpadded and a left-padded row; assisted decoding takes one row at a time."""
+    plain = {"input_ids": random_ids(1, 13)}
+    padded = pad_left([random_ids(1, 13)[0], random_ids(1, 18)[0]])
+    return [plain, {name: value[:1] for name, value in padded.items()}]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids="-".join)
+@pytest.mark.parametrize("padded", [False, True], ids=["plain", "padded"])
+def test_assisted_decoding_with_another_draft_model(kind, padded):
+    model, inputs = model_of(kind), single_prompts()[padded]
+    draft = model_of(kind, seed=1, num_hidden_layers=1, hidden_size=8)
+    expected = greedy(model, inputs, use_cache=False)
+    assert torch.equal(greedy(model, inputs, assistant_model=draft), expected)
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["plain", "padded"])
+@pytest.mark.parametrize("truncation", [None, 5])
+def test_the_model_as_its_own_assistant(padded, truncation):
+    model, inputs = model_of(KINDS[0], ssm_truncation=truncation), single_prompts()[padded]
+    expected = greedy(model, inputs, use_cache=False)
+    assert torch.equal(greedy(model, inputs, assistant_model=model), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids="-".join)
+def test_prompt_lookup(kind):
+    model = model_of(kind)
+    pattern = random_ids(1, 7)
+    for inputs in ({"input_ids": pattern.repeat(1, 4)}, single_prompts()[1]):
+        expected = greedy(model, inputs, use_cache=False)
+        assert torch.equal(greedy(model, inputs, prompt_lookup_num_tokens=4), expected)
+
+
+def test_assisted_sampling_equals_its_own_repetition():
+    model, draft = model_of(KINDS[0]), model_of(KINDS[0], seed=1)
+    outputs = []
+    for _ in range(2):
+        set_seed(0)
+        outputs.append(model.generate(random_ids(1, 13), do_sample=True, max_new_tokens=NEW, assistant_model=draft))
+    assert torch.equal(*outputs)
+
+
+def test_a_prompt_padded_on_the_right_is_warned_of(caplog):
+    model, ids = model_of(KINDS[0]), random_ids(2, 6)
+    mask = torch.ones_like(ids)
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    try:
+        model.generate(ids, attention_mask=mask, max_new_tokens=1)
+        assert "padding_side" not in caplog.text
+        mask[1, -2:] = 0
+        model.generate(ids, attention_mask=mask, max_new_tokens=1)
+        assert "padding_side" in caplog.text
+    finally:
+        logger.removeHandler(caplog.handler)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids="-".join)
+@torch.no_grad()
+def test_right_padded_prefill_by_forward_then_decoding(kind):
+    model = model_of(kind)
+    rows = [random_ids(1, length, seed=length)[0] for length in (19, 4, 11)]
+    width = 19
+    ids = torch.stack([torch.nn.functional.pad(row, (0, width - row.shape[0])) for row in rows])
+    mask = (torch.arange(width) < torch.tensor([[19], [4], [11]])).long()
+    outputs = model(ids, attention_mask=mask, use_cache=True)
+    token = outputs.logits[torch.arange(3), mask.sum(1) - 1].argmax(-1, keepdim=True)
+    produced = [token]
+    for _ in range(NEW - 1):
+        outputs = model(token, past_key_values=outputs.past_key_values)
+        token = outputs.logits[:, -1:].argmax(-1)
+        produced.append(token)
+    for row, got in zip(rows, torch.cat(produced, dim=1), strict=True):
+        assert torch.equal(by_forward(model, row[None])[0, row.shape[0] :], got)
+
+
+def test_position_ids_that_generate_counts_itself_are_accepted():
+    model, inputs = model_of(KINDS[2]), padded_prompts()
+    expected = greedy(model, inputs)
+    counted = inputs["attention_mask"].cumsum(1) - 1
+    assert torch.equal(greedy(model, inputs | {"position_ids": counted}), expected)
+    # Only differences of positions enter the model, so an offset changes nothing.
+    assert torch.equal(greedy(model, inputs | {"position_ids": counted + 7}), expected)
+    ids = random_ids(1, 13)
+    given = {"input_ids": ids, "position_ids": torch.arange(13)[None]}
+    draft = model_of(KINDS[2], seed=1)
+    assert torch.equal(greedy(model, given, assistant_model=draft), by_forward(model, ids))
+
+
+@pytest.mark.parametrize("positions", [[0, 1, 2, 0, 1, 2], [0, 2, 4, 6, 8, 10]], ids=["restart", "gaps"])
+def test_position_ids_that_generate_cannot_honour_are_refused(positions):
+    model, ids = model_of(KINDS[0]), random_ids(1, 6)
+    with pytest.raises(ValueError, match="position_ids must rise by one"):
+        model.generate(ids, position_ids=torch.tensor([positions]), max_new_tokens=2)
