@@ -1,0 +1,67 @@
+"""Packaging. The folder `configuration` is installed as data of the package, not as a module of its own."""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "modeling_seqboat/__init__.py").read_text("utf-8"), re.M)[1]
+
+TRAIN = [
+    "accelerate>=1.10",
+    "datasets>=4.0",
+    "matplotlib>=3.9",
+    "peft>=0.18",
+    "tensorboard>=2.18",
+    "trl>=1.0",
+]
+TEST = [
+    *TRAIN,
+    "hypothesis>=6.100",
+    "pytest>=8.2",
+    "pytest-timeout>=2.3",
+    "ruff>=0.9",
+    "setuptools>=77",
+    "torchao>=0.15",
+    # Its interpreter runs the kernels' tests without a GPU.
+    "triton>=3.6; platform_system == 'Linux'",
+]
+
+setup(
+    name="seqboat-transformers",
+    version=VERSION,
+    description="SeqBoat (sparse modular activation) for Hugging Face transformers, with a constant-size cache",
+    long_description=(ROOT / "README.md").read_text("utf-8"),
+    long_description_content_type="text/markdown",
+    author="SeqBoat for transformers contributors",
+    license_expression="MIT",
+    license_files=["LICENSE"],
+    keywords=["transformers", "language model", "state space model", "sparse attention", "conditional computation"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+    python_requires=">=3.11",
+    install_requires=[
+        "huggingface_hub>=1.0",
+        "numpy>=1.26",
+        "safetensors>=0.5",
+        "tokenizers>=0.22",
+        "torch>=2.11",
+        "tqdm>=4.66",
+        "transformers>=5.17",
+    ],
+    extras_require={"train": TRAIN, "test": TEST},
+    packages=["modeling_seqboat", "modeling_seqboat.configuration", "hub_upload"],
+    package_dir={"modeling_seqboat.configuration": "configuration"},
+    package_data={
+        "modeling_seqboat": ["py.typed"],
+        "modeling_seqboat.configuration": ["README.md", "**/*.json", "**/*.yaml", "**/*.yml", "**/*.toml"],
+        "hub_upload": ["**/*"],
+    },
+    zip_safe=False,
+)

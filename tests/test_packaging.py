@@ -1,0 +1,90 @@
+"""What `pip install` puts where: the presets travel inside the package, and nothing else becomes a module."""
+
+import importlib.util
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import modeling_seqboat
+
+ROOT = Path(__file__).parents[1]
+
+
+def pip(*arguments):
+    subprocess.run([sys.executable, "-m", "pip", "--quiet", *map(str, arguments)], check=True, timeout=240)
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """The wheel of a copy of the sources, installed into a folder of its own."""
+    sources, wheels, target = (tmp_path_factory.mktemp(name) for name in ("sources", "wheels", "target"))
+    kept_out = shutil.ignore_patterns(".*", "*.egg-info", "build", "dist", "outputs", "runs", "__pycache__", "goldens")
+    shutil.copytree(ROOT, sources, ignore=kept_out, dirs_exist_ok=True)
+    pip("wheel", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", wheels, sources)
+    (wheel,) = wheels.iterdir()
+    pip("install", "--no-deps", "--no-index", "--target", target, wheel)
+    return target
+
+
+def run_there(installed, program, cwd):
+    """Run a program in a fresh process that finds the installed package first, from another folder."""
+    start = f"import sys; sys.path.insert(0, {str(installed)!r})\n"
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", start + program], cwd=cwd, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_presets_are_found_after_a_plain_install(installed, tmp_path):
+    output = run_there(
+        installed,
+        "import modeling_seqboat as package\n"
+        "print(package.__file__)\n"
+        "print(package.SeqBoatConfig.from_preset('enwik8').hidden_size)\n"
+        "print(*package.SeqBoatConfig.preset_names())\n",
+        tmp_path,
+    ).splitlines()
+    assert Path(output[0]).is_relative_to(installed)
+    assert output[1] == "616"
+    assert output[2].split() == modeling_seqboat.SeqBoatConfig.preset_names()
+
+
+def test_only_the_package_and_hub_upload_become_modules(installed):
+    names = {path.name for path in installed.iterdir() if not path.name.endswith(".dist-info")} - {"__pycache__"}
+    assert names == {"modeling_seqboat", "hub_upload"}
+    assert (installed / "modeling_seqboat" / "py.typed").is_file()
+    shipped = {path.name for path in (installed / "modeling_seqboat").glob("*.py")}
+    assert shipped == {path.name for path in (ROOT / "modeling_seqboat").glob("*.py")}
+
+
+def test_the_metadata_names_version_and_licence(installed):
+    (metadata,) = installed.glob("*.dist-info/METADATA")
+    text = metadata.read_text(encoding="utf-8")
+    assert f"\nVersion: {modeling_seqboat.__version__}\n" in text
+    assert "\nLicense-Expression: MIT\n" in text
+    assert (metadata.parent / "licenses" / "LICENSE").is_file()
+
+
+def test_the_config_file_alone_says_where_presets_come_from(tmp_path):
+    """A model folder of the Hub ships the file without presets: it must load, and say so when asked for one."""
+    lone = tmp_path / "configuration_seqboat.py"
+    shutil.copy(ROOT / "modeling_seqboat" / "configuration_seqboat.py", lone)
+    spec = importlib.util.spec_from_file_location("lone_configuration_seqboat", lone)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.SeqBoatConfig().hidden_size == 616
+    with pytest.raises(FileNotFoundError, match="presets .* come with the package modeling_seqboat"):
+        module.SeqBoatConfig.from_preset("enwik8")
+
+
+@pytest.mark.parametrize("file", ["constraints.txt", "constraints-min.txt"])
+def test_constraints_pin_every_requirement(file):
+    lines = [line for line in (ROOT / file).read_text().splitlines() if line and not line.startswith("#")]
+    assert all(line.count("==") == 1 and "+" not in line and "/" not in line for line in lines)
+    pinned = {line.split("==")[0].lower().replace("_", "-") for line in lines}
+    direct = {"torch", "transformers", "tokenizers", "safetensors", "numpy", "huggingface-hub", "tqdm"}
+    assert direct | {"accelerate", "datasets", "peft", "trl", "pytest", "hypothesis"} <= pinned
