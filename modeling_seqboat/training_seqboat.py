@@ -1,0 +1,247 @@
+"""Training helpers: which parameters decay, and what the routers do. Nothing here is needed to run a model.
+
+Parts of a model are recognised by class and parameter name, so that the helpers also serve a model whose code came with
+its checkpoint (`trust_remote_code=True`), one wrapped by DDP, FSDP2 or torch.compile, and one with adapters.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+_LAYER = re.compile(r"\blayers\.(\d+)\.")
+
+
+def _routers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in model.named_modules():
+        if any(cls.__name__ == "SeqBoatRouter" for cls in type(module).__mro__) and module.learned:
+            yield name, module
+
+
+def _owned_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Parameter]]:
+    """Each parameter once (a tied one under its first name), with the module that owns it."""
+    seen = set()
+    for prefix, module in model.named_modules():
+        for name, parameter in module.named_parameters(prefix=prefix, recurse=False):
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                yield name, module, parameter
+
+
+def decay_parameter_names(model: nn.Module, decay_embeddings: bool = False) -> list[str]:
+    """Names of the parameters that weight decay is meant for: the matrices of linear layers (adapters' included).
+
+    EMA, norm, router, bias and attention-scale parameters set time constants, thresholds and scales: 0 is no neutral
+    value for them. Embeddings, and an output matrix tied to them, decay with `decay_embeddings` only.
+    """
+    kinds = (nn.Linear, nn.Embedding) if decay_embeddings else (nn.Linear,)
+    return [
+        name
+        for name, module, _ in _owned_parameters(model)
+        if isinstance(module, kinds) and name.rpartition(".")[2] == "weight"
+    ]
+
+
+def parameter_groups(
+    model: nn.Module,
+    weight_decay: float,
+    *,
+    decay_embeddings: bool = False,
+    router_learning_rate: float | None = None,
+) -> list[dict]:
+    """Parameter groups for any torch optimizer, in model order; frozen parameters are left out, empty groups too.
+
+    Args:
+        weight_decay: for the parameters of `decay_parameter_names`; all others get 0.
+        router_learning_rate: peak rate of the routers' weight, bias and temperature, which then are a group of their
+            own; by default they learn at the optimizer's rate.
+
+    Example: `Trainer(..., optimizers=(torch.optim.AdamW(parameter_groups(model, 0.1), lr=2e-3), None))`.
+    """
+    if weight_decay < 0:
+        raise ValueError(f"weight_decay must be at least 0, got {weight_decay}")
+    decaying = set(decay_parameter_names(model, decay_embeddings))
+    router_ids = {id(parameter) for _, router in _routers(model) for parameter in router.parameters()}
+    groups = [
+        {"params": [], "weight_decay": weight_decay},
+        {"params": [], "weight_decay": 0.0},
+    ]
+    router_group = {"params": [], "weight_decay": 0.0, "lr": router_learning_rate}
+    for name, _, parameter in _owned_parameters(model):
+        if not parameter.requires_grad:
+            continue
+        if router_learning_rate is not None and id(parameter) in router_ids:
+            router_group["params"].append(parameter)
+        else:
+            groups[name not in decaying]["params"].append(parameter)
+    return [group for group in (*groups, router_group) if group["params"]]
+
+
+@dataclass
+class RouterStatistics:
+    """What one layer's router did: activated share of the real tokens in [0, 1], and its temperature (NaN where the
+    parameter is sharded away, as ZeRO-3 does)."""
+
+    activation_rate: float
+    temperature: float
+
+
+class RouterMonitor:
+    """Counts activations of every router during training forwards. Nothing is synchronised until `read`.
+
+    Call `close` (or use it as a context manager) to take the hooks off again.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._sums: dict[int, list[Tensor]] = {}
+        self._handles = []
+        for name, router in _routers(model):
+            layer = int(_LAYER.search(f"{name}.")[1])
+            self._handles.append(router.register_forward_hook(self._hook(layer)))
+
+    def _hook(self, layer: int):
+        @torch.compiler.disable
+        def count(module: nn.Module, args: tuple, output: tuple[Tensor, Tensor]) -> None:
+            if not module.training:
+                return
+            active, real = output[1], args[1]
+            with torch.no_grad():
+                tokens = active.new_tensor(active.numel(), dtype=torch.float64) if real is None else real.sum().double()
+                temperature = module.log_temperature.detach().double().exp().sum()
+                if module.log_temperature.numel() == 0:
+                    temperature = temperature + torch.nan
+                now = [active.sum().double(), tokens]
+                before = self._sums.get(layer)
+                counts = now if before is None else [a + b for a, b in zip(before[:2], now, strict=True)]
+                self._sums[layer] = [*counts, temperature]
+
+        return count
+
+    def read(self) -> dict[int, RouterStatistics]:
+        """Statistics per layer since the last call, over all processes; every process has to call it."""
+        layers = sorted(self._sums)
+        if not layers:
+            return {}
+        device = self._sums[layers[0]][0].device
+        table = torch.stack([torch.stack([value.to(device) for value in self._sums[layer]]) for layer in layers])
+        self._sums.clear()
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            counts = table[:, :2].float().contiguous()
+            dist.all_reduce(counts)
+            table[:, :2] = counts.double()
+        return {
+            layer: RouterStatistics(active / max(tokens, 1.0), temperature)
+            for layer, (active, tokens, temperature) in zip(layers, table.tolist(), strict=True)
+        }
+
+    def close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def __enter__(self) -> "RouterMonitor":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+
+class CollapseWarning:
+    """Warns when a router stops choosing: (nearly) no token or (nearly) every token of a layer is activated.
+
+    It warns once a layer and side, and again only after that layer's rate has come back in between.
+    """
+
+    def __init__(self, low: float = 0.001, high: float = 0.999):
+        if not 0 <= low < high <= 1:
+            raise ValueError(f"0 <= low < high <= 1 must hold, got low={low} and high={high}")
+        self.low, self.high = low, high
+        self._side: dict[int, int] = {}
+
+    def check(self, statistics: dict[int, RouterStatistics], step: int) -> list[str]:
+        """Logs, and returns, one message for each layer that has newly collapsed."""
+        messages = []
+        for layer, seen in statistics.items():
+            side = -1 if seen.activation_rate <= self.low else int(seen.activation_rate >= self.high)
+            if side and side != self._side.get(layer, 0):
+                consequence = "its attention is off" if side < 0 else "it no longer selects"
+                messages.append(
+                    f"step {step}: the router of layer {layer} activates {seen.activation_rate:.1%} of the tokens: "
+                    f"{consequence}. A lower learning rate for the routers, a longer warm-up or another "
+                    "router_temperature_init may help"
+                )
+            self._side[layer] = side
+        for message in messages:
+            logger.warning(message)
+        return messages
+
+
+def statistics_as_logs(statistics: dict[int, RouterStatistics]) -> dict[str, float]:
+    """`router/activation_rate_{layer}`, `router/temperature_{layer}` and the mean rate `router/activation_rate`."""
+    logs = {}
+    for layer, seen in statistics.items():
+        logs[f"router/activation_rate_{layer}"] = round(seen.activation_rate, 6)
+        logs[f"router/temperature_{layer}"] = round(seen.temperature, 6)
+    if statistics:
+        rates = [seen.activation_rate for seen in statistics.values()]
+        logs["router/activation_rate"] = round(sum(rates) / len(rates), 6)
+    return logs
+
+
+class RouterCallback(TrainerCallback):
+    """Adds activation rate and temperature of each layer to the Trainer's training logs, and warns of collapse.
+
+    `RouterCallback.attach(trainer)` puts it before the callbacks that write to TensorBoard and the like, so that these
+    see the numbers; given as `callbacks=[RouterCallback()]` the numbers reach `trainer.state.log_history` only.
+    """
+
+    def __init__(self, low: float = 0.001, high: float = 0.999):
+        self._warning = CollapseWarning(low, high)
+        self._monitor: RouterMonitor | None = None
+
+    @classmethod
+    def attach(cls, trainer: Trainer, **kwargs) -> "RouterCallback":
+        callback = cls(**kwargs)
+        trainer.callback_handler.callbacks.insert(0, callback)
+        return callback
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self._stop()
+        self._monitor = RouterMonitor(model)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self._monitor is None or logs is None or "loss" not in logs:
+            return
+        statistics = self._monitor.read()
+        added = statistics_as_logs(statistics)
+        logs.update(added)
+        if state.log_history:
+            state.log_history[-1].update(added)
+        if state.is_world_process_zero:
+            self._warning.check(statistics, state.global_step)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._monitor is not None:
+            self._monitor.close()
+            self._monitor = None
+
+
+class SeqBoatTrainerMixin:
+    """Gives a Trainer the right weight decay: `class MyTrainer(SeqBoatTrainerMixin, SFTTrainer): pass`."""
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        return decay_parameter_names(model)
+
+
+class SeqBoatTrainer(SeqBoatTrainerMixin, Trainer):
+    """transformers' Trainer, with weight decay on the matrices only."""
