@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -22,10 +22,15 @@ from .configuration_seqboat import SeqBoatConfig
 from .ops_layout_seqboat import last_real_tokens, shift_real_tokens
 from .ops_ssm_seqboat import ema_scan
 
-# Config fields that a state depends on: a cache made under other values is refused.
+# Config fields that a state's shape or meaning depends on: a cache made under other values is refused.
 _SIGNATURE = (
     "num_hidden_layers",
     "hidden_size",
+    "intermediate_size",
+    "hidden_act",
+    "norm_type",
+    "norm_first",
+    "scale_embeddings",
     "state_size",
     "memory_size",
     "qk_head_dim",
@@ -33,6 +38,7 @@ _SIGNATURE = (
     "ssm_type",
     "ssm_truncation",
     "router_type",
+    "attention_activation",
     "position_embedding_type",
     "rope_theta",
 )
@@ -81,6 +87,8 @@ class CacheUpdate:
             cut[name] = None if cut[name] is None else cut[name][:, first:end]
         for name in ("row", "column", "ordinal", "current", "keys", "values", "positions"):
             cut[name] = cut[name][chosen]
+        # A window of the columns would keep the whole forward alive.
+        cut["hidden"] = cut["hidden"].clone()
         cut["column"] = cut["column"] - first
         if cut["reset"] is not None:
             # A token is of the last segment of what is left only if no later segment starts in there.
@@ -444,9 +452,9 @@ class SeqBoatCache(Cache):
     def check_config(self, config: SeqBoatConfig) -> None:
         """Raises ValueError unless the cache was made for a model of this shape."""
         for name, expected in _signature(config).items():
-            if self.signature[name] != expected:
+            if self.signature.get(name) != expected:
                 raise ValueError(
-                    f"past_key_values was made for another model: its {name} is {self.signature[name]!r}, "
+                    f"past_key_values was made for another model: its {name} is {self.signature.get(name)!r}, "
                     f"this model's is {expected!r}"
                 )
 
@@ -514,10 +522,17 @@ class SeqBoatCache(Cache):
 
         Args:
             path: the file.
-            config: of the model that will continue; a state of another shape raises ValueError.
+            config: of the model that will continue.
             device: where the buffers go.
+
+        Raises:
+            ValueError: if the file is damaged, holds something else, or the state of another model.
         """
-        with safe_open(path, "pt", device=str(device)) as file:
+        try:
+            opened = safe_open(path, "pt", device=str(device))
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error
+        with opened as file:
             meta = file.metadata() or {}
             if meta.get("format") != _FORMAT:
                 raise ValueError(f"{path} is not a SeqBoat cache: format {meta.get('format')!r}, expected {_FORMAT!r}")

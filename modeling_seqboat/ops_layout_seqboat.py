@@ -175,7 +175,8 @@ def last_real_tokens(x: Tensor, count: int, real: Tensor | None, reset: Tensor |
     batch, length, width = x.shape
     extended = torch.cat([history, x.to(history.dtype)], dim=1)
     if real is None and reset is None:
-        return extended[:, length:].contiguous()
+        # A window would keep the whole forward's inputs alive; `contiguous` leaves that of a single row as it is.
+        return extended[:, length:].clone()
     device = x.device
     real_columns = real if real is not None else torch.ones(batch, length, dtype=torch.bool, device=device)
     order = real_columns.long().cumsum(1) - 1
