@@ -1,22 +1,24 @@
 """SeqBoat for transformers: importing this package makes AutoConfig and the AutoModel classes know `seqboat`."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+import transformers
 
 from .cache_seqboat import SeqBoatCache
 from .configuration_seqboat import SeqBoatConfig
-from .modeling_seqboat import SeqBoatForCausalLM, SeqBoatModel, SeqBoatPreTrainedModel
+from .heads_seqboat import SeqBoatForSequenceClassification
+from .modeling_seqboat import AUTO_CLASSES, SeqBoatForCausalLM, SeqBoatModel, SeqBoatPreTrainedModel
 from .tokenization_seqboat import build_byte_tokenizer
 
 __version__ = "0.1.0"
 
-AutoConfig.register("seqboat", SeqBoatConfig, exist_ok=True)
-AutoModel.register(SeqBoatConfig, SeqBoatModel, exist_ok=True)
-AutoModelForCausalLM.register(SeqBoatConfig, SeqBoatForCausalLM, exist_ok=True)
+transformers.AutoConfig.register("seqboat", SeqBoatConfig, exist_ok=True)
+for _auto_class, _model_class in AUTO_CLASSES.items():
+    getattr(transformers, _auto_class).register(SeqBoatConfig, globals()[_model_class], exist_ok=True)
 
 __all__ = [
     "SeqBoatCache",
     "SeqBoatConfig",
     "SeqBoatForCausalLM",
+    "SeqBoatForSequenceClassification",
     "SeqBoatModel",
     "SeqBoatPreTrainedModel",
     "build_byte_tokenizer",

@@ -20,6 +20,7 @@ from .ops_attention_seqboat import (
     apply_rotary,
     attention_scale,
     memory_attention_step,
+    rotary_tables,
     t5_bias_table,
 )
 from .ops_layout_seqboat import ScanPlan, build_scan_plan, shift_real_tokens
@@ -76,6 +77,32 @@ def without_autocast(device: torch.device) -> AbstractContextManager:
     """Autocast would run the float32 parts (EMA, router) in half precision."""
     known = device.type in ("cpu", "cuda", "xpu", "mps")
     return torch.autocast(device.type, enabled=False) if known else nullcontext()
+
+
+class SeqBoatValueEmbedding(nn.Module):
+    """Real numbers as tokens: (B, L) values v -> v * weight + bias, (B, L, D)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+        self.bias = nn.Parameter(torch.empty(width))
+
+    def forward(self, values: Tensor) -> Tensor:
+        return values[..., None].to(self.weight.dtype) * self.weight + self.bias
+
+
+class SeqBoatAbsolutePositions(nn.Module):
+    """scale * [sin(t / 10000^(2i/D)), cos(...)], the sines first, with one learned scale."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.width = width
+        self.scale = nn.Parameter(torch.empty(1))
+
+    def forward(self, positions: Tensor) -> Tensor:
+        """(B, L) int64 -> (B, L, D) float32."""
+        cos, sin = rotary_tables(positions, self.width, 10000.0)
+        return self.scale * torch.cat([sin, cos], dim=-1)
 
 
 class SeqBoatLayerNorm(nn.LayerNorm):

@@ -21,12 +21,14 @@ from .cache_seqboat import SeqBoatCache
 from .configuration_seqboat import SeqBoatConfig
 from .context_seqboat import build_context
 from .layers_seqboat import (
+    SeqBoatAbsolutePositions,
     SeqBoatAttention,
     SeqBoatDecoderLayer,
     SeqBoatEMA,
     SeqBoatPositionBias,
     SeqBoatRouter,
     SeqBoatScaleNorm,
+    SeqBoatValueEmbedding,
     build_norm,
 )
 
@@ -36,6 +38,7 @@ logger = logging.get_logger(__name__)
 AUTO_CLASSES: dict[str, str] = {
     "AutoModel": "SeqBoatModel",
     "AutoModelForCausalLM": "SeqBoatForCausalLM",
+    "AutoModelForSequenceClassification": "SeqBoatForSequenceClassification",
 }
 
 _PAGED_ARGUMENTS = ("cache", "read_index", "write_index", "block_table")
@@ -127,6 +130,11 @@ class SeqBoatPreTrainedModel(PreTrainedModel):
             init.zeros_(module.qk_offset)
         elif isinstance(module, SeqBoatPositionBias):
             _trunc_normal(module.weight, std)
+        elif isinstance(module, SeqBoatValueEmbedding):
+            init.normal_(module.weight, 0.0, 1.0)
+            init.normal_(module.bias, 0.0, 0.1)
+        elif isinstance(module, SeqBoatAbsolutePositions):
+            init.constant_(module.scale, self.config.hidden_size**-0.5)
         elif isinstance(module, SeqBoatScaleNorm) and module.weight is not None:
             init.ones_(module.weight)
 
@@ -139,14 +147,17 @@ class SeqBoatModel(SeqBoatPreTrainedModel):
         if config.input_type == "tokens":
             self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         else:
-            raise ValueError(f"input_type must be 'tokens' for this model, got {config.input_type!r}")
+            self.embed_values = SeqBoatValueEmbedding(config.hidden_size)
+        self.absolute_positions = (
+            SeqBoatAbsolutePositions(config.hidden_size) if config.add_absolute_positions else None
+        )
         self.layers = nn.ModuleList([SeqBoatDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
         self.final_norm = build_norm(config, config.final_norm_affine) if config.norm_first else None
         self.gradient_checkpointing = False
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.embed_tokens
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed_tokens if self.config.input_type == "tokens" else self.embed_values
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.embed_tokens = value
@@ -159,6 +170,7 @@ class SeqBoatModel(SeqBoatPreTrainedModel):
         position_ids: Tensor | None = None,
         past_key_values: SeqBoatCache | None = None,
         inputs_embeds: Tensor | None = None,
+        input_values: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         output_router_probs: bool = False,
@@ -170,7 +182,8 @@ class SeqBoatModel(SeqBoatPreTrainedModel):
         """Runs the model.
 
         Args:
-            input_ids: (B, L) int64, or inputs_embeds: (B, L, D), exactly one.
+            input_ids: (B, L) int64, or input_values: (B, L) float where the config's `input_type` is values, or
+                inputs_embeds: (B, L, D); exactly one.
             attention_mask: (B, L), or (B, past + L) with a cache; 0 at padding, which may stand anywhere.
             position_ids: (B, L) or (1, L) int64, ignored at padding; counted over real tokens when not given. A
                 position not above the one before it starts a new segment of a packed row.
@@ -184,10 +197,22 @@ class SeqBoatModel(SeqBoatPreTrainedModel):
         """
         config = self.config
         self._refuse_unsupported(kwargs, output_attentions)
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        own = "input_ids" if config.input_type == "tokens" else "input_values"
+        given = [
+            name
+            for name, value in (("input_ids", input_ids), ("input_values", input_values), ("embeds", inputs_embeds))
+            if value is not None
+        ]
+        if len(given) != 1 or given[0] not in (own, "embeds"):
+            raise ValueError(f"give exactly one of {own} and inputs_embeds (input_type is {config.input_type!r})")
         cache = self._cache_for(past_key_values, use_cache)
-        if inputs_embeds is None:
+        if input_values is not None:
+            if input_values.ndim != 2 or input_values.shape[1] == 0:
+                raise ValueError(
+                    f"input_values must be of shape (batch, length >= 1), got {tuple(input_values.shape)}"
+                )
+            inputs_embeds = self.embed_values(input_values)
+        elif inputs_embeds is None:
             if input_ids.ndim != 2 or input_ids.shape[1] == 0:
                 raise ValueError(f"input_ids must be of shape (batch, length >= 1), got {tuple(input_ids.shape)}")
             self._check_ids(input_ids)
@@ -199,6 +224,8 @@ class SeqBoatModel(SeqBoatPreTrainedModel):
             config, batch, length, inputs_embeds.device, attention_mask, position_ids, seq_idx, cu_seq_lens_q, cache
         )
         hidden = inputs_embeds * math.sqrt(config.hidden_size) if config.scale_embeddings else inputs_embeds
+        if self.absolute_positions is not None:
+            hidden = hidden + self.absolute_positions(context.positions).to(hidden.dtype)
         hidden = F.dropout(hidden, config.hidden_dropout, self.training)
         if context.real is not None:
             hidden = hidden.masked_fill(~context.real[..., None], 0)
@@ -389,7 +416,9 @@ class SeqBoatForCausalLM(SeqBoatPreTrainedModel, GenerationMixin):
         shifted = torch.cat([labels, ignored], dim=1).gather(1, following)
         return shifted.masked_fill(~real, -100)
 
-    def generate(self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, *args, **kwargs):
+    def generate(
+        self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, *args, **kwargs
+    ):
         """`GenerationMixin.generate`.
 
         A prompt padded on the right gets a warning, since its last column is read. Positions are counted by the model;

@@ -1,0 +1,143 @@
+"""The promises on the GPU path: Triton kernels, padding, packing, chunks, static decoding. Skipped without a GPU."""
+
+import copy
+
+import pytest
+import torch
+
+from modeling_seqboat import SeqBoatCache, SeqBoatConfig, SeqBoatForCausalLM
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def build(seed=0, **overrides):
+    torch.manual_seed(seed)
+    fields = {
+        "hidden_size": 88, "num_hidden_layers": 3, "state_size": 16, "qk_head_dim": 32, "v_head_dim": 176, "memory_size": 64,
+    }  # fmt: skip
+    model = SeqBoatForCausalLM(SeqBoatConfig(**(fields | overrides))).eval().cuda()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "router.weight" in name:
+                parameter.normal_(0, 1)
+            if "qk_scale" in name:
+                parameter.normal_(0, 1)
+    return model
+
+
+def ids_of(rows, length, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (rows, length), generator=generator).cuda()
+
+
+def with_backend(model, backend):
+    other = copy.deepcopy(model)
+    other.config.kernel_backend = backend
+    for module in other.modules():
+        if hasattr(module, "config"):
+            module.config.kernel_backend = backend
+    return other
+
+
+@pytest.mark.parametrize("attention", ["softmax", "relu2"])
+@pytest.mark.parametrize("positions", ["rotary", "simple", "local"])
+def test_fast_and_torch_path_agree_on_a_whole_model(attention, positions):
+    model = build(attention_activation=attention, position_embedding_type=positions)
+    ids = ids_of(3, 500)
+    results = []
+    for backend in ("triton", "torch"):
+        chosen = with_backend(model, backend)
+        out = chosen(ids, labels=ids, output_router_probs=True)
+        out.loss.backward()
+        grads = {name: p.grad for name, p in chosen.named_parameters()}
+        results.append((out, grads))
+    (fast, fast_grads), (slow, slow_grads) = results
+    for a, b in zip(fast.router_probs, slow.router_probs, strict=True):
+        assert ((a > 0) == (b > 0)).all()
+    torch.testing.assert_close(fast.logits, slow.logits, atol=1e-3, rtol=1e-3)
+    for name, grad in slow_grads.items():
+        error = (fast_grads[name] - grad).norm() / grad.norm().clamp_min(1e-6)
+        assert error < 2e-3, (name, float(error))
+
+
+def test_decisions_in_bfloat16_differ_rarely_and_only_near_one_half():
+    model = build()
+    ids = ids_of(2, 2000)
+    with torch.no_grad():
+        exact = model.double()
+        exact.config.kernel_backend = "torch"
+        want = exact(ids, output_router_probs=True).router_probs[0]
+        model = build()
+        with torch.autocast("cuda", torch.bfloat16):
+            got = model(ids, output_router_probs=True).router_probs[0]
+    differ = (want > 0) != (got > 0)
+    assert differ.float().mean() <= 0.005
+    near = torch.maximum(want, got.double())[differ]
+    assert ((near - 0.5).abs() < 0.01).all()
+
+
+def test_padding_batches_and_packing_change_nothing():
+    model = build()
+    rows = [ids_of(1, n, seed=n) for n in (1, 63, 64, 65, 200)]
+    alone = [model(row).logits for row in rows]
+    width = 231
+    batch = torch.zeros(len(rows), width, dtype=torch.long, device="cuda")
+    mask = torch.zeros_like(batch)
+    generator = torch.Generator().manual_seed(3)
+    places = []
+    for i, row in enumerate(rows):
+        at = torch.randperm(width, generator=generator)[: row.shape[1]].sort().values.cuda()
+        batch[i, at] = row[0]
+        mask[i, at] = 1
+        places.append(at)
+    out = model(batch, attention_mask=mask)
+    for i, at in enumerate(places):
+        torch.testing.assert_close(out.logits[i, at], alone[i][0], atol=1e-3, rtol=1e-3)
+    packed = torch.cat(rows, dim=1)
+    positions = torch.cat([torch.arange(row.shape[1]) for row in rows])[None].cuda()
+    logits = model(packed, position_ids=positions).logits
+    torch.testing.assert_close(logits, torch.cat(alone, dim=1), atol=1e-3, rtol=1e-3)
+
+
+def test_chunks_and_single_tokens_give_the_same_logits_and_cache():
+    model = build()
+    ids = ids_of(2, 400)
+    with torch.no_grad():
+        whole = model(ids, use_cache=True)
+        cache = SeqBoatCache(model.config)
+        parts = []
+        for start, end in ((0, 129), (129, 130), (130, 131), (131, 390), *((i, i + 1) for i in range(390, 400))):
+            parts.append(model(ids[:, start:end], past_key_values=cache).logits)
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole.logits, atol=1e-3, rtol=1e-3)
+    for (name, a), (_, b) in zip(cache.tensors(), whole.past_key_values.tensors(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3, msg=name)
+
+
+def test_static_generation_compiles_and_equals_the_run_without_a_cache():
+    model = build()
+    ids = ids_of(2, 70)
+    arguments = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None}
+    want = model.generate(ids, use_cache=False, **arguments)
+    assert torch.equal(model.generate(ids, **arguments), want)
+    assert torch.equal(model.generate(ids, cache_implementation="static", **arguments), want)
+
+
+def test_forward_repeats_bit_for_bit():
+    model = build()
+    ids = ids_of(2, 1000)
+    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+        first, second = (model(ids, output_router_probs=True) for _ in range(2))
+    assert torch.equal(first.logits, second.logits)
+
+
+def test_chunked_prefill_takes_constant_memory():
+    model = build()
+    peaks = []
+    for length in (20_000, 100_000):
+        cache = SeqBoatCache(model.config)
+        torch.cuda.reset_peak_memory_stats()
+        with torch.no_grad():
+            for start in range(0, length, 4096):
+                model(ids_of(1, min(4096, length - start)), past_key_values=cache, logits_to_keep=1)
+        peaks.append(torch.cuda.max_memory_allocated())
+    assert peaks[1] - peaks[0] < 1 << 20
