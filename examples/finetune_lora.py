@@ -1,0 +1,164 @@
+"""LoRA on a saved causal SeqBoat: trains an adapter on a text, saves it, reloads it, merges it, and prints what that
+cost and brought.
+
+    python examples/finetune_lora.py --model outputs/lm --train_file examples/data/tinyshakespeare.txt \
+        --output_dir outputs/adapter
+"""
+
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from recipes import check_output_folder, parse_arguments
+from text_data import TokenBlocks, load_tokenizer, read_text_file, split_text
+from transformers import AutoModelForCausalLM, TrainingArguments
+
+import modeling_seqboat
+from modeling_seqboat.training_seqboat import RouterCallback, SeqBoatTrainer
+
+DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configuration/peft/seqboat_lora.json"
+
+
+@dataclass
+class LoraArguments:
+    model: str = field(metadata={"help": "folder or Hub name of a causal SeqBoat"})
+    train_file: str = field(metadata={"help": "text file, plain, .gz or .xz"})
+    output_dir: str = field(metadata={"help": "where the adapter goes; must be empty or new"})
+    tokenizer: str = field(default="byte", metadata={"help": "'byte' or a name for AutoTokenizer"})
+    peft_config: str = field(default=str(DEFAULT_CONFIG), metadata={"help": "JSON file of a PEFT LoRA config"})
+    target_modules: str | None = field(
+        default=None, metadata={"help": "'all-linear' or comma-separated names, instead of those in peft_config"}
+    )
+    rank: int | None = field(default=None, metadata={"help": "LoRA rank, instead of that in peft_config"})
+    use_dora: bool = field(default=False, metadata={"help": "weight-decomposed LoRA (DoRA)"})
+    quantization: str = field(default="none", metadata={"help": "base weights: none, int8 or int4 (torchao)"})
+    int4_group_size: int = field(default=32, metadata={"help": "must divide the width of every linear layer"})
+    sequence_length: int = field(default=1024, metadata={"help": "tokens a row"})
+    validation_fraction: float = field(default=0.1, metadata={"help": "part of the text kept for validation"})
+    max_bytes: int | None = field(default=None, metadata={"help": "use this much of the text"})
+    batch_size: int = field(default=4)
+    max_steps: int = field(default=200)
+    learning_rate: float = field(default=1e-3)
+    warmup_steps: int = field(default=10)
+    max_grad_norm: float = field(default=1.0)
+    bf16: bool = field(default=False)
+    use_cpu: bool = field(default=False)
+    logging_steps: int = field(default=10)
+    seed: int = field(default=0)
+    save_merged: bool = field(default=False, metadata={"help": "also save the merged model, under merged/"})
+    overwrite_output_dir: bool = field(default=False)
+
+
+def load_base(arguments: LoraArguments) -> torch.nn.Module:
+    """The base model, its linear layers quantised if asked for. Raises ValueError for a foreign model or setting."""
+    if arguments.quantization not in ("none", "int8", "int4"):
+        raise ValueError(f"quantization must be none, int8 or int4, got {arguments.quantization!r}")
+    settings = {}
+    if arguments.quantization != "none":
+        from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup
+        from transformers import TorchAoConfig
+
+        if arguments.quantization == "int8":
+            settings["quantization_config"] = TorchAoConfig(Int8WeightOnlyConfig())
+        else:
+            kind = IntxWeightOnlyConfig(torch.int4, PerGroup(arguments.int4_group_size))
+            settings["quantization_config"] = TorchAoConfig(kind)
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, **settings)
+    if model.config.model_type != modeling_seqboat.SeqBoatConfig.model_type:
+        raise ValueError(f"model {arguments.model!r} is a {model.config.model_type!r} model, not a SeqBoat")
+    return model
+
+
+def lora_config(arguments: LoraArguments) -> LoraConfig:
+    """The PEFT config file with what the flags change. Raises FileNotFoundError if there is none."""
+    path = Path(arguments.peft_config)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no PEFT config {str(path)!r}")
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    settings.pop("peft_type", None)
+    settings["use_dora"] = arguments.use_dora
+    if arguments.rank is not None:
+        settings["r"] = arguments.rank
+    if arguments.target_modules is not None:
+        names = arguments.target_modules.split(",")
+        settings["target_modules"] = names[0] if names == ["all-linear"] else names
+    return LoraConfig(**settings)
+
+
+def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
+    ids = torch.stack([row["input_ids"] for row in rows])
+    return {"input_ids": ids, "labels": ids}
+
+
+def main(argv: list[str] | None = None) -> dict:
+    arguments = parse_arguments(LoraArguments, argv)
+    output = check_output_folder(arguments.output_dir, False, arguments.overwrite_output_dir)
+    config = lora_config(arguments)
+    splits = split_text(
+        read_text_file(arguments.train_file), load_tokenizer(arguments.tokenizer), arguments.validation_fraction,
+        arguments.max_bytes,
+    )  # fmt: skip
+    train = TokenBlocks(splits.train, arguments.sequence_length)
+    validation = TokenBlocks(splits.validation, min(arguments.sequence_length, max(2, len(splits.validation))))
+    model = get_peft_model(load_base(arguments), config)
+    trainable, total = model.get_nb_trainable_parameters()
+    trainer = SeqBoatTrainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=str(output), per_device_train_batch_size=arguments.batch_size,
+            per_device_eval_batch_size=arguments.batch_size, max_steps=arguments.max_steps,
+            learning_rate=arguments.learning_rate, warmup_steps=arguments.warmup_steps,
+            max_grad_norm=arguments.max_grad_norm, lr_scheduler_type="cosine", bf16=arguments.bf16,
+            use_cpu=arguments.use_cpu, logging_steps=arguments.logging_steps, save_strategy="no", report_to="none",
+            seed=arguments.seed, prediction_loss_only=True,
+        ),
+        train_dataset=train, eval_dataset=validation, data_collator=collate,
+    )  # fmt: skip
+    RouterCallback.attach(trainer)
+    before = trainer.evaluate()["eval_loss"]
+    start = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - start
+    after = trainer.evaluate()["eval_loss"]
+    model.save_pretrained(output)
+
+    probe = next(model.parameters())
+    ids = train[0]["input_ids"][None, : min(256, arguments.sequence_length)].to(probe.device)
+    adapted = _logits(model, ids)
+    reloaded = PeftModel.from_pretrained(load_base(arguments).to(probe.device), output)
+    report = {
+        "trainable_parameters": trainable,
+        "trainable_share": trainable / total,
+        "tokens_per_second": arguments.max_steps * arguments.batch_size * arguments.sequence_length / seconds,
+        "loss_before": before,
+        "loss_after": after,
+        "reloaded_difference": float((_logits(reloaded, ids) - adapted).abs().max()),
+    }
+    if arguments.quantization == "none":
+        merged = reloaded.merge_and_unload()
+        report["merged_difference"] = float((_logits(merged, ids) - adapted).abs().max())
+        if arguments.save_merged:
+            merged.save_pretrained(output / "merged")
+            load_tokenizer(arguments.tokenizer).save_pretrained(output / "merged")
+    (output / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    print(f"trainable: {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
+    print(f"speed: {report['tokens_per_second']:,.0f} tokens/s")
+    print(f"validation loss: {before:.4f} before, {after:.4f} after")
+    print(f"largest difference of logits after reloading the adapter: {report['reloaded_difference']:.1e}")
+    if "merged_difference" in report:
+        print(f"largest difference of logits after merging it: {report['merged_difference']:.1e}")
+    print(f"adapter: {output}")
+    return report
+
+
+@torch.no_grad()
+def _logits(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    model.eval()
+    return model(input_ids=ids, use_cache=False).logits.float()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""Arguments of the example scripts: a dataclass read from flags, from a YAML recipe, or from a recipe with flags after
+it that override it."""
+
+import sys
+from pathlib import Path
+from typing import TypeVar
+
+import yaml
+from transformers import HfArgumentParser
+
+Arguments = TypeVar("Arguments")
+
+
+def parse_arguments(kind: type[Arguments], argv: list[str] | None = None) -> Arguments:
+    """`script.py recipe.yaml --flag value` or `script.py --flag value` -> one instance of the dataclass `kind`.
+
+    Raises FileNotFoundError and ValueError that name the recipe and the key at fault.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = HfArgumentParser(kind)
+    if argv and argv[0].endswith((".yaml", ".yml")):
+        argv = _recipe_flags(Path(argv[0]), set(kind.__dataclass_fields__)) + argv[1:]
+    return parser.parse_args_into_dataclasses(args=argv)[0]
+
+
+def _recipe_flags(path: Path, known: set[str]) -> list[str]:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no recipe {str(path)!r}")
+    values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    if not isinstance(values, dict):
+        raise ValueError(f"recipe {str(path)!r} must be a mapping of argument names to values")
+    flags = []
+    for name, value in values.items():
+        if name not in known:
+            raise ValueError(
+                f"recipe {str(path)!r}: {name!r} is no argument; arguments are {', '.join(sorted(known))}"
+            )
+        if value is not None:
+            flags += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+    return flags
+
+
+def check_output_folder(folder: str, resuming: bool, overwrite: bool) -> Path:
+    """The folder to write to. Raises ValueError where something else lies there already."""
+    path = Path(folder)
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"output_dir {folder!r} is a file")
+    if path.is_dir() and any(path.iterdir()) and not (resuming or overwrite):
+        raise ValueError(
+            f"output_dir {folder!r} is not empty: name another one, or give --resume_from_checkpoint to go on there, or "
+            "--overwrite_output_dir True"
+        )
+    return path

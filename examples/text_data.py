@@ -1,0 +1,145 @@
+"""Texts for the example scripts: files and `datasets` datasets, tokenised and packed into rows of one length."""
+
+import gzip
+import lzma
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, IterableDataset
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from modeling_seqboat import build_byte_tokenizer
+
+# enwik8's usual split: 90, 5 and 5 million bytes.
+ENWIK8_BYTES = 100_000_000
+ENWIK8_SPLIT = (90_000_000, 95_000_000)
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The byte tokenizer for `byte`, else what AutoTokenizer finds under `name`."""
+    return build_byte_tokenizer() if name == "byte" else AutoTokenizer.from_pretrained(name)
+
+
+def read_text_file(path: str) -> bytes:
+    """The contents of a plain, .gz or .xz file. Raises FileNotFoundError, and ValueError for an empty file."""
+    file = Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no text file {path!r}")
+    openers = {".gz": gzip.open, ".xz": lzma.open}
+    with openers.get(file.suffix, open)(file, "rb") as stream:
+        text = stream.read()
+    if not text:
+        raise ValueError(f"text file {path!r} is empty")
+    return text
+
+
+@dataclass
+class TokenSplits:
+    """Token ids (1-D integer arrays) of a text's parts, and how many bytes of text a validation token stands for."""
+
+    train: np.ndarray
+    validation: np.ndarray
+    bytes_per_token: float
+
+
+def text_encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[bytes], np.ndarray]:
+    """A function from UTF-8 text to its ids, without special tokens; bytes are their own ids to the byte tokenizer."""
+    if tokenizer.get_vocab() == build_byte_tokenizer().get_vocab():
+        return lambda text: np.frombuffer(text, dtype=np.uint8)
+
+    def encode(text: bytes) -> np.ndarray:
+        decoded = text.decode("utf-8", errors="replace")
+        return np.asarray(tokenizer(decoded, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int32)
+
+    return encode
+
+
+def split_text(
+    text: bytes, tokenizer: PreTrainedTokenizerBase, validation_fraction: float, max_bytes: int | None = None
+) -> TokenSplits:
+    """The beginning of a text for training and its end for validation; enwik8 is known by its length of 100,000,000
+    bytes and split as usual, its last 5,000,000 bytes being left alone. `max_bytes` cuts the text first."""
+    if len(text) == ENWIK8_BYTES and max_bytes is None:
+        train, validation = text[: ENWIK8_SPLIT[0]], text[ENWIK8_SPLIT[0] : ENWIK8_SPLIT[1]]
+    else:
+        text = text[:max_bytes]
+        border = len(text) - int(len(text) * validation_fraction)
+        train, validation = text[:border], text[border:]
+    encode = text_encoder(tokenizer)
+    ids = encode(validation)
+    return TokenSplits(encode(train), ids, len(validation) / max(1, len(ids)))
+
+
+class TokenBlocks(Dataset):
+    """Rows of `length` consecutive tokens: {"input_ids": (length,) int64}; the remainder at the end is dropped.
+
+    Raises ValueError if the tokens do not fill one row.
+    """
+
+    def __init__(self, tokens: np.ndarray, length: int):
+        if len(tokens) < length:
+            raise ValueError(
+                f"sequence_length {length} is longer than the training data, which has {len(tokens)} tokens"
+            )
+        self.tokens = tokens
+        self.length = length
+
+    def __len__(self) -> int:
+        return len(self.tokens) // self.length
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        row = self.tokens[index * self.length : (index + 1) * self.length]
+        return {"input_ids": torch.from_numpy(row.astype(np.int64))}
+
+
+class StreamedBlocks(IterableDataset):
+    """Rows of `length` tokens from an iterable of examples, joined by the tokenizer's end-of-text id."""
+
+    def __init__(
+        self,
+        examples: Iterable[dict],
+        column: str,
+        tokenizer: PreTrainedTokenizerBase,
+        length: int,
+        repeat: bool = True,
+    ):
+        self.examples, self.column, self.encode = examples, column, text_encoder(tokenizer)
+        self.end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        self.length, self.repeat = length, repeat
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        buffer: list[int] = []
+        while True:
+            rows = 0
+            for example in self.examples:
+                if self.column not in example:
+                    raise ValueError(f"the dataset has no column {self.column!r}; it has {', '.join(example)}")
+                buffer += self.encode(example[self.column].encode("utf-8")).tolist() + self.end
+                while len(buffer) >= self.length:
+                    rows += 1
+                    yield {"input_ids": torch.tensor(buffer[: self.length])}
+                    del buffer[: self.length]
+            if not rows and not buffer:
+                raise ValueError("the dataset is empty")
+            if not self.repeat:
+                return
+
+
+def joined_tokens(examples: Iterable[dict], column: str, tokenizer, limit: int) -> tuple[np.ndarray, float]:
+    """Up to `limit` tokens of the examples' texts, end-of-text ids between them, and bytes of text a token."""
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    encode = text_encoder(tokenizer)
+    ids: list[int] = []
+    size = 0
+    for example in examples:
+        text = example[column].encode("utf-8")
+        ids += encode(text).tolist() + end
+        size += len(text) + 1
+        if len(ids) >= limit:
+            break
+    return np.asarray(ids[:limit], dtype=np.int32), size / max(1, len(ids))

@@ -1,0 +1,170 @@
+"""LoRA, DoRA and quantised bases: the default targets exist in every layer, train, save, reload and merge; routers and
+EMA stay untouched."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import TorchAoConfig
+
+from modeling_seqboat import SeqBoatConfig, SeqBoatForCausalLM
+from modeling_seqboat.training_seqboat import parameter_groups
+
+ROOT = Path(__file__).resolve().parent.parent
+SETTINGS = json.loads((ROOT / "configuration/peft/seqboat_lora.json").read_text("utf-8"))
+
+
+def make_model(**overrides) -> SeqBoatForCausalLM:
+    torch.manual_seed(0)
+    return SeqBoatForCausalLM(SeqBoatConfig.from_preset("tiny", **overrides))
+
+
+def config(**overrides) -> LoraConfig:
+    settings = {name: value for name, value in SETTINGS.items() if name != "peft_type"}
+    return LoraConfig(**{**settings, "r": 4, **overrides})
+
+
+def ids(seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(seed))
+
+
+def train(model, steps: int = 5) -> list[float]:
+    model.train()
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.01), lr=2e-2)
+    losses = []
+    for _ in range(steps):
+        loss = model(input_ids=ids(), labels=ids()).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+@torch.no_grad()
+def logits(model) -> torch.Tensor:
+    return model.eval()(input_ids=ids(1), use_cache=False).logits
+
+
+@pytest.mark.parametrize("intermediate_size", [0, 48])
+def test_every_default_target_exists_in_every_layer_and_trains(intermediate_size):
+    model = get_peft_model(make_model(intermediate_size=intermediate_size), config())
+    expected = {"hidden_proj", "attention.in_proj", "attention.out_proj"}
+    if intermediate_size:
+        expected |= {"ffn.fc1", "ffn.fc2"}
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    losses = train(model)
+    assert losses[-1] < losses[0]
+    for layer in range(2):
+        prefix = f"base_model.model.model.layers.{layer}."
+        adapted = {
+            name.removeprefix(prefix).split(".lora_")[0] for name in before if prefix in name and ".lora_" in name
+        }
+        assert adapted == expected
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == (".lora_" in name), name
+        assert torch.equal(parameter, before[name]) != (".lora_" in name), name
+
+
+def test_all_linear_leaves_router_and_ema_alone():
+    model = get_peft_model(make_model(intermediate_size=48), config(target_modules="all-linear"))
+    adapted = {name.split(".lora_")[0].rpartition(".")[2] for name, _ in model.named_parameters() if ".lora_" in name}
+    assert adapted == {"hidden_proj", "in_proj", "out_proj", "fc1", "fc2"}
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_adapter_saves_reloads_and_merges_to_the_same_logits(tmp_path, use_dora):
+    model = get_peft_model(make_model(), config(use_dora=use_dora))
+    base = logits(make_model())
+    losses = train(model)
+    assert losses[-1] < losses[0]
+    wanted = logits(model)
+    assert (wanted - base).abs().max() > 1e-2
+    model.save_pretrained(tmp_path)
+    reloaded = PeftModel.from_pretrained(make_model(), tmp_path)
+    torch.testing.assert_close(logits(reloaded), wanted, rtol=0, atol=0)
+    merged = reloaded.merge_and_unload()
+    assert type(merged) is SeqBoatForCausalLM
+    torch.testing.assert_close(logits(merged), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_router_and_ema_are_trained_when_asked_for(tmp_path):
+    model = get_peft_model(make_model(), config(modules_to_save=["router", "ssm"]))
+    train(model)
+    wanted = logits(model)
+    model.save_pretrained(tmp_path)
+    reloaded = PeftModel.from_pretrained(make_model(), tmp_path)
+    torch.testing.assert_close(logits(reloaded), wanted, rtol=0, atol=0)
+    trained = reloaded.merge_and_unload().model.layers[0].router.log_temperature
+    assert trained != make_model().model.layers[0].router.log_temperature
+
+
+def test_adapted_model_generates_with_its_cache():
+    model = get_peft_model(make_model(), config())
+    train(model, steps=2)
+    model.eval()
+    prompt = ids(2)[:1]
+    options = dict(max_new_tokens=8, do_sample=False, eos_token_id=None)
+    cached = model.generate(input_ids=prompt, **options)
+    assert torch.equal(cached, model.generate(input_ids=prompt, use_cache=False, **options))
+
+
+def quantization(kind: str) -> TorchAoConfig:
+    from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup
+
+    return TorchAoConfig(Int8WeightOnlyConfig() if kind == "int8" else IntxWeightOnlyConfig(torch.int4, PerGroup(16)))
+
+
+@pytest.mark.parametrize(("kind", "worst"), [("int8", 0.15), ("int4", 1.5)])
+def test_quantised_base_runs_and_takes_an_adapter(tmp_path, kind, worst):
+    plain = make_model().eval()
+    plain.save_pretrained(tmp_path)
+    model = SeqBoatForCausalLM.from_pretrained(tmp_path, quantization_config=quantization(kind)).eval()
+    quantised = {
+        name for name, parameter in model.named_parameters() if type(parameter.data) is not torch.Tensor
+        or type(parameter) is not torch.nn.Parameter
+    }  # fmt: skip
+    assert {name.rpartition(".")[0].rpartition(".")[2] for name in quantised} == {"hidden_proj", "in_proj", "out_proj"}
+    difference = (logits(model) - logits(plain)).abs().max()
+    assert 0 < difference < worst
+    options = dict(max_new_tokens=6, do_sample=False, eos_token_id=None)
+    cached = model.generate(ids(2)[:1], **options)
+    assert torch.equal(cached, model.generate(ids(2)[:1], use_cache=False, **options))
+    adapted = get_peft_model(model, config())
+    losses = train(adapted)
+    assert losses[-1] < losses[0]
+
+
+@pytest.fixture
+def example(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    yield importlib.import_module("finetune_lora")
+    for name in ("finetune_lora", "recipes", "text_data"):
+        sys.modules.pop(name, None)
+
+
+def test_example_trains_saves_and_merges(tmp_path, example, capsys):
+    make_model().save_pretrained(tmp_path / "model")
+    flags = [
+        "--model", str(tmp_path / "model"), "--train_file", str(ROOT / "examples/data/tinyshakespeare.txt"),
+        "--max_bytes", "4000", "--sequence_length", "64", "--max_steps", "10", "--batch_size", "4",
+        "--learning_rate", "1e-2", "--use_cpu", "True", "--warmup_steps", "0",
+    ]  # fmt: skip
+    report = example.main([*flags, "--output_dir", str(tmp_path / "adapter"), "--save_merged", "True"])
+    assert report["loss_after"] < report["loss_before"]
+    assert 0 < report["trainable_share"] < 0.5
+    assert report["reloaded_difference"] == 0 and report["merged_difference"] < 1e-4
+    merged = SeqBoatForCausalLM.from_pretrained(tmp_path / "adapter/merged")
+    loaded = PeftModel.from_pretrained(SeqBoatForCausalLM.from_pretrained(tmp_path / "model"), tmp_path / "adapter")
+    torch.testing.assert_close(logits(merged), logits(loaded), rtol=1e-4, atol=1e-4)
+    assert "validation loss" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="is not empty"):
+        example.main([*flags, "--output_dir", str(tmp_path / "adapter")])
+    with pytest.raises(ValueError, match="quantization must be none, int8 or int4, got 'int2'"):
+        example.main([*flags, "--output_dir", str(tmp_path / "other"), "--quantization", "int2"])
+    with pytest.raises(FileNotFoundError, match="there is no PEFT config"):
+        example.main([*flags, "--output_dir", str(tmp_path / "other"), "--peft_config", "missing.json"])
