@@ -182,7 +182,7 @@ def _usage(config: SeqBoatConfig, model_class: str, has_tokenizer: bool, options
         lines.append(f'model = AutoModelForSequenceClassification.from_pretrained("{repo}", trust_remote_code=True)')
         if has_tokenizer:
             lines += [
-                f'tokenizer = AutoTokenizer.from_pretrained("{repo}")',
+                f'tokenizer = AutoTokenizer.from_pretrained("{repo}", trust_remote_code=True)',
                 'print(model(**tokenizer("Some text", return_tensors="pt")).logits)',
             ]
         elif config.input_type == "values":

@@ -67,18 +67,23 @@ def _run_child(source: Path, target: Path, stage: str, home: Path):
     errors = home / "stderr"
     with errors.open("w+", encoding="utf-8") as stderr:
         process = subprocess.Popen(
-            command, env=environment, cwd=home, stdout=subprocess.PIPE, stderr=stderr, text=True, encoding="utf-8"
+            command,
+            env=environment,
+            cwd=home,
+            # A question about remote code would wait for an answer that never comes.
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+            encoding="utf-8",
         )
         failure = None
         try:
             for line in process.stdout:
-                try:
-                    entry = json.loads(line)
-                except ValueError:
-                    continue
-                if isinstance(entry, dict) and "error" in entry:
+                entry = json.loads(line)
+                if "error" in entry:
                     failure = entry["error"]
-                elif isinstance(entry, dict) and "check" in entry:
+                else:
                     yield Check(entry["check"], entry["detail"], stage == "again")
             status = process.wait()
         finally:

@@ -8,6 +8,7 @@ in the folder can answer. Each check prints one JSON line; the first failure end
 
 import importlib.abc
 import json
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -28,6 +29,9 @@ class _Blocker(importlib.abc.MetaPathFinder):
 
 
 sys.meta_path.insert(0, _Blocker())
+# Whatever libraries print goes to stderr, so that only checks are on stdout.
+CHECKS = os.fdopen(os.dup(1), "w", encoding="utf-8")
+os.dup2(2, 1)
 
 import torch  # noqa: E402
 from transformers import AutoConfig, AutoModel, AutoTokenizer  # noqa: E402
@@ -44,7 +48,7 @@ def _require(condition, message):
 
 
 def report(check, detail=""):
-    print(json.dumps({"check": check, "detail": detail}), flush=True)
+    print(json.dumps({"check": check, "detail": detail}), file=CHECKS, flush=True)
 
 
 def load(folder):
@@ -65,7 +69,7 @@ def load(folder):
         report("AutoModel", type(base).__name__)
     tokenizer = None
     if (Path(folder) / "tokenizer_config.json").is_file():
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
         _require(
             len(tokenizer) <= config.vocab_size,
             f"the tokenizer has {len(tokenizer)} ids, the model's vocab_size is {config.vocab_size}",
@@ -167,10 +171,10 @@ if __name__ == "__main__":
     try:
         main(*sys.argv[1:])
     except CheckFailed as failure:
-        print(json.dumps({"error": str(failure)}), flush=True)
+        print(json.dumps({"error": str(failure)}), file=CHECKS, flush=True)
         sys.exit(1)
     # Whatever a stranger would meet is the finding; the traceback goes to stderr for whoever looks into it.
     except Exception as failure:
         traceback.print_exc()
-        print(json.dumps({"error": f"{type(failure).__name__}: {failure}"}), flush=True)
+        print(json.dumps({"error": f"{type(failure).__name__}: {failure}"}), file=CHECKS, flush=True)
         sys.exit(1)

@@ -5,7 +5,7 @@ batch with single and multi-part upload and verification, NDJSON commits (pull r
 and `resolve` by HEAD and GET. LFS files are answered by a redirect to another path with the linked headers, as the
 Hub does. Xet is not spoken: the client must run with `HF_HUB_DISABLE_XET=1`.
 
-Tests drive faults through `HubServer.cut_uploads` and `HubServer.fail_commits` and read `HubServer.requests`.
+Tests drive faults through `HubServer.cut_after`, `cut_next` and `fail_commits`, and read `HubServer.requests`.
 """
 
 from __future__ import annotations
@@ -101,7 +101,8 @@ class HubServer:
         self.parts: dict[str, dict[int, bytes]] = {}
         self.requests: list[str] = []
         self.uploaded_oids: list[str] = []
-        self.cut_uploads = 0
+        self.cut_next = 0  # so many uploads lose their connection
+        self.cut_after: int | None = None  # after so many complete uploads, every other one loses its connection
         self.fail_commits = 0
         self.before_commit = None
         self.lock = threading.RLock()
@@ -386,9 +387,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _cut_if_asked(self) -> bool:
         with self.hub.lock:
-            if self.hub.cut_uploads <= 0:
+            limit = self.hub.cut_after
+            if self.hub.cut_next > 0:
+                self.hub.cut_next -= 1
+            elif limit is None or len(self.hub.uploaded_oids) < limit:
                 return False
-            self.hub.cut_uploads -= 1
         self.rfile.read(1)
         self.close_connection = True
         self.connection.close()

@@ -1,0 +1,463 @@
+"""Building and verifying a Hub folder: what is in it, what is refused, and that it works where the package is not."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
+from small_models import small_lm
+from transformers import AutoTokenizer
+
+import modeling_seqboat
+from hub_upload.build import build_folder, load_model, read_config
+from hub_upload.card_sources import read_sources
+from hub_upload.cli import main
+from hub_upload.code_files import auto_classes, auto_map, code_files
+from hub_upload.errors import HubUploadError, redact
+from hub_upload.folders import staged_folder
+from hub_upload.model_card import CardOptions
+from hub_upload.verify import verify_folder
+from modeling_seqboat import SeqBoatConfig, SeqBoatModel, build_byte_tokenizer
+
+PACKAGE = Path(modeling_seqboat.__file__).parent
+EVALUATION = {
+    "results": [
+        {
+            "task": "text-generation",
+            "dataset": {"name": "enwik8", "type": "enwik8", "split": "test"},
+            "metrics": [{"type": "bits_per_byte", "name": "Bits per byte", "value": 1.523456}],
+        }
+    ],
+    "activation_rates": [0.25, 0.75],
+}
+FAKE_TOKEN = "hf_" + "A1b2C3d4E5" * 4
+
+needs_classifier = pytest.mark.skipif(
+    not hasattr(modeling_seqboat, "SeqBoatForSequenceClassification"), reason="no classification head yet"
+)
+
+
+def stranger(folder):
+    """Environment of a process that shares no cache and no token with this one."""
+    return {**os.environ, "HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1", "HF_TOKEN": ""}
+
+
+def byte_model(seed=0, **overrides):
+    special = {"vocab_size": 264, "pad_token_id": 256, "bos_token_id": 257, "eos_token_id": 258}
+    return small_lm(seed, **{**special, **overrides})
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A model folder as save_pretrained and a Trainer leave it."""
+    folder = tmp_path_factory.mktemp("model") / "saved"
+    byte_model().save_pretrained(folder)
+    build_byte_tokenizer().save_pretrained(folder)
+    (folder / "training_args.bin").write_bytes(b"what a Trainer leaves behind: " + FAKE_TOKEN.encode())
+    (folder / "optimizer.pt").write_bytes(b"state")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def built(saved, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("built") / "hub"
+    build_folder(saved, folder, card=CardOptions(repo_id="ann/boat"))
+    return folder
+
+
+@pytest.fixture
+def copied(saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "model")
+    return tmp_path / "model"
+
+
+def refused(model, tmp_path, **kwargs):
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(HubUploadError) as caught:
+        build_folder(model, tmp_path / "out", **kwargs)
+    assert sorted(tmp_path.iterdir()) == before
+    return str(caught.value)
+
+
+def test_weights_are_bit_equal(saved, built):
+    before, after = load_file(saved / "model.safetensors"), load_file(built / "model.safetensors")
+    assert sorted(before) == sorted(after)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_every_head_is_in_the_auto_map(built):
+    mapped = json.loads((built / "config.json").read_text())["auto_map"]
+    assert mapped == auto_map()
+    assert set(mapped) == {"AutoConfig", *modeling_seqboat.modeling_seqboat.AUTO_CLASSES}
+    for auto, cls in auto_classes().items():
+        module, name = mapped[auto].split(".")
+        assert name == cls.__name__
+        assert f"class {name}(" in (built / f"{module}.py").read_text()
+
+
+def test_code_is_complete_flat_and_unchanged(built):
+    names = {file.name for file in code_files()}
+    assert {"configuration_seqboat.py", "modeling_seqboat.py", "layers_seqboat.py", "cache_seqboat.py"} <= names
+    assert "__init__.py" not in names
+    assert {file.name for file in built.glob("*.py")} == names
+    assert all((built / name).read_bytes() == (PACKAGE / name).read_bytes() for name in names)
+    assert not [path for path in built.iterdir() if path.is_dir()]
+
+
+def test_only_what_belongs_to_the_model_goes_along(built):
+    allowed = {"LICENSE", "README.md", "config.json", "generation_config.json", "model.safetensors"}
+    allowed |= {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"} | {f.name for f in code_files()}
+    assert {path.name for path in built.iterdir()} == allowed
+    assert (built / "LICENSE").read_text().startswith("MIT License")
+
+
+def test_the_tokenizer_is_the_models_own(saved, built):
+    text = "Schön — \N{SNOWMAN}\n"
+    first, second = AutoTokenizer.from_pretrained(saved), AutoTokenizer.from_pretrained(built)
+    assert first(text)["input_ids"] == second(text)["input_ids"] == list(text.encode())
+    assert first.chat_template == second.chat_template
+
+
+def test_weights_are_sharded_on_request(saved, tmp_path):
+    built = build_folder(saved, tmp_path / "out", max_shard_size="10KB")
+    assert "model.safetensors.index.json" in built.files
+    assert sum(name.endswith(".safetensors") for name in built.files) > 1
+    model = load_model(tmp_path / "out", read_config(tmp_path / "out")[1])
+    original = byte_model().state_dict()
+    assert all(torch.equal(tensor, original[name]) for name, tensor in model.state_dict().items())
+
+
+def test_half_precision_stays(tmp_path):
+    byte_model().to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    build_folder(tmp_path / "model", tmp_path / "out")
+    assert {t.dtype for t in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.bfloat16}
+
+
+def test_a_base_model_can_be_built(tmp_path):
+    SeqBoatModel(byte_model().config).save_pretrained(tmp_path / "model")
+    assert build_folder(tmp_path / "model", tmp_path / "out").model_class == "SeqBoatModel"
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda f: shutil.rmtree(f), "does not exist"),
+        (lambda f: (f / "config.json").unlink(), "no config.json"),
+        (lambda f: (f / "config.json").write_text("{"), "not a JSON object"),
+        (lambda f: (f / "config.json").write_text("[]"), "not a JSON object"),
+        (lambda f: (f / "config.json").write_text('{"model_type": "llama"}'), "model_type='llama'"),
+        (lambda f: edit_config(f, architectures=["LlamaForCausalLM"]), "architectures=['LlamaForCausalLM']"),
+        (lambda f: edit_config(f, attention_activation="gelu"), "attention_activation='gelu'"),
+        (lambda f: (f / "model.safetensors").unlink(), "no weights"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"\x10" * 100), "cannot be loaded"),
+        (lambda f: edit_weights(f, lambda w: w.pop("model.layers.0.ssm.omega")), "missing: model.layers.0.ssm.omega"),
+        (lambda f: edit_weights(f, lambda w: w.update(extra=torch.zeros(1))), "left over: extra"),
+        (
+            lambda f: edit_weights(f, lambda w: w.update({"model.layers.0.ssm.omega": torch.zeros(3)})),
+            "wrong shape: model.layers.0.ssm.omega",
+        ),
+        (lambda f: edit_weights(f, lambda w: w["model.layers.0.ssm.omega"].fill_(torch.nan)), "not finite"),
+        (lambda f: (f / "tokenizer.json").write_text("{"), "tokenizer"),
+        (lambda f: edit_config(f, vocab_size=263, pad_token_id=0, bos_token_id=1, eos_token_id=2), "263"),
+    ],
+)
+def test_incomplete_and_foreign_models_are_refused(damage, words, copied, tmp_path):
+    """A corrupt or foreign model is refused with a reason, and nothing half-written is left behind."""
+    damage(copied)
+    assert words in refused(copied, tmp_path)
+
+
+def edit_config(folder, **values):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | values))
+
+
+def edit_weights(folder, edit):
+    weights = load_file(folder / "model.safetensors")
+    edit(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_an_adapter_is_refused_with_the_way_to_merge_it(tmp_path):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    assert "merge_and_unload" in refused(tmp_path / "adapter", tmp_path)
+
+
+def test_an_access_token_never_goes_along(copied, tmp_path):
+    edit_config(copied, note=FAKE_TOKEN)
+    message = refused(copied, tmp_path)
+    assert "config.json" in message and FAKE_TOKEN not in message
+
+
+def test_tokens_are_cut_out_of_messages():
+    assert redact(f"Bearer {FAKE_TOKEN} at x", ()) == "Bearer <token> at x"
+    assert redact("secret and more", ("secret", None)) == "<token> and more"
+
+
+def test_an_existing_folder_is_replaced_on_request_only(saved, tmp_path, capsys):
+    out = tmp_path / "out"
+    build_folder(saved, out)
+    (out / "old_seqboat.py").write_text("")
+    command = ["build", "--model", str(saved), "--output", str(out)]
+    assert main(command) == 1
+    assert "not empty" in capsys.readouterr().err
+    assert main([*command, "--overwrite"]) == 0
+    assert not (out / "old_seqboat.py").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("place", ["", "inside", ".."])
+def test_the_output_may_not_overlap_with_the_model(place, copied, tmp_path):
+    before = sorted(copied.iterdir())
+    with pytest.raises(HubUploadError, match="overlaps"):
+        build_folder(copied, copied / place, overwrite=True)
+    assert sorted(copied.iterdir()) == before
+
+
+def test_the_old_folder_comes_back_when_the_new_one_cannot_move_in(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "config.json").write_text("old")
+    rename = Path.rename
+
+    def fail_for_stage(self, target):
+        if ".partial-" in self.name:
+            raise OSError("device busy")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail_for_stage)
+    with pytest.raises(OSError, match="device busy"), staged_folder(out, overwrite=True) as stage:
+        (stage / "config.json").write_text("new")
+    assert (out / "config.json").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_card_states_what_is_known(copied, tmp_path):
+    (copied / "evaluation.json").write_text(json.dumps(EVALUATION))
+    (copied / "training_record.json").write_text(
+        json.dumps({"dataset": "enwik8, first 90 M bytes", "tokens_seen": 1234567, "output_dir": "/home/ann/secret"})
+    )
+    history = [
+        {"step": 10, "loss": 2.5, "learning_rate": 1e-3},
+        {"step": 20, "loss": 1.75, "learning_rate": 5e-4},
+        {"step": 20, "eval_loss": 1.5, "eval_runtime": 3.0},
+    ]
+    (copied / "trainer_state.json").write_text(
+        json.dumps({"global_step": 20, "epoch": 0.5, "train_batch_size": 4, "total_flos": 0, "log_history": history})
+    )
+    options = CardOptions(
+        repo_id="ann/boat", license="cc-by-sa-3.0", languages=["en"], datasets=["enwik8"], base_model="ann/base"
+    )
+    built = build_folder(copied, tmp_path / "out", card=options)
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    data = card.data.to_dict()
+    assert (data["license"], data["language"], data["datasets"]) == ("cc-by-sa-3.0", ["en"], ["enwik8"])
+    assert (data["library_name"], data["pipeline_tag"], data["base_model"]) == (
+        "transformers",
+        "text-generation",
+        "ann/base",
+    )
+    assert data["metrics"] == ["bits_per_byte"]
+    result = data["model-index"][0]["results"][0]
+    assert result["metrics"][0]["value"] == 1.523456 and result["dataset"]["split"] == "test"
+    for part in (
+        'model="ann/boat"',
+        "1,234,567",
+        "enwik8, first 90 M bytes",
+        "| Optimizer steps | 20 |",
+        "| Highest logged learning rate | 0.001 |",
+        "| Last logged training loss | 1.75 |",
+        "| enwik8 | test | Bits per byte | 1.5235 |",
+        "50.0 % on average",
+        "| 1 | 75.0 % |",
+        "2306.11197",
+    ):
+        assert part in card.text
+    assert "/home/ann" not in card.text and "Floating point" not in card.text
+    assert any("output_dir" in remark for remark in built.remarks)
+    pytest.importorskip("matplotlib")
+    assert (tmp_path / "out" / "activation_rates.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_card_leaves_out_what_is_not_known(built):
+    card = ModelCard.load(built / "README.md")
+    data = card.data.to_dict()
+    assert not {"model-index", "metrics", "datasets", "language", "base_model"} & set(data)
+    for heading in ("## Training", "## Results", "## Activation rates"):
+        assert heading not in card.text
+    assert "| Layers | 2 |" in card.text
+    assert "No evaluation results" in card.text
+
+
+def test_activation_rates_are_found_in_the_trainers_log(copied):
+    history = [{"activation_rate/layer_0": 0.5, "activation_rate/layer_1": 0.25, "loss": 2.0}, {"loss": 1.0}]
+    (copied / "checkpoint-20").mkdir()
+    (copied / "checkpoint-20" / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+    (copied / "checkpoint-3").mkdir()
+    (copied / "checkpoint-3" / "trainer_state.json").write_text("{}")
+    assert read_sources(copied, 2).activation_rates == [0.5, 0.25]
+    assert read_sources(copied, 3).activation_rates == []
+
+
+def test_the_flat_file_of_save_metrics_is_read(copied, tmp_path):
+    file = tmp_path / "eval_results.json"
+    file.write_text(json.dumps({"eval_loss": 1.25, "eval_accuracy": 0.5, "eval_runtime": 9.0, "epoch": 3.0}))
+    assert read_sources(copied, 2, evaluation=file).plain_results == {"loss": 1.25, "accuracy": 0.5}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        "[]",
+        "{}",
+        json.dumps({"results": {}}),
+        json.dumps({"results": [{"task": "x"}]}),
+        json.dumps({"results": [{"task": "x", "dataset": {"name": "y"}, "metrics": [{"type": "z", "value": "1"}]}]}),
+        '{"results": [{"task": "x", "dataset": {"name": "y"}, "metrics": [{"type": "z", "value": NaN}]}]}',
+        json.dumps({"activation_rates": [0.5]}),
+        json.dumps({"activation_rates": [0.5, 1.5]}),
+    ],
+)
+def test_bad_evaluation_files_are_refused(content, copied, tmp_path):
+    file = tmp_path / "evaluation.json"
+    file.write_text(content)
+    assert "evaluation.json" in refused(copied, tmp_path, card=CardOptions(evaluation=file))
+
+
+def test_named_files_must_exist(copied, tmp_path):
+    assert "nowhere.json" in refused(copied, tmp_path, card=CardOptions(record=tmp_path / "nowhere.json"))
+
+
+def test_a_finished_card_is_used_as_it_is(copied, tmp_path):
+    card = tmp_path / "card.md"
+    card.write_text("---\nlicense: mit\n---\n# Mine\n")
+    build_folder(copied, tmp_path / "out", card=CardOptions(card=card))
+    assert (tmp_path / "out" / "README.md").read_text() == card.read_text()
+
+
+def test_a_built_folder_verifies_where_the_package_is_not(built):
+    """A Hub folder loads in a fresh process without this package, generates, fine-tunes, saves again and reloads."""
+    seen = []
+    checks = verify_folder(built, on_check=seen.append)
+    assert seen == checks
+    first = [check.name for check in checks if not check.again]
+    again = [check.name for check in checks if check.again]
+    assert first == [
+        "AutoConfig",
+        "AutoModelForCausalLM",
+        "AutoModel",
+        "AutoTokenizer",
+        "forward",
+        "generation",
+        "LoRA step",
+        "save and reload",
+    ]
+    assert again == first[:-1]
+    texts = [check.detail for check in checks if check.name == "generation"]
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda f: (f / "layers_seqboat.py").unlink(), "layers_seqboat"),
+        (lambda f: edit_config(f, auto_map={"AutoConfig": "configuration_seqboat.SeqBoatConfig"}), "verify"),
+        (lambda f: (f / "config.json").unlink(), "no config.json"),
+    ],
+)
+def test_verification_finds_what_is_missing(damage, words, built, tmp_path):
+    shutil.copytree(built, tmp_path / "hub")
+    damage(tmp_path / "hub")
+    with pytest.raises(HubUploadError, match=words):
+        verify_folder(tmp_path / "hub")
+
+
+FINE_TUNE = """
+import sys
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+assert "modeling_seqboat" not in sys.modules
+source, target = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=True)
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+ids = tokenizer("to be or not to be", return_tensors="pt")["input_ids"]
+model.train()(input_ids=ids, labels=ids).loss.backward()
+optimizer.step()
+model.save_pretrained(target)
+tokenizer.save_pretrained(target)
+print(model.lm_head.weight.double().sum().item())
+"""
+
+
+def test_a_model_fine_tuned_from_the_hub_is_saved_built_and_verified_again(built, tmp_path):
+    """A stranger fine-tunes the published model; what they save loads on its own and can be published in turn."""
+    script = tmp_path / "tune.py"
+    script.write_text(FINE_TUNE)
+    tuned = tmp_path / "tuned"
+    result = subprocess.run(
+        [sys.executable, "-I", str(script), str(built), str(tuned)],
+        env=stranger(tmp_path),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert result.returncode == 0, result.stderr
+    verify_folder(tuned)
+    again = build_folder(tuned, tmp_path / "again")
+    assert again.model_class == "SeqBoatForCausalLM"
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["auto_map"] == auto_map()
+    weights = load_file(tmp_path / "again" / "model.safetensors")
+    assert weights["model.embed_tokens.weight"].double().sum().item() == float(result.stdout.split()[-1])
+
+
+@needs_classifier
+@pytest.mark.parametrize("kind", ["tokens", "values"])
+def test_classifiers_are_built_and_verified(kind, tmp_path):
+    extra = {"input_type": "values", "vocab_size": 40} if kind == "values" else {}
+    special = {} if kind == "values" else {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
+    config = SeqBoatConfig(
+        **{"vocab_size": 40, **special, **extra},
+        hidden_size=16,
+        num_hidden_layers=2,
+        state_size=2,
+        qk_head_dim=8,
+        v_head_dim=24,
+        memory_size=8,
+        bidirectional=True,
+        num_labels=3,
+    )
+    modeling_seqboat.SeqBoatForSequenceClassification(config).save_pretrained(tmp_path / "model")
+    build_folder(tmp_path / "model", tmp_path / "out")
+    names = [check.name for check in verify_folder(tmp_path / "out")]
+    assert "AutoModelForSequenceClassification" in names and "LoRA step" in names
+
+
+def test_text_generation_pipeline_runs_on_a_built_folder(built, tmp_path):
+    script = (
+        "import sys\nfrom transformers import pipeline\n"
+        "generate = pipeline('text-generation', model=sys.argv[1], trust_remote_code=True)\n"
+        "text = generate('To be', max_new_tokens=6, do_sample=False)[0]['generated_text']\n"
+        "chat = [{'role': 'user', 'content': 'Hi'}]\n"
+        "answer = generate(chat, max_new_tokens=4, do_sample=False)[0]['generated_text'][-1]\n"
+        "assert text.startswith('To be') and answer['role'] == 'assistant', (text, answer)\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-I", "-c", script, str(built)],
+        env=stranger(tmp_path),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert result.returncode == 0, result.stderr
