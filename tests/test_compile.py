@@ -1,0 +1,88 @@
+"""The decode step compiles as one graph and does what the eager model does."""
+
+import pytest
+import torch
+from small_models import pad_left, random_ids, small_lm
+from torch._dynamo.utils import counters
+
+from modeling_seqboat import SeqBoatCache
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+    counters.clear()
+    with torch.no_grad():
+        yield
+    torch._dynamo.reset()
+
+
+def assert_states_close(found: SeqBoatCache, expected: SeqBoatCache) -> None:
+    for (name, a), (_, b) in zip(found.tensors(), expected.tensors(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4, msg=lambda text, n=name: f"{n}: {text}")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"position_embedding_type": "simple", "attention_activation": "relu2", "ssm_truncation": 5},
+        {"position_embedding_type": "local", "attention_activation": "laplace", "intermediate_size": 24},
+    ],
+    ids=["rotary-softmax", "simple-relu2-truncated", "local-laplace-ffn"],
+)
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
+def test_the_decode_step_is_one_graph_that_never_recompiles(options, masked):
+    model = small_lm(**options)
+    prompt = pad_left([random_ids(1, 11)[0], random_ids(1, 5)[0], random_ids(1, 1)[0]])
+    steps = random_ids(3, 20, seed=4)
+    mask = torch.ones(3, 1, dtype=torch.long) if masked else None
+    caches = [SeqBoatCache(model.config, static=True) for _ in range(2)]
+    for cache in caches:
+        model(**prompt, past_key_values=cache)
+    compiled = torch.compile(model.forward, fullgraph=True, backend="eager")
+    activated = []
+    for column in range(steps.shape[1]):
+        token = steps[:, column : column + 1]
+        if masked and column == 9:
+            mask = torch.tensor([[1], [0], [1]])
+        found = compiled(token, attention_mask=mask, past_key_values=caches[0], use_cache=True)
+        expected = model(token, attention_mask=mask, past_key_values=caches[1], output_router_probs=True)
+        torch.testing.assert_close(found.logits, expected.logits, atol=1e-4, rtol=1e-4)
+        activated.append(int((expected.router_probs[0] > 0).sum()))
+    # Steps where no, some and all rows attend went through the same graph.
+    assert {0, 3} <= set(activated) or len(set(activated)) > 2
+    assert counters["stats"]["unique_graphs"] == 1
+    assert_states_close(*caches)
+    assert caches[0].get_seq_length() == caches[1].get_seq_length() == 31
+
+
+def test_the_decode_step_traces_through_autograd_and_functionalisation():
+    """aot_eager sees the in-place updates as a real backend does."""
+    model, steps = small_lm(ssm_truncation=5), random_ids(2, 8, seed=4)
+    caches = [SeqBoatCache(model.config, static=True) for _ in range(2)]
+    for cache in caches:
+        model(random_ids(2, 9), past_key_values=cache)
+    addresses = {name: tensor.data_ptr() for name, tensor in caches[0].tensors()}
+    compiled = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
+    for token in steps.split(1, dim=1):
+        found = compiled(token, past_key_values=caches[0], use_cache=True).logits
+        torch.testing.assert_close(found, model(token, past_key_values=caches[1]).logits, atol=1e-4, rtol=1e-4)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert {name: tensor.data_ptr() for name, tensor in caches[0].tensors()} == addresses
+    assert_states_close(*caches)
+
+
+def test_the_step_of_a_dynamic_cache_compiles_too():
+    model, steps = small_lm(), random_ids(2, 12, seed=4)
+    caches = [SeqBoatCache(model.config) for _ in range(2)]
+    for cache in caches:
+        model(random_ids(2, 9), past_key_values=cache)
+    compiled = torch.compile(model.forward, fullgraph=True, backend="eager")
+    for token in steps.split(1, dim=1):
+        found = compiled(token, past_key_values=caches[0], use_cache=True).logits
+        torch.testing.assert_close(found, model(token, past_key_values=caches[1]).logits, atol=1e-4, rtol=1e-4)
+    # The count of columns is a plain integer here: it becomes a symbol after the first steps.
+    assert counters["stats"]["unique_graphs"] <= 3
+    assert caches[0].get_seq_length() == 21
+    assert_states_close(*caches)
