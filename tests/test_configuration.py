@@ -176,7 +176,7 @@ def test_every_way_of_copying_restores_the_config(tmp_path):
     for other in copies:
         assert type(other) is SeqBoatConfig
         assert other.to_diff_dict() == config.to_diff_dict()
-    assert copies[2].num_labels == 3 and copies[2].note == "kept"
+    assert copies[2].num_labels == 3 and copies[2].own_note == "kept"
 
 
 def test_overrides_of_from_pretrained_are_checked_together_in_any_order(tmp_path):
