@@ -24,6 +24,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, set_seed
 
 from modeling_seqboat import SeqBoatCache, SeqBoatConfig, SeqBoatForCausalLM, build_byte_tokenizer
+from modeling_seqboat.training_seqboat import parameter_groups
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "examples/data/tinyshakespeare.txt"
@@ -53,27 +54,11 @@ FULL = Plan(steps=1_000, seconds=100, validation_rows=16, new_tokens=400, timed_
 FAST = Plan(steps=30, seconds=12, validation_rows=2, new_tokens=60, timed_steps=20)
 
 
-def parameter_groups(model: SeqBoatForCausalLM, plan: Plan) -> list[dict]:
-    """Weight decay for matrices alone; routers learn more slowly, or they switch attention off before it is of use."""
-    groups = {
-        "matrices": {"params": [], "lr": plan.learning_rate, "weight_decay": 0.1},
-        "others": {"params": [], "lr": plan.learning_rate, "weight_decay": 0.0},
-        "routers": {"params": [], "lr": plan.router_learning_rate, "weight_decay": 0.0},
-    }
-    for name, parameter in model.named_parameters():
-        if "router" in name:
-            kind = "routers"
-        elif parameter.ndim < 2 or any(word in name for word in ("ssm", "norm", "embed", "qk_", "position_bias")):
-            kind = "others"
-        else:
-            kind = "matrices"
-        groups[kind]["params"].append(parameter)
-    return list(groups.values())
-
-
 def train(model: SeqBoatForCausalLM, data: Tensor, plan: Plan) -> int:
     """Trains on random windows of `data` (int64 bytes); returns the number of steps taken."""
-    optimizer = torch.optim.AdamW(parameter_groups(model, plan), betas=(0.9, 0.98))
+    # Routers learn more slowly, or they may switch attention off before it is of use.
+    groups = parameter_groups(model, weight_decay=0.1, router_learning_rate=plan.router_learning_rate)
+    optimizer = torch.optim.AdamW(groups, lr=plan.learning_rate, betas=(0.9, 0.98))
     for group in optimizer.param_groups:
         group["peak"] = group["lr"]
     generator = torch.Generator().manual_seed(0)
@@ -86,7 +71,7 @@ def train(model: SeqBoatForCausalLM, data: Tensor, plan: Plan) -> int:
         if done >= 1:
             bar.close()
             return step
-        factor = min((step + 1) / (plan.warmup * plan.steps), (1 - done) / (1 - plan.warmup), 1.0)
+        factor = min((done + 1 / plan.steps) / plan.warmup, (1 - done) / (1 - plan.warmup), 1.0)
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * factor
         batch = windows[torch.randint(len(windows), (plan.batch_size,), generator=generator)]

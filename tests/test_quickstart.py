@@ -1,0 +1,71 @@
+"""The main job of the README, in its short mode, as a user runs it."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parent.parent / "examples/quickstart.py"
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), *arguments],
+        env={**os.environ, "PYTHONPATH": str(SCRIPT.parent.parent)},
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=280,
+    )
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory) -> tuple[str, Path]:
+    output = tmp_path_factory.mktemp("quickstart") / "model"
+    result = run("--fast", "--output", str(output))
+    assert result.returncode == 0, result.stderr
+    return result.stdout, output
+
+
+def number(pattern: str, text: str) -> float:
+    found = re.search(pattern, text)
+    assert found, f"{pattern!r} not found in:\n{text}"
+    return float(found[1].replace(",", ""))
+
+
+def test_validation_loss_falls(quickstart):
+    printed, _ = quickstart
+    before = number(r"validation bits per byte before training: ([\d.]+)", printed)
+    after = number(r"validation bits per byte after training: ([\d.]+)", printed)
+    assert after < before - 1
+
+
+def test_reports_activation_and_continuation(quickstart):
+    printed, _ = quickstart
+    rates = [float(rate) for rate in re.findall(r"layer \d+: ([\d.]+)% of the validation bytes", printed)]
+    assert len(rates) == 4 and all(0 <= rate <= 100 for rate in rates)
+    continuation = printed.split("continuation of a prompt of 20,000 bytes:\n---\n")[1].split("---")[0]
+    assert continuation.strip()
+
+
+def test_cache_is_as_large_after_a_long_prompt_as_after_a_short_one(quickstart):
+    printed, _ = quickstart
+    short = number(r"after 1,000 bytes: cache of ([\d,]+) bytes, [\d.]+ tokens/s", printed)
+    long = number(r"after 20,000 bytes: cache of ([\d,]+) bytes, [\d.]+ tokens/s", printed)
+    assert short == long > 0
+
+
+def test_saves_model_and_tokenizer(quickstart):
+    _, output = quickstart
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in output.iterdir()}
+
+
+def test_refuses_a_folder_that_holds_files(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
+    result = run("--fast", "--output", str(tmp_path))
+    assert result.returncode == 2
+    assert "is not empty" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
