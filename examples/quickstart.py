@@ -151,7 +151,8 @@ def main() -> None:
 
     model.save_pretrained(arguments.output)
     build_byte_tokenizer().save_pretrained(arguments.output)
-    print(f"saved to {os.path.relpath(arguments.output)}")
+    output = arguments.output.resolve()
+    print(f"saved to {output.relative_to(ROOT) if output.is_relative_to(ROOT) else output}")
 
     model = AutoModelForCausalLM.from_pretrained(arguments.output).eval()
     tokenizer = AutoTokenizer.from_pretrained(arguments.output)
