@@ -47,12 +47,19 @@ def randomise(model: torch.nn.Module, seed: int = 0, rate: float = 0.5) -> torch
     return model
 
 
+def tiny_model(kind: type, config: SeqBoatConfig, seed: int = 0, rate: float = 0.5) -> torch.nn.Module:
+    """A model that the seed alone decides, in eval mode."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return randomise(kind(config), seed, rate).eval()
+
+
 def tiny_lm(seed: int = 0, rate: float = 0.5, **overrides) -> SeqBoatForCausalLM:
-    return randomise(SeqBoatForCausalLM(tiny_config(**overrides)), seed, rate).eval()
+    return tiny_model(SeqBoatForCausalLM, tiny_config(**overrides), seed, rate)
 
 
 def tiny_encoder(seed: int = 0, rate: float = 0.5, **overrides) -> SeqBoatModel:
-    return randomise(SeqBoatModel(tiny_config(bidirectional=True, **overrides)), seed, rate).eval()
+    return tiny_model(SeqBoatModel, tiny_config(bidirectional=True, **overrides), seed, rate)
 
 
 def token_ids(*shape: int, seed: int = 0, vocab_size: int = 32) -> Tensor:
