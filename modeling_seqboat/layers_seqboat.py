@@ -183,7 +183,7 @@ class SeqBoatEMA(nn.Module):
             if cache is not None:
                 state, history = cache.ssm_state, cache.ssm_inputs
             y, state, delay_decay = self._scan(
-                x, decay[:width], input_gain[:width], output_gain[:width], self.omega,
+                x, decay[:width], input_gain[:width], output_gain[:width], self.omega.to(decay.dtype),
                 context.real, context.reset, context.plan, state, history, cache is not None,
             )  # fmt: skip
             if self.bidirectional:
