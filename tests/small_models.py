@@ -35,7 +35,21 @@ def small_lm(seed: int = 0, **overrides) -> SeqBoatForCausalLM:
                 std = 0.3
             if std is not None:
                 parameter.normal_(0, std)
+        for layer in model.model.layers:
+            _activate_half(model, layer.router)
     return model
+
+
+def _activate_half(model: SeqBoatForCausalLM, router: torch.nn.Module) -> None:
+    """Sets the bias so that the router activates half of the tokens of a sample."""
+    if not router.learned:
+        return
+    inputs = []
+    handle = router.register_forward_hook(lambda module, args, output: inputs.append(args[0]))
+    model(random_ids(4, 40, seed=99, vocab_size=model.config.vocab_size), use_cache=False)
+    handle.remove()
+    skip, run = (inputs[0] @ router.weight.T).unbind(-1)
+    router.bias.copy_(torch.stack([torch.zeros(()), (skip - run).median()]))
 
 
 def random_ids(batch: int, length: int, seed: int = 0, vocab_size: int = 40) -> torch.Tensor:
