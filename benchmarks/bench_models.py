@@ -55,7 +55,12 @@ def seqboat(device: torch.device, backend: str = "auto") -> SeqBoatForCausalLM:
         config = SeqBoatConfig(kernel_backend=backend)
     else:
         config = SeqBoatConfig(
-            hidden_size=256, num_hidden_layers=4, v_head_dim=512, qk_head_dim=64, memory_size=256, kernel_backend=backend
+            hidden_size=256,
+            num_hidden_layers=4,
+            v_head_dim=512,
+            qk_head_dim=64,
+            memory_size=256,
+            kernel_backend=backend,
         )
     return SeqBoatForCausalLM(config).to(device)
 

@@ -113,7 +113,9 @@ class RouterMonitor:
                 return
             active, real = output[1], args[1]
             with torch.no_grad():
-                tokens = active.new_tensor(active.numel(), dtype=torch.float64) if real is None else real.sum().double()
+                tokens = (
+                    active.new_tensor(active.numel(), dtype=torch.float64) if real is None else real.sum().double()
+                )
                 temperature = module.log_temperature.detach().double().exp().sum()
                 if module.log_temperature.numel() == 0:
                     temperature = temperature + torch.nan
