@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset, IterableDataset, Sampler
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from modeling_seqboat import build_byte_tokenizer
@@ -97,37 +97,68 @@ class TokenBlocks(Dataset):
         return {"input_ids": torch.from_numpy(row.astype(np.int64))}
 
 
-class StreamedBlocks(IterableDataset):
-    """Rows of `length` tokens from an iterable of examples, joined by the tokenizer's end-of-text id."""
+class RowOrder(Sampler[int]):
+    """Row numbers for one process of a run, for ever: a new permutation each epoch, the same for the same seed.
 
-    def __init__(
-        self,
-        examples: Iterable[dict],
-        column: str,
-        tokenizer: PreTrainedTokenizerBase,
-        length: int,
-        repeat: bool = True,
-    ):
+    The order depends on the seed and on `start` alone, so a run that resumes at batch `start` reads what an
+    uninterrupted one would have read. Rows that do not fill a batch of all processes wait for another epoch.
+    """
+
+    def __init__(self, rows: int, batch_size: int, seed: int, start: int = 0, rank: int = 0, world: int = 1):
+        self.batches = rows // (batch_size * world)
+        if self.batches == 0:
+            raise ValueError(
+                f"the training data has {rows} rows, too few for one batch of {batch_size} rows for each of {world} "
+                "processes: lower batch_size or sequence_length"
+            )
+        self.rows, self.batch_size, self.seed, self.start = rows, batch_size, seed, start
+        self.rank, self.world = rank, world
+
+    def __iter__(self) -> Iterator[int]:
+        epoch, first = divmod(self.start, self.batches)
+        while True:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            order = torch.randperm(self.rows, generator=generator).tolist()
+            for batch in range(first, self.batches):
+                begin = (batch * self.world + self.rank) * self.batch_size
+                yield from order[begin : begin + self.batch_size]
+            epoch, first = epoch + 1, 0
+
+
+class StreamedBlocks(IterableDataset):
+    """Rows of `length` tokens from an iterable of examples, for ever, joined by the tokenizer's end-of-text id; one
+    process gets its batches of `batch_size` rows out of those of all, from batch `start` on."""
+
+    def __init__(self, examples: Iterable[dict], column: str, tokenizer: PreTrainedTokenizerBase, length: int):
         self.examples, self.column, self.encode = examples, column, text_encoder(tokenizer)
         self.end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        self.length, self.repeat = length, repeat
+        self.length = length
+        self.batch_size, self.start, self.rank, self.world = 1, 0, 0, 1
+
+    def place(self, batch_size: int, start: int, rank: int, world: int) -> None:
+        self.batch_size, self.start, self.rank, self.world = batch_size, start, rank, world
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        for index, row in enumerate(self._rows()):
+            batch, rank = divmod(index // self.batch_size, self.world)
+            if batch >= self.start and rank == self.rank:
+                yield {"input_ids": torch.tensor(row)}
+
+    def _rows(self) -> Iterator[list[int]]:
         buffer: list[int] = []
         while True:
-            rows = 0
+            size = 0
             for example in self.examples:
                 if self.column not in example:
                     raise ValueError(f"the dataset has no column {self.column!r}; it has {', '.join(example)}")
-                buffer += self.encode(example[self.column].encode("utf-8")).tolist() + self.end
+                ids = self.encode(example[self.column].encode("utf-8")).tolist() + self.end
+                size += len(ids)
+                buffer += ids
                 while len(buffer) >= self.length:
-                    rows += 1
-                    yield {"input_ids": torch.tensor(buffer[: self.length])}
+                    yield buffer[: self.length]
                     del buffer[: self.length]
-            if not rows and not buffer:
+            if not size:
                 raise ValueError("the dataset is empty")
-            if not self.repeat:
-                return
 
 
 def joined_tokens(examples: Iterable[dict], column: str, tokenizer, limit: int) -> tuple[np.ndarray, float]:
@@ -137,6 +168,8 @@ def joined_tokens(examples: Iterable[dict], column: str, tokenizer, limit: int) 
     ids: list[int] = []
     size = 0
     for example in examples:
+        if column not in example:
+            raise ValueError(f"the dataset has no column {column!r}; it has {', '.join(example)}")
         text = example[column].encode("utf-8")
         ids += encode(text).tolist() + end
         size += len(text) + 1
