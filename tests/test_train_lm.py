@@ -1,0 +1,249 @@
+"""Pretraining example in a short mode on real text: the loss falls, a resumed run repeats the losses of an
+uninterrupted one exactly, and bad input is refused before training starts."""
+
+import gzip
+import importlib
+import itertools
+import json
+import lzma
+import os
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXT = ROOT / "examples/data/tinyshakespeare.txt"
+RECIPES = sorted((ROOT / "configuration/recipes").glob("*.yaml"))
+
+
+def _forget_accelerator():
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+
+
+@pytest.fixture
+def examples(monkeypatch):
+    """The example's module; its state in this process is undone afterwards."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    _forget_accelerator()
+    yield importlib.import_module("train_lm")
+    _forget_accelerator()
+    for name in ("train_lm", "recipes", "text_data"):
+        sys.modules.pop(name, None)
+
+
+def run(module, output, *flags, steps=6, **overrides):
+    _forget_accelerator()
+    settings = {
+        "preset": "tiny", "train_file": TEXT, "max_bytes": 6000, "sequence_length": 32, "batch_size": 4,
+        "max_steps": steps, "eval_steps": steps, "save_steps": 3, "logging_steps": 1, "warmup_steps": 2,
+        "learning_rate": 1e-2, "eval_tokens": 256, "cpu": True, "output_dir": output,
+    }  # fmt: skip
+    settings.update(overrides)
+    argv = [part for name, value in settings.items() if value is not None for part in (f"--{name}", str(value))]
+    return module.main([*argv, *flags])
+
+
+def logged(output) -> dict[int, dict]:
+    """step -> everything that was logged there; the last run's word counts."""
+    steps: dict[int, dict] = {}
+    for line in (Path(output) / "metrics.jsonl").read_text("utf-8").splitlines():
+        entry = json.loads(line)
+        steps.setdefault(entry.pop("step"), {}).update(entry)
+    return steps
+
+
+def test_short_run_learns_and_leaves_a_model_that_loads(tmp_path, examples, capsys):
+    output = tmp_path / "run"
+    result = run(examples, output, steps=40, eval_steps=20, save_steps=10, gradient_checkpointing=True)
+    steps = logged(output)
+    assert steps[40]["train/loss"] < 0.7 * steps[1]["train/loss"]
+    assert steps[40]["validation/bits_per_byte"] == result["validation_bits_per_byte"] < 7
+    assert result["best"] == min(steps[20]["validation/bits_per_byte"], steps[40]["validation/bits_per_byte"])
+    assert 0 <= steps[40]["router/activation_rate_1"] <= 1 and steps[40]["router/temperature_0"] > 0
+    assert steps[40]["train/tokens_per_second"] > 0
+    assert sorted(path.name for path in output.glob("checkpoint-*")) == ["checkpoint-30", "checkpoint-40"]
+    assert list(output.rglob("events.out.tfevents.*"))
+    model = AutoModelForCausalLM.from_pretrained(output / "best")
+    ids = AutoTokenizer.from_pretrained(output / "best")("ROMEO:", return_tensors="pt")
+    assert model.generate(**ids, max_new_tokens=4, eos_token_id=None).shape == (1, 10)
+    assert "bits per byte" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "radam"])
+def test_resumed_run_repeats_the_uninterrupted_one_exactly(tmp_path, examples, optimizer):
+    options = dict(
+        optimizer=optimizer, gradient_accumulation_steps=2, config_overrides='{"hidden_dropout": 0.1}',
+        router_learning_rate=1e-3, save_total_limit=5,
+    )  # fmt: skip
+    whole = tmp_path / "whole"
+    # More micro-batches than an epoch has, so that the resume falls into a later epoch.
+    run(examples, whole, steps=24, save_steps=15, max_bytes=4000, **options)
+    resumed = tmp_path / "resumed"
+    run(
+        examples, resumed, steps=24, save_steps=15, max_bytes=4000,
+        resume_from_checkpoint=whole / "checkpoint-15", **options,
+    )  # fmt: skip
+    first, second = logged(whole), logged(resumed)
+    assert sorted(second) == list(range(16, 25))
+    for step in second:
+        assert second[step]["train/loss"] == first[step]["train/loss"]
+    torch.testing.assert_close(
+        load_file(resumed / "final/model.safetensors"), load_file(whole / "final/model.safetensors"), rtol=0, atol=0
+    )
+
+
+def test_interrupt_saves_a_checkpoint_that_latest_finds(tmp_path, examples, monkeypatch):
+    usual = examples.rate_factor
+
+    pressed = []
+
+    def interrupting(arguments, step):
+        # Asked once a parameter group; a second Ctrl-C would end the run at once.
+        if step == 2 and not pressed:
+            pressed.append(step)
+            os.kill(os.getpid(), signal.SIGINT)
+        return usual(arguments, step)
+
+    output = tmp_path / "run"
+    monkeypatch.setattr(examples, "rate_factor", interrupting)
+    assert run(examples, output, save_steps=100)["step"] == 2
+    assert (output / "checkpoint-2").is_dir() and not (output / "final").exists()
+    monkeypatch.setattr(examples, "rate_factor", usual)
+    assert run(examples, output, save_steps=100, resume_from_checkpoint="latest")["step"] == 6
+    assert (output / "final").is_dir()
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_datasets_dataset_trains_and_resumes_exactly(tmp_path, examples, streaming, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    file = tmp_path / "text.txt"
+    file.write_text(TEXT.read_text("utf-8")[:8000], "utf-8")
+    options = dict(
+        train_file=None, max_bytes=None, dataset_name="text", dataset_files=file, streaming=streaming, eval_tokens=300
+    )
+    run(examples, tmp_path / "whole", **options)
+    run(examples, tmp_path / "resumed", resume_from_checkpoint=tmp_path / "whole/checkpoint-3", **options)
+    first, second = logged(tmp_path / "whole"), logged(tmp_path / "resumed")
+    assert [second[step]["train/loss"] for step in (4, 5, 6)] == [first[step]["train/loss"] for step in (4, 5, 6)]
+    with pytest.raises(ValueError, match="has no column 'words'; it has text"):
+        run(examples, tmp_path / "other", **options, text_column="words")
+
+
+def test_bad_input_is_refused_before_training(tmp_path, examples):
+    output = tmp_path / "run"
+    cases = [
+        (FileNotFoundError, "there is no text file", dict(train_file=tmp_path / "missing.txt")),
+        (ValueError, "there is no preset 'tinny'", dict(preset="tinny")),
+        (ValueError, "sequence_length 9000 is longer than the training data, which has 5700 tokens",
+         dict(sequence_length=9000)),
+        (ValueError, "optimizer must be one of adamw, radam, got 'sgd'", dict(optimizer="sgd")),
+        (ValueError, "give one of train_file and dataset_name, got None and None", dict(train_file=None)),
+        (ValueError, "eval_context must be from 1 to 31, got 32", dict(eval_context=32)),
+        (ValueError, "too few for one batch of 400 rows", dict(batch_size=400)),
+        (ValueError, "there is no checkpoint in output_dir", dict(resume_from_checkpoint="latest")),
+        (ValueError, "is no checkpoint folder of this script", dict(resume_from_checkpoint=tmp_path / "nowhere")),
+    ]  # fmt: skip
+    for error, message, change in cases:
+        with pytest.raises(error, match=message):
+            run(examples, output, **change)
+        assert not (output / "metrics.jsonl").exists()
+    empty = tmp_path / "empty.txt"
+    empty.touch()
+    with pytest.raises(ValueError, match="is empty"):
+        run(examples, output, train_file=empty)
+    output.mkdir(exist_ok=True)
+    (output / "notes.txt").touch()
+    with pytest.raises(ValueError, match="is not empty"):
+        run(examples, output)
+
+
+def test_checkpoint_of_another_shape_is_refused(tmp_path, examples):
+    run(examples, tmp_path / "run", steps=3)
+    with pytest.raises(ValueError, match="another shape: hidden_size is 32 there and 48 in this run"):
+        run(
+            examples, tmp_path / "other", config_overrides='{"hidden_size": 48}',
+            resume_from_checkpoint=tmp_path / "run/checkpoint-3",
+        )  # fmt: skip
+
+
+def test_text_files_plain_and_compressed_and_the_split_of_enwik8(tmp_path, examples, monkeypatch):
+    text_data = sys.modules["text_data"]
+    content = bytes(range(200)) * 2
+    (tmp_path / "a.txt").write_bytes(content)
+    with gzip.open(tmp_path / "a.gz", "wb") as stream:
+        stream.write(content)
+    with lzma.open(tmp_path / "a.xz", "wb") as stream:
+        stream.write(content)
+    for name in ("a.txt", "a.gz", "a.xz"):
+        assert text_data.read_text_file(str(tmp_path / name)) == content
+    monkeypatch.setattr(text_data, "ENWIK8_BYTES", 400)
+    monkeypatch.setattr(text_data, "ENWIK8_SPLIT", (360, 380))
+    splits = text_data.split_text(content, text_data.load_tokenizer("byte"), 0.5)
+    assert bytes(splits.train.astype(np.uint8)) == content[:360]
+    assert bytes(splits.validation.astype(np.uint8)) == content[360:380]
+    assert splits.bytes_per_token == 1
+
+
+def test_row_order_depends_on_seed_and_position_alone(examples):
+    order = sys.modules["text_data"].RowOrder
+
+    def take(count, **place):
+        return list(itertools.islice(iter(order(11, 2, 3, **place)), count))
+
+    whole = take(20)
+    assert take(12, start=4) == whole[8:]
+    assert len(set(whole[:10])) == 10 and sorted(whole[10:20]) != whole[10:20]
+    ranks = [take(4, rank=rank, world=2) for rank in (0, 1)]
+    assert ranks[0][:2] + ranks[1][:2] + ranks[0][2:] + ranks[1][2:] == whole[:8]
+
+
+def test_schedules(examples):
+    def rates(**changes):
+        arguments = examples.TrainArguments(
+            output_dir="", max_steps=10, warmup_steps=4, warmup_start=0.4, final_rate=0.1, **changes
+        )
+        return [examples.rate_factor(arguments, step) for step in range(11)]
+
+    for schedule in ("linear", "cosine"):
+        values = rates(schedule=schedule)
+        assert values[:5] == pytest.approx([0.55, 0.7, 0.85, 1.0, 1.0])
+        assert values[10] == pytest.approx(0.1)
+        assert values[4:] == sorted(values[4:], reverse=True)
+    assert rates(schedule="linear")[7] == pytest.approx(0.55)
+
+
+def test_flags_override_a_recipe_and_unknown_keys_are_named(tmp_path, examples):
+    recipes = sys.modules["recipes"]
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("preset: tiny\nlearning_rate: 1.0e-3\nstreaming: true\n", "utf-8")
+    arguments = recipes.parse_arguments(
+        examples.TrainArguments, [str(recipe), "--output_dir", "out", "--preset", "small"]
+    )
+    assert (arguments.preset, arguments.learning_rate, arguments.streaming) == ("small", 1e-3, True)
+    recipe.write_text("presset: tiny\n", "utf-8")
+    with pytest.raises(ValueError, match="'presset' is no argument"):
+        recipes.parse_arguments(examples.TrainArguments, [str(recipe)])
+    with pytest.raises(FileNotFoundError, match="there is no recipe"):
+        recipes.parse_arguments(examples.TrainArguments, [str(tmp_path / "none.yaml")])
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_shipped_recipes_are_valid(path, examples):
+    recipes = sys.modules["recipes"]
+    flags = [str(path), "--output_dir", "out"]
+    if "enwik8" in path.stem:
+        flags += ["--train_file", "enwik8"]
+    arguments = recipes.parse_arguments(examples.TrainArguments, flags)
+    examples.check_arguments(arguments)
+    overrides = json.loads(arguments.config_overrides or "{}")
+    examples.SeqBoatConfig.from_preset(arguments.preset, **overrides)
