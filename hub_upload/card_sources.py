@@ -17,6 +17,7 @@ from .errors import HubUploadError
 EVALUATION_FILE = "evaluation.json"
 RECORD_FILE = "training_record.json"
 STATE_FILE = "trainer_state.json"
+METRICS_FILE = "metrics.jsonl"
 
 # Keys of a run record that the card prints, and how it calls them. Others are not printed: a record may hold paths
 # and names of machines that are nobody's business.
@@ -43,6 +44,9 @@ RECORD_LABELS = {
     "tokens_per_second": "Tokens a second",
     "train_loss": "Last training loss",
 }
+# Names in the log of `examples/train_lm.py` -> names in Trainer's.
+_TRAINER_NAMES = {"train/loss": "loss", "train/learning_rate": "learning_rate"}
+_VALIDATION = "validation/bits_per_byte"
 # Measurements of the evaluation run that say nothing about the model.
 _NOT_RESULTS = re.compile(r"eval_(runtime|samples_per_second|steps_per_second|model_preparation_time)|epoch|step")
 _RATE_KEY = re.compile(r"(?:.*/)?(?:layers?[._/]?(\d+)[._/])?activation_rate(?:\D*?(\d+))?")
@@ -74,7 +78,8 @@ def read_sources(
 
     Args:
         model: the model folder, searched for `evaluation.json`, `training_record.json` and `trainer_state.json` (also
-            that of its last `checkpoint-*`).
+            that of its last `checkpoint-*`). For the folders `best` and `final` of `examples/train_lm.py` the
+            `metrics.jsonl` beside them is read.
         layers: number of layers, which the activation rates must have.
         evaluation, record, state: files to use instead.
 
@@ -82,8 +87,11 @@ def read_sources(
     """
     sources = Sources()
     state_file = _existing(state) or _trainer_state(model)
+    metrics_file = _if_file(model.absolute().parent / METRICS_FILE) if model.name in ("best", "final") else None
     if state_file is not None:
         _read_state(_read_object(state_file), sources, layers)
+    elif metrics_file is not None:
+        _read_state(_state_of_metrics(metrics_file, model.name), sources, layers)
     record_file = _existing(record) or _if_file(model / RECORD_FILE)
     if record_file is not None:
         _read_record(_read_object(record_file), record_file, sources)
@@ -129,6 +137,26 @@ def _read_object(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise HubUploadError(f"{path} must hold a JSON object, not a {type(value).__name__}.")
     return value
+
+
+def _state_of_metrics(path: Path, folder: str) -> dict[str, Any]:
+    """The log of `examples/train_lm.py` in the form of Trainer's state, up to the step whose weights `folder` holds."""
+    try:
+        entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        entries = sorted((entry for entry in entries if _is_number(entry["step"])), key=lambda entry: entry["step"])
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise HubUploadError(f"{path} is not a log of JSON objects with a 'step': {error!r}") from error
+    validated = [entry for entry in entries if _is_number(entry.get(_VALIDATION))]
+    if folder == "best" and validated:
+        last = min(validated, key=lambda entry: (entry[_VALIDATION], entry["step"]))["step"]
+        entries = [entry for entry in entries if entry["step"] <= last]
+    history = []
+    for entry in entries:
+        renamed = {_TRAINER_NAMES.get(name, name): value for name, value in entry.items()}
+        if _VALIDATION in renamed:
+            renamed["eval_bits_per_byte"] = renamed.pop(_VALIDATION)
+        history.append(renamed)
+    return {"global_step": entries[-1]["step"] if entries else 0, "log_history": history}
 
 
 def _is_number(value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Command line: `python -m hub_upload push|build|verify|convert`."""
+"""Command line: `python -m hub_upload push|build|verify|convert|serve`."""
 
 import argparse
 import sys
@@ -45,6 +45,12 @@ def build_parser() -> argparse.ArgumentParser:
     convert.add_argument("--overwrite", action="store_true", help="replace an existing model folder")
     convert.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest weight file (default: 5GB)")
     convert.set_defaults(run=_convert)
+
+    serve = commands.add_parser(
+        "serve", help="run `transformers serve` with a SeqBoat model; further options go to it as they are"
+    )
+    serve.add_argument("model", type=Path, metavar="DIR", help="folder with a saved or built language model")
+    serve.set_defaults(run=_serve)
     return parser
 
 
@@ -150,9 +156,18 @@ def _convert(args: argparse.Namespace) -> None:
     print(converted.output)
 
 
+def _serve(args: argparse.Namespace) -> None:
+    from .serve import serve_model
+
+    serve_model(args.model, args.rest)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit status: 0, or 1 after an error that was printed."""
-    args = build_parser().parse_args(arguments)
+    parser = build_parser()
+    args, args.rest = parser.parse_known_args(arguments)
+    if args.rest and args.command != "serve":
+        parser.error(f"unrecognized arguments: {' '.join(args.rest)}")
     try:
         args.run(args)
     except (HubUploadError, OSError) as error:

@@ -188,12 +188,13 @@ class _Handler(BaseHTTPRequestHandler):
     def _dispatch(self) -> None:
         split = urlsplit(self.path)
         self.query = parse_qs(split.query)
-        self.hub.requests.append(f"{self.command} {split.path}")
         try:
             for methods, pattern, name in self.ROUTES:
                 match = re.fullmatch(pattern, split.path)
                 if match and self.command in methods.split("|"):
                     values = {k: None if v is None else unquote(v) for k, v in match.groupdict().items()}
+                    # What the client asks for on its own account (statistics, ...) has no route here.
+                    self.hub.requests.append(f"{self.command} {split.path}")
                     getattr(self, f"_{name}")(**values)
                     return
             self._read()

@@ -297,13 +297,37 @@ def test_the_card_leaves_out_what_is_not_known(built):
 
 
 def test_activation_rates_are_found_in_the_trainers_log(copied):
-    history = [{"activation_rate/layer_0": 0.5, "activation_rate/layer_1": 0.25, "loss": 2.0}, {"loss": 1.0}]
+    history = [
+        {
+            "router/activation_rate_0": 0.5,
+            "router/activation_rate_1": 0.25,
+            "router/activation_rate": 0.4,
+            "loss": 2.0,
+        },
+        {"loss": 1.0},
+    ]
     (copied / "checkpoint-20").mkdir()
     (copied / "checkpoint-20" / "trainer_state.json").write_text(json.dumps({"log_history": history}))
     (copied / "checkpoint-3").mkdir()
     (copied / "checkpoint-3" / "trainer_state.json").write_text("{}")
     assert read_sources(copied, 2).activation_rates == [0.5, 0.25]
     assert read_sources(copied, 3).activation_rates == []
+
+
+def test_the_log_of_train_lm_is_read_up_to_the_weights_it_belongs_to(tmp_path):
+    log = [
+        {"step": 10, "train/loss": 3.0, "train/learning_rate": 2e-3, "router/activation_rate_0": 0.5},
+        {"step": 10, "validation/bits_per_byte": 2.5},
+        {"step": 20, "train/loss": 2.0, "train/learning_rate": 1e-3, "router/activation_rate_0": 0.25},
+        {"step": 20, "validation/bits_per_byte": 2.75},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in log))
+    best, final = read_sources(tmp_path / "best", 1), read_sources(tmp_path / "final", 1)
+    assert (best.procedure["Optimizer steps"], final.procedure["Optimizer steps"]) == ("10", "20")
+    assert (best.plain_results, final.plain_results) == ({"bits_per_byte": 2.5}, {"bits_per_byte": 2.75})
+    assert (best.activation_rates, final.activation_rates) == ([0.5], [0.25])
+    assert final.procedure["Highest logged learning rate"] == "0.002"
+    assert read_sources(tmp_path / "other", 1).procedure == {}
 
 
 def test_the_flat_file_of_save_metrics_is_read(copied, tmp_path):
