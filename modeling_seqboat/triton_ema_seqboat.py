@@ -2,17 +2,18 @@
 
 Letters: B batch, L length, D width, N states of a channel, C tokens of a chunk.
 
-A sequence is cut into chunks that are scanned in parallel. With the gains divided out, a state obeys z_t = q z_{t-1} + u_t
-and costs one multiply-add a token, its output y_t = sum_n c z_t (c = input gain x output gain) a second one:
+A sequence is cut into chunks that are scanned in parallel. With the gains divided out, a state obeys
+z_t = q z_{t-1} + u_t and costs one multiply-add a token, its output y_t = sum_n c z_t (c = input gain x output gain)
+a second one:
 
     1. every chunk's last z when it starts from zero                             _chunk_state_kernel
     2. z at the entry of every chunk, a short scan over chunks                   _carry_kernel
     3. outputs, from the entry states                                            _output_kernel
 
 The backward pass is the same in reverse for the adjoint a_t = q a_{t+1} + dy_t, again with the gain divided out
-(_adjoint_kernel, _carry_adjoint_kernel, _input_grad_kernel). Only x, the pre-activation and one state a chunk are kept.
-Gradients of parameters are partial sums of programs, added up in a fixed order: nothing here uses atomics, so that two runs
-over the same inputs agree bit for bit.
+(_adjoint_kernel, _carry_adjoint_kernel, _input_grad_kernel). Only x, the pre-activation and one state a chunk are
+kept. Gradients of parameters are partial sums of programs, added up in a fixed order: nothing here uses atomics, so
+that two runs over the same inputs agree bit for bit.
 """
 
 from __future__ import annotations
@@ -52,9 +53,6 @@ def _chunk_length(length: int) -> int:
     return _LONGEST_CHUNK
 
 
-# ---- pieces of kernels
-
-
 @_jit
 def _away_from_zero(gain):
     # States are carried with the gain divided out; below 1e-16 the difference is lost in float32 rounding of the rest.
@@ -63,8 +61,8 @@ def _away_from_zero(gain):
 
 @_jit
 def _tile_offsets(d, n, D: tl.constexpr, N: tl.constexpr):
-    # The clamp keeps every load in bounds, and it hides from the compiler that d is contiguous: else it would spread the
-    # states of one channel over four lanes, to load 16 bytes a lane once, and pay for shuffles at every token.
+    # The clamp keeps every load in bounds, and it hides from the compiler that d is contiguous: else it would spread
+    # the states of one channel over four lanes, to load 16 bytes a lane once, and pay for shuffles at every token.
     return tl.minimum(n, N - 1)[None, :] * D + tl.minimum(d, D - 1)[:, None]
 
 
@@ -142,7 +140,7 @@ def _output_grad(grad, y, real, HAS_REAL: tl.constexpr, SILU: tl.constexpr):
 
 @_jit
 def _power(base, exponent, BITS: tl.constexpr):
-    # In float64: rounding of a power grows with the exponent, and the result is applied once a chunk over the whole length.
+    # In float64: rounding of a power grows with the exponent, and the result is applied once a chunk.
     result = base * 0.0 + 1.0
     for bit in tl.static_range(BITS):
         result = tl.where(((exponent >> bit) & 1) != 0, result * base, result)
@@ -154,9 +152,6 @@ def _power(base, exponent, BITS: tl.constexpr):
 def _chunk_power(span_ptr, q, valid, BITS: tl.constexpr):
     span = tl.load(span_ptr, mask=valid, other=0)
     return tl.where(span < 0, 0.0, _power(q, span, BITS))
-
-
-# ---- forward
 
 
 @_jit
@@ -212,7 +207,8 @@ def _chunk_state_kernel(
     D: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, UNROLL: tl.constexpr,
     REVERSE: tl.constexpr, HAS_DELAY: tl.constexpr, HAS_REAL: tl.constexpr, HAS_RESET: tl.constexpr,
 ):  # fmt: skip
-    """z at the end of each chunk, from zero (B, chunks, N, D), and the chunk's count of real tokens, -1 after a reset."""
+    """z at the end of each chunk when it starts from zero (B, chunks, N, D); the chunk's count of real tokens, -1 if
+    a segment starts in it (B, chunks)."""
     block, index, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     slot = row.to(tl.int64) * tl.num_programs(1) + index
     d = block * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -370,15 +366,12 @@ def _output_kernel(
         tl.store(final_ptr + _state_offsets(row, d, n, D, N), gain * z, mask=inside[:, None] & (n < N)[None, :])
 
 
-# ---- backward
-
-
 @_jit
 def _adjoint_step(carry, dy, q, scale, real, first, HAS_REAL: tl.constexpr, HAS_RESET: tl.constexpr):
     """One token back: the token's adjoint a, and what is carried to the token before it.
 
-    Without pads and resets the carry is a itself, so that a step is one multiply-add (`scale` is q, or 1 where the carry comes
-    from outside of the chunk); otherwise it is the gradient that reaches the state before the token.
+    Without pads and resets the carry is a itself, so that a step is one multiply-add (`scale` is q, or 1 where the
+    carry comes from outside of the chunk); otherwise it is the gradient that reaches the state before the token.
     """
     if HAS_REAL or HAS_RESET:
         a = carry + dy[:, None]
@@ -425,9 +418,10 @@ def _adjoint_block(
 def _adjoint_kernel(
     x_ptr, delayed_ptr, real_ptr, reset_ptr, pack_ptr, y_ptr, grad_ptr, leaving_ptr, product_ptr, length, chunk,
     D: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, UNROLL: tl.constexpr,
-    REVERSE: tl.constexpr, HAS_DELAY: tl.constexpr, HAS_REAL: tl.constexpr, HAS_RESET: tl.constexpr, SILU: tl.constexpr,
+    REVERSE: tl.constexpr, HAS_DELAY: tl.constexpr, HAS_REAL: tl.constexpr, HAS_RESET: tl.constexpr,
+    SILU: tl.constexpr,
 ):  # fmt: skip
-    """The chunk's own share of the gradient that leaves it at its entry, and sum_t u_t a_t (both (B, chunks, N, D))."""
+    """The chunk's own share of the gradient that leaves it at its entry, and sum_t u_t a_t; both (B, chunks, N, D)."""
     block, index, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     slot = row.to(tl.int64) * tl.num_programs(1) + index
     d = block * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -476,8 +470,8 @@ def _carry_adjoint_kernel(
     D: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr, BITS: tl.constexpr,
     HAS_STATE: tl.constexpr, HAS_FINAL_GRAD: tl.constexpr, HAS_SPAN: tl.constexpr,
 ):  # fmt: skip
-    """Entry states again, the gradient arriving at the end of each chunk (B, chunks, N, D), the gradients of the initial state
-    (B, D, N) and, one sum a row, of the input gain and the output gain (B, 2, N, D)."""
+    """Entry states again, the gradient arriving at the end of each chunk (B, chunks, N, D), the gradients of the
+    initial state (B, D, N) and, one sum a row, of the input gain and the output gain (B, 2, N, D)."""
     row = tl.program_id(1).to(tl.int64)
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = i < N * D
@@ -597,10 +591,11 @@ def _input_grad_kernel(
     REVERSE: tl.constexpr, HAS_DELAY: tl.constexpr, HAS_REAL: tl.constexpr, HAS_RESET: tl.constexpr,
     HAS_SKIP: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of x and delayed, and one partial sum a chunk for decay, delay decay and skip (B chunks, N [+ N] + 1, D).
+    """Gradients of x and delayed, and one partial sum a chunk for decay, delay decay and skip, (B chunks, N [+ N] + 1, D).
 
-    The gradient of q is sum_t a_t s_{t-1}, adjoints from the right times states from the left. s_{t-1} is linear in the inputs
-    before t and the entry state, so one backward sweep does: h_j = sum_{t>j} q^(t-1-j) a_t is what multiplies input j.
+    The gradient of q is sum_t a_t s_{t-1}, adjoints from the right times states from the left. s_{t-1} is linear in
+    the inputs before t and the entry state, so one backward sweep does: the slope sum_{t>j} q^(t-1-j) a_t is what
+    multiplies input j.
     """
     block, index, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     slot = row.to(tl.int64) * tl.num_programs(1) + index
@@ -688,14 +683,9 @@ def _parameter_grad_kernel(
     tl.store(out_ptr + target, tl.sum(total, axis=0), mask=i < columns)
 
 
-# ---- autograd
-
-
 class _EmaScan(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx, x, decay, input_gain, output_gain, skip, real, reset, state, delayed, delay_decay, reverse, silu
-    ):
+    def forward(ctx, x, decay, input_gain, output_gain, skip, real, reset, state, delayed, delay_decay, reverse, silu):
         batch, length, width = x.shape
         states = decay.shape[1]
         chunk = _chunk_length(length)
@@ -843,7 +833,7 @@ def ema_scan_triton(
     """Multi-dimensional damped EMA as a recurrence (arXiv 2306.11197, section 3.1), on a CUDA device.
 
     At a real token: s_t = (0 if reset_t else decay s_{t-1}) + input_gain (x_t - delay_decay delayed_t) and
-    y_t = sum_n output_gain s_t + skip x_t. At a pad the state stands still, x is ignored (it may hold NaN) and y_t = 0.
+    y_t = sum_n output_gain s_t + skip x_t. At a pad the state stands still, x is ignored (it may hold NaN), y_t = 0.
     Arithmetic and state are float32 whatever the dtype of x. Results are the same bit for bit in every run.
 
     Args:
@@ -855,12 +845,12 @@ def ema_scan_triton(
         state: (B, D, N) float32, the state before the first token; None for 0.
         delayed: (B, L, D) in the dtype of x, the input T real tokens earlier, for a kernel cut to T taps.
         delay_decay: (D, N) float32, decay ** T; goes with `delayed`.
-        reverse: scan from the last column to the first; `reset` then marks the token at which the reversed scan starts anew,
-            and the final state is the one after the first column.
+        reverse: scan from the last column to the first; `reset` then marks the token at which the reversed scan
+            starts anew, and the final state is the one after the first column.
         activation: None, or "silu" to return silu(y).
 
     Returns:
-        y (B, L, D) in the dtype of x and the final state (B, D, N) float32. Gradients reach every float input from both.
+        y (B, L, D) in the dtype of x, final state (B, D, N) float32. Gradients reach every float input from both.
 
     Raises:
         ValueError: a shape, dtype, device or activation that does not fit, by name.
@@ -895,6 +885,7 @@ def ema_scan_triton(
         delay_decay = _expect("delay_decay", delay_decay, table, single, x)
     if x.numel() == 0:
         return x, x.new_zeros(batch, *table, dtype=torch.float32) if state is None else state
+    silu = activation == "silu"
     return _EmaScan.apply(
-        x, decay, input_gain, output_gain, skip, real, reset, state, delayed, delay_decay, reverse, activation == "silu"
+        x, decay, input_gain, output_gain, skip, real, reset, state, delayed, delay_decay, reverse, silu
     )
