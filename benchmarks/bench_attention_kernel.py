@@ -1,0 +1,342 @@
+"""Checks the attention and fused kernels against float64 on a GPU, then times them.
+
+python benchmarks/bench_attention_kernel.py [check] [blocks] [time]
+"""
+
+import statistics
+import sys
+import time
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+
+from modeling_seqboat import triton_attention_seqboat as attention
+from modeling_seqboat import triton_fused_seqboat as fused
+from modeling_seqboat.triton_launch_seqboat import Kernel
+
+GPU = "cuda"
+
+
+def ranges(counts, window, memory=0, ahead=0):
+    """key_start, key_end and key count of rows of `counts` new tokens, each row led by `memory` keys."""
+    starts, ends, first = [], [], 0
+    for count in counts:
+        for i in range(first + memory, first + memory + count):
+            starts.append(max(first, i - window))
+            ends.append(min(first + memory + count, i + ahead + 1))
+        first += count + memory
+    return torch.tensor(starts, device=GPU), torch.tensor(ends, device=GPU), first
+
+
+def reference(q, k, v, start, end, activation, scale, table, center, q_place, k_place, block=1024):
+    pieces = []
+    for a in range(0, q.shape[0], block):
+        b = min(a + block, q.shape[0])
+        lo, hi = int(start[a:b].min()), int(end[a:b].max())
+        scores = (q[a:b] * scale) @ k[lo:hi].T
+        if table is not None:
+            scores = scores + table[(center + k_place[None, lo:hi] - q_place[a:b, None]).clamp(0, len(table) - 1)]
+        keys = torch.arange(lo, hi, device=GPU)
+        visible = (keys >= start[a:b, None]) & (keys < end[a:b, None])
+        if activation == "softmax":
+            weights = scores.masked_fill(~visible, -1e30).softmax(-1) * visible
+        else:
+            weights = scores.relu() ** 2 * visible
+        pieces.append(weights @ v[lo:hi])
+    return torch.cat(pieces)
+
+
+def error(a, b):
+    return ((a.double() - b).norm() / b.norm().clamp_min(1e-30)).item()
+
+
+def check_attention(dtype, activation, counts, window, z, width, memory=0, ahead=0, with_table=False):
+    torch.manual_seed(0)
+    start, end, mk = ranges(counts, window, memory, ahead)
+    m = len(start)
+    scale = z**-0.5 if activation == "softmax" else 1 / window
+    tensors = [torch.randn(n, c, device=GPU).to(dtype) for n, c in ((m, z), (mk, z), (mk, width))]
+    table = torch.randn(2 * window - 1, device=GPU) * 0.1 if with_table else None
+    q_place, k_place = torch.arange(m, device=GPU) * 2, torch.arange(mk, device=GPU) * 2
+    wide = [t.double().requires_grad_() for t in tensors] + ([table.double().requires_grad_()] if with_table else [])
+    narrow = [t.requires_grad_() for t in tensors] + ([table.requires_grad_()] if with_table else [])
+    out = reference(
+        *wide[:3], start, end, activation, scale, wide[3] if with_table else None, window, q_place, k_place
+    )
+    grad = torch.randn(out.shape, device=GPU).to(dtype)
+    expected = (out, *torch.autograd.grad(out, wide, grad.double()))
+
+    def run():
+        found = attention.windowed_attention_triton(
+            *narrow[:3], start, end, activation=activation, scale=scale, bias_table=narrow[3] if with_table else None,
+            bias_center=window, q_place=q_place, k_place=k_place, max_keys=window + 1 + ahead,
+        )  # fmt: skip
+        return (found, *torch.autograd.grad(found, narrow, grad))
+
+    first, second = run(), run()
+    same = all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    errors = " ".join(f"{error(a, b):.1e}" for a, b in zip(first, expected, strict=True))
+    print(
+        f"{str(dtype)[6:]:9s} {activation:8s} m {m} mk {mk} w {window} z {z} v {width}: {errors} repeatable {same}",
+        flush=True,
+    )
+
+
+def check_unit(dtype, activation, counts, window, z, width):
+    torch.manual_seed(1)
+    start, end, m = ranges(counts, window)
+    projected = torch.randn(m, z + 2 * width, device=GPU).to(dtype)
+    scale, offset = torch.randn(2, z, device=GPU), torch.randn(2, z, device=GPU)
+    angles = torch.rand(m, z // 2, device=GPU) * 6
+    wide = [t.double().requires_grad_() for t in (projected, scale, offset)]
+    narrow = [t.requires_grad_() for t in (projected, scale, offset)]
+    hidden, gate, v = F.silu(wide[0]).split([z, width, width], -1)
+    cos, sin = angles.cos().double(), angles.sin().double()
+
+    def rotate(x):
+        even, odd = x[:, 0::2], x[:, 1::2]
+        return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)
+
+    q, k = (rotate(hidden * wide[1][i] + wide[2][i]) for i in range(2))
+    factor = z**-0.5 if activation == "softmax" else 1 / window
+    out = reference(q, k, v, start, end, activation, factor, None, 0, None, None) * gate
+    grad = torch.randn(out.shape, device=GPU).to(dtype)
+    expected = (out, *torch.autograd.grad(out, wide, grad.double()))
+    found = fused.gated_unit(
+        *narrow, start, end, activation=activation, attention_scale=factor, cos=angles.cos(), sin=angles.sin(),
+        max_keys=window + 1,
+    )  # fmt: skip
+    found = (found, *torch.autograd.grad(found, narrow, grad))
+    errors = " ".join(f"{error(a, b):.1e}" for a, b in zip(found, expected, strict=True))
+    print(f"unit {str(dtype)[6:]:9s} {activation:8s} m {m} w {window} z {z} v {width}: {errors}", flush=True)
+
+
+def check():
+    mixed = (0, 1, 199, 200, 201, 537, 64, 300)
+    check_attention(torch.bfloat16, "softmax", mixed, 200, 30, 120, memory=200, ahead=200, with_table=True)
+    for activation in ("softmax", "relu2"):
+        check_unit(torch.bfloat16, activation, mixed, 200, 128, 1232)
+        check_attention(torch.bfloat16, activation, (4096,) * 4, 1024, 128, 1232)
+
+
+def profile(function, repeats=20, rows=30):
+    """Mean device time of each kernel in microseconds."""
+    for _ in range(3):
+        function()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as record:
+        for _ in range(repeats):
+            function()
+        torch.cuda.synchronize()
+    events = [(e.key, e.device_time_total / repeats) for e in record.key_averages() if e.device_time_total > 0]
+    return sorted(events, key=lambda e: -e[1])[:rows]
+
+
+def timed(function, repeats=30):
+    for _ in range(3):
+        function()
+    times = []
+    for _ in range(repeats):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        function()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end) * 1e3)
+    return statistics.median(times)
+
+
+def attention_case(counts, window, activation, dtype=torch.bfloat16, z=128, width=1232):
+    start, end, m = ranges(counts, window)
+    scale = z**-0.5 if activation == "softmax" else 1 / window
+    q, k, v = (torch.randn(m, c, device=GPU, dtype=dtype, requires_grad=True) for c in (z, z, width))
+    grad = torch.randn_like(v)
+    pairs = int((end - start).sum())
+
+    def forward():
+        return attention.windowed_attention_triton(
+            q, k, v, start, end, activation=activation, scale=scale, max_keys=window + 1
+        )
+
+    def step():
+        torch.autograd.grad(forward(), (q, k, v), grad)
+
+    return forward, step, pairs * (z + width) * 2
+
+
+def short(name):
+    return name.replace("void ", "").replace("at::native::", "").split("<")[0].split("(")[0][:40]
+
+
+def forget_variants():
+    for module in (attention, fused):
+        for value in vars(module).values():
+            if isinstance(value, Kernel):
+                value.variants.clear()
+
+
+def try_blocks():
+    base = attention._BLOCKS_16BIT
+    variants = {
+        "A": {},
+        "B": dict(
+            weights_options=dict(num_warps=4, num_stages=3), values=128,
+            values_options=dict(num_warps=4, num_stages=3), score_grads_options=dict(num_warps=4, num_stages=3),
+            input_grads_options=dict(num_warps=4, num_stages=3),
+        ),
+        "C": dict(
+            rows=128, weights_options=dict(num_warps=8, num_stages=2), values=128,
+            values_options=dict(num_warps=8, num_stages=3), score_grads_options=dict(num_warps=8, num_stages=2),
+            input_grads_options=dict(num_warps=8, num_stages=3),
+        ),
+        "P": {},
+    }  # fmt: skip
+    describe = attention._can_describe
+    for form in ("plain", "unit"):
+        table = {}
+        for name, change in variants.items():
+            attention._BLOCKS_16BIT = replace(base, **change)
+            attention._can_describe = describe if name != "P" else lambda *tensors: False
+            forget_variants()
+            try:
+                step = attention_case((4096,) * 4, 1024, "softmax")[1] if form == "plain" else unit_case()
+                for key, value in profile(step):
+                    table.setdefault(short(key), {})[name] = value
+            except Exception as failure:
+                print(name, "failed:", repr(failure)[:300], flush=True)
+        for key, found in table.items():
+            print(f"{form} {key:40s}", " ".join(f"{name} {value:7.1f}" for name, value in found.items()), flush=True)
+    attention._BLOCKS_16BIT, attention._can_describe = base, describe
+    elements = fused._ELEMENTS
+    for count in (1024, 2048, 4096, 8192):
+        fused._ELEMENTS = count
+        forget_variants()
+        found = profile(extract_cases()["extract triton"]) + profile(extract_cases()["gather triton"])
+        print("elements", count, ", ".join(f"{short(key)} {value:.1f}" for key, value in found), flush=True)
+    fused._ELEMENTS = elements
+
+
+def time_all():
+    print("copy", end=" ")
+    x = torch.empty(2**30, dtype=torch.uint8, device=GPU)
+    y = torch.empty_like(x)
+    print(f"{2 * x.numel() / timed(lambda: y.copy_(x)) / 1e6:.2f} TB/s")
+    del x, y
+    cases = (
+        ((4096,) * 4, 1024, "softmax"), ((4096,) * 4, 1024, "relu2"), ((16384,), 1024, "softmax"),
+        ((4096,) * 32, 1024, "softmax"), ((8192,) * 8, 1024, "softmax"), ((819,) * 4, 1024, "softmax"),
+        ((8192,) * 4, 1024, "softmax"), ((500,) * 32, 128, "softmax"),
+    )  # fmt: skip
+    for counts, window, activation in cases:
+        forward, step, work = attention_case(counts, window, activation)
+        one, both = timed(forward), timed(step)
+        print(
+            f"attention {len(counts)}x{counts[0]} W {window} {activation:8s} forward {one:8.1f} us "
+            f"({work / one / 1e6:.0f} TFLOP/s), with backward {both:8.1f} us ({3 * work / both / 1e6:.0f} TFLOP/s)",
+            flush=True,
+        )
+    time_graph()
+    time_fused()
+
+
+def time_graph():
+    forward, step, work = attention_case((4096,) * 4, 1024, "softmax")
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    print(f"attention step as a graph {timed(graph.replay):.1f} us")
+
+
+def leaf(*shape, kind=torch.bfloat16):
+    return torch.randn(*shape, device=GPU, dtype=kind, requires_grad=True)
+
+
+def extract_cases(tokens=32768, m=16384, d=616, dtype=torch.bfloat16):
+    index = torch.randperm(tokens, device=GPU)[:m].sort().values
+    slot = torch.full((tokens,), -1, device=GPU)
+    slot[index] = torch.arange(m, device=GPU)
+    x = leaf(tokens, d)
+    grad = torch.randn(m, d, device=GPU, dtype=dtype)
+    hidden, residual, out = leaf(tokens, d), leaf(tokens, d), leaf(m, d)
+    confidence = torch.rand(tokens, device=GPU) * (slot >= 0)
+    confidence.requires_grad_()
+    wide = torch.randn(tokens, d, device=GPU, dtype=dtype)
+
+    def torch_extract():
+        total = hidden.index_add(0, index, (out * confidence[index, None]).to(dtype))
+        torch.autograd.grad(F.silu(total + residual), (hidden, residual, out, confidence), wide)
+
+    def triton_extract():
+        found = fused.extract_residual(hidden, residual, out, confidence, slot)
+        torch.autograd.grad(found, (hidden, residual, out, confidence), wide)
+
+    return {
+        "gather torch": lambda: torch.autograd.grad(x.index_select(0, index), x, grad),
+        "gather triton": lambda: torch.autograd.grad(fused.gather_rows(x, index, slot), x, grad),
+        "extract torch": torch_extract,
+        "extract triton": triton_extract,
+    }
+
+
+def unit_case(parts=False, tokens=32768, counts=(4096,) * 4, z=128, width=1232, window=1024):
+    start, end, m = ranges(counts, window)
+    index = torch.randperm(tokens, device=GPU)[:m].sort().values
+    projected, scale, offset = leaf(m, z + 2 * width), leaf(2, z, kind=torch.float32), leaf(2, z, kind=torch.float32)
+    cos, sin = torch.rand(tokens, z // 2, device=GPU), torch.rand(tokens, z // 2, device=GPU)
+    grad = torch.randn(m, width, device=GPU, dtype=projected.dtype)
+    options = {"activation": "softmax", "max_keys": window + 1}
+
+    def run():
+        if parts:
+            q, k, v, gate = fused.project_unit(projected, scale, offset, cos, sin, index)
+            found = attention.windowed_attention_triton(q, k, v, start, end, scale=z**-0.5, gate=gate, **options)
+        else:
+            found = fused.gated_unit(
+                projected, scale, offset, start, end, attention_scale=z**-0.5, cos=cos, sin=sin, table_rows=index,
+                **options,
+            )  # fmt: skip
+        torch.autograd.grad(found, (projected, scale, offset), grad)
+
+    return run
+
+
+def host_time(function, repeats=100):
+    """Microseconds the host needs to queue a call, for a case whose device time is shorter."""
+    for _ in range(3):
+        function()
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    for _ in range(repeats):
+        function()
+    total = time.perf_counter() - begin
+    torch.cuda.synchronize()
+    return total / repeats * 1e6
+
+
+def time_fused():
+    cases = extract_cases() | {"project + attention": unit_case(parts=True), "gated unit": unit_case()}
+    for name, case in cases.items():
+        found = profile(case)
+        print(f"{name}: {timed(case):.1f} us by events, kernels {sum(t for _, t in found):.1f} us", flush=True)
+        print("   ", ", ".join(f"{short(key)} {value:.1f}" for key, value in found), flush=True)
+    forward, step, _ = attention_case((60,) * 4, 32, "softmax")
+    small = unit_case(counts=(60,) * 4, window=32)
+    tiny = extract_cases(240, 120)
+    print(
+        f"host: attention forward {host_time(forward):.0f} us, with backward {host_time(step):.0f} us, gated unit "
+        f"{host_time(small):.0f} us, gather {host_time(tiny['gather triton']):.0f} us (torch "
+        f"{host_time(tiny['gather torch']):.0f} us), extract {host_time(tiny['extract triton']):.0f} us"
+    )
+
+
+if __name__ == "__main__":
+    print(torch.cuda.get_device_name())
+    wanted = sys.argv[1:] or ["check", "time"]
+    if "check" in wanted:
+        check()
+    if "blocks" in wanted:
+        try_blocks()
+    if "time" in wanted:
+        time_all()
