@@ -58,7 +58,8 @@ def choose_backend(op: str, requested: str, device: torch.device, dtype: torch.d
     Raises:
         ValueError: when `triton` is requested and cannot run, with the reason.
     """
-    if requested == "torch":
+    # The interpreter is for tests: it runs only where it is asked for.
+    if requested == "torch" or (requested == "auto" and device.type != "cuda"):
         return "torch"
     reason = why_not_triton(op, device, dtype, **facts)
     if reason is None:
