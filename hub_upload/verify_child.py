@@ -35,6 +35,7 @@ os.dup2(2, 1)
 
 import torch  # noqa: E402
 from transformers import AutoConfig, AutoModel, AutoTokenizer  # noqa: E402
+from transformers.dynamic_module_utils import get_class_from_dynamic_module  # noqa: E402
 from transformers.models.auto import modeling_auto  # noqa: E402
 
 
@@ -49,6 +50,17 @@ def _require(condition, message):
 
 def report(check, detail=""):
     print(json.dumps({"check": check, "detail": detail}), file=CHECKS, flush=True)
+
+
+def check_auto_map(folder, auto_map):
+    # save_pretrained copies only the files that the saved class needs: heads kept in others are missing from a folder
+    # that was loaded and saved again.
+    files = {auto: Path(folder) / f"{reference.split('.')[0]}.py" for auto, reference in auto_map.items()}
+    missing = sorted(auto for auto, file in files.items() if not file.is_file())
+    found = sorted(set(auto_map) - set(missing))
+    for auto in found:
+        get_class_from_dynamic_module(auto_map[auto], folder)
+    report("auto_map", ", ".join(found) + (f"; no file for {', '.join(missing)}" if missing else ""))
 
 
 def load(folder):
@@ -67,6 +79,7 @@ def load(folder):
     if auto != "AutoModel":
         base = AutoModel.from_pretrained(folder, trust_remote_code=True)
         report("AutoModel", type(base).__name__)
+    check_auto_map(folder, config.auto_map)
     tokenizer = None
     if (Path(folder) / "tokenizer_config.json").is_file():
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)

@@ -378,6 +378,7 @@ def test_a_built_folder_verifies_where_the_package_is_not(built):
         "AutoConfig",
         "AutoModelForCausalLM",
         "AutoModel",
+        "auto_map",
         "AutoTokenizer",
         "forward",
         "generation",
@@ -385,6 +386,7 @@ def test_a_built_folder_verifies_where_the_package_is_not(built):
         "save and reload",
     ]
     assert again == first[:-1]
+    assert next(check.detail for check in checks if check.name == "auto_map") == ", ".join(sorted(auto_map()))
     texts = [check.detail for check in checks if check.name == "generation"]
     assert texts[0] == texts[1]
 
@@ -394,6 +396,7 @@ def test_a_built_folder_verifies_where_the_package_is_not(built):
     [
         (lambda f: (f / "layers_seqboat.py").unlink(), "layers_seqboat"),
         (lambda f: edit_config(f, auto_map={"AutoConfig": "configuration_seqboat.SeqBoatConfig"}), "verify"),
+        (lambda f: edit_config(f, auto_map={**auto_map(), "AutoModel": "modeling_seqboat.Nothing"}), "Nothing"),
         (lambda f: (f / "config.json").unlink(), "no config.json"),
     ],
 )
