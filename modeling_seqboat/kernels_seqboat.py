@@ -19,6 +19,7 @@ try:
 
     from .triton_attention_seqboat import windowed_attention_triton
     from .triton_ema_seqboat import ema_scan_triton
+    from .triton_fused_seqboat import extract_residual, gated_unit, gather_rows
 except ImportError:
     triton = None
 
@@ -70,12 +71,22 @@ def choose_backend(op: str, requested: str, device: torch.device, dtype: torch.d
 
 
 def run_ema_scan(
-    requested: str, x: Tensor, *args, plan: ScanPlan | None = None, need_state: bool = True, **kwargs
+    requested: str,
+    x: Tensor,
+    *args,
+    plan: ScanPlan | None = None,
+    need_state: bool = True,
+    activation: str | None = None,
+    **kwargs,
 ) -> tuple[Tensor, Tensor | None]:
-    """`ema_scan` on the chosen backend; one column is a handful of elementwise operations and stays in torch."""
+    """`ema_scan` on the chosen backend, followed by `activation` (None or silu).
+
+    One column is a handful of elementwise operations and stays in torch.
+    """
     if x.shape[1] > 1 and choose_backend("ema_scan", requested, x.device, x.dtype) == "triton":
-        return ema_scan_triton(x, *args, **kwargs)
-    return ema_scan(x, *args, plan=plan, need_state=need_state, **kwargs)
+        return ema_scan_triton(x, *args, activation=activation, **kwargs)
+    y, state = ema_scan(x, *args, plan=plan, need_state=need_state, **kwargs)
+    return (y if activation is None else torch.nn.functional.silu(y)), state
 
 
 def run_windowed_attention(
@@ -86,3 +97,30 @@ def run_windowed_attention(
     if choose_backend("windowed_attention", requested, q.device, q.dtype, **facts) == "triton":
         return windowed_attention_triton(q, k, v, *args, max_keys=max_keys, **kwargs)
     return windowed_attention(q, k, v, *args, dropout_p=dropout_p, **kwargs)
+
+
+def runs_fused(requested: str, device: torch.device, dtype: torch.dtype, plain: bool, **facts) -> bool:
+    """Whether a layer may replace its elementwise steps by fused kernels.
+
+    Args:
+        plain: what the kernels take for granted: silu everywhere and no dropout between the steps.
+        facts: as in `why_not_triton` for the attention.
+    """
+    if not plain:
+        return False
+    return choose_backend("windowed_attention", requested, device, dtype, **facts) == "triton"
+
+
+def run_gated_unit(*args, **kwargs) -> Tensor:
+    """`gated_unit`; only where `runs_fused` says so."""
+    return gated_unit(*args, **kwargs)
+
+
+def run_extract_residual(*args) -> Tensor:
+    """`extract_residual`; only where `runs_fused` says so."""
+    return extract_residual(*args)
+
+
+def run_gather_rows(*args) -> Tensor:
+    """`gather_rows`; only where `runs_fused` says so."""
+    return gather_rows(*args)

@@ -15,7 +15,15 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .cache_seqboat import CacheUpdate, SeqBoatCacheLayer
 from .configuration_seqboat import SeqBoatConfig
-from .kernels_seqboat import requested_backend, run_ema_scan, run_windowed_attention
+from .kernels_seqboat import (
+    requested_backend,
+    run_ema_scan,
+    run_extract_residual,
+    run_gated_unit,
+    run_gather_rows,
+    run_windowed_attention,
+    runs_fused,
+)
 from .ops_attention_seqboat import (
     apply_rotary,
     attention_scale,
@@ -170,12 +178,15 @@ class SeqBoatEMA(nn.Module):
         self.alpha = nn.Parameter(torch.empty(*shape, 1))
         self.beta = nn.Parameter(torch.empty(*shape, 1))
         self.gamma = nn.Parameter(torch.empty(*shape))
+        self.activation = ACT2FN[config.hidden_act]
+        # The forward scan's kernel ends with the activation, where nothing is added in between.
+        self.fused_activation = "silu" if config.hidden_act == "silu" and not config.bidirectional else None
         self.omega = nn.Parameter(torch.empty(config.hidden_size))
 
     def forward(
         self, x: Tensor, context: SequenceContext, cache: SeqBoatCacheLayer | None
     ) -> tuple[Tensor, dict[str, Tensor | None]]:
-        """x (B, L, D) -> y (B, L, D) of x's dtype, and what the cache keeps of the scan."""
+        """x (B, L, D) -> silu(y) (B, L, D) of x's dtype, and what the cache keeps of the scan."""
         with without_autocast(x.device):
             decay, input_gain, output_gain = ema_parameters(self.delta, self.alpha, self.beta, self.gamma)
             width = self.hidden_size
@@ -193,6 +204,8 @@ class SeqBoatEMA(nn.Module):
                     real, ends, context.reverse_plan, None, None, False,
                 )  # fmt: skip
                 y = y + back.flip(1)
+            if self.fused_activation is None:
+                y = self.activation(y)
         scanned = {"decay": decay, "input_gain": input_gain, "delay_decay": delay_decay, "ssm_state": state}
         return y, scanned
 
@@ -204,6 +217,7 @@ class SeqBoatEMA(nn.Module):
         y, state = run_ema_scan(
             requested_backend(self.config.kernel_backend), x, decay, input_gain, output_gain, skip, real=real, reset=reset, state=state,
             delayed=delayed, delay_decay=delay_decay, plan=plan, need_state=need_state,
+            activation=self.fused_activation,
         )  # fmt: skip
         return y, state, delay_decay
 
@@ -372,6 +386,35 @@ class SeqBoatAttention(nn.Module):
         }
         return stream.flat, out, entries
 
+    def fused(self, x: Tensor, active: Tensor, slot: Tensor, context: SequenceContext) -> Tensor:
+        """`forward` without a cache and without dropout, all between the two linears in fused kernels.
+
+        Args:
+            x: (B, L, D); active: (B, L) bool; slot: (B * L,) int64, the place of each activated token, else -1.
+
+        Returns:
+            out (M, D).
+        """
+        config = self.config
+        stream = build_stream(active, context.segment, config.memory_size, config.bidirectional, None)
+        projected = self.in_proj(run_gather_rows(x.flatten(0, 1), stream.flat, slot))
+        cos = sin = None
+        if context.cos is not None:
+            cos, sin = (table.flatten(0, 1) for table in (context.cos, context.sin))
+        bias = self._bias()
+        if bias:
+            local = config.position_embedding_type == "local"
+            places = stream.key_index if local else context.positions.flatten()[stream.flat]
+            bias |= {"q_place": places, "k_place": places}
+        with without_autocast(x.device):
+            gated = run_gated_unit(
+                projected, self.qk_scale, self.qk_offset, stream.key_start, stream.key_end,
+                activation=config.attention_activation, attention_scale=self.scale, cos=cos, sin=sin,
+                table_rows=None if cos is None else stream.flat,
+                max_keys=config.memory_size * (2 if config.bidirectional else 1) + 1, **bias,
+            )  # fmt: skip
+        return self.out_proj(gated)
+
     def step(self, x: Tensor, context: SequenceContext, cache: SeqBoatCacheLayer, rows: Tensor | None):
         """One column over the memory, every row alike: no shape and no branch depends on data.
 
@@ -452,14 +495,18 @@ class SeqBoatDecoderLayer(GradientCheckpointingLayer):
         if past_key_values is not None:
             cache = past_key_values.layers[self.layer_idx]
             cache.initialize(x.shape[0], self._state_dtype(x), x.device)
-        h = self.norm(x, context.real) if config.norm_first else x
-        y, scanned = self.ssm(h, context, cache)
-        m = F.dropout(self.activation(y), config.hidden_dropout, self.training)
+        # Under autocast norms return float32; what the layer computes from here on starts in the lower precision, and the
+        # EMA and the router are float32 inside whatever they are given.
+        h = (self.norm(x, context.real) if config.norm_first else x).to(self._state_dtype(x))
+        m, scanned = self.ssm(h, context, cache)
+        m = F.dropout(m, config.hidden_dropout, self.training)
         hidden = self.hidden_proj(m)
         confidence, active = self.router(m, context.real)
         if cache is not None and x.shape[1] == 1 and self._steps_in_place(cache):
             hidden = self._step(h, m, hidden, confidence, active, context, cache, scanned)
         else:
+            if cache is None and self._runs_fused(m):
+                return self._finish(self._attend_fused(x, m, hidden, confidence, active, context), context), confidence
             flat, out, entries = self.attention(m, active, context, cache)
             out = (out * confidence.flatten()[flat, None]).to(hidden.dtype)
             hidden = hidden.flatten(0, 1).index_add(0, flat, out).view_as(hidden)
@@ -467,12 +514,36 @@ class SeqBoatDecoderLayer(GradientCheckpointingLayer):
                 self._commit(cache, h, context, scanned, entries)
         if not config.bidirectional:
             hidden = F.dropout(hidden, config.hidden_dropout, self.training)
-        x = self.activation(hidden + x)
-        if not config.norm_first:
+        return self._finish(self.activation(hidden + x), context), confidence
+
+    def _finish(self, x: Tensor, context: SequenceContext) -> Tensor:
+        if not self.config.norm_first:
             x = self.norm(x, context.real)
-        if self.ffn is not None:
-            x = self.ffn(x, context.real)
-        return x, confidence
+        return x if self.ffn is None else self.ffn(x, context.real)
+
+    def _runs_fused(self, m: Tensor) -> bool:
+        config = self.config
+        dropout = self.training and max(config.hidden_dropout, config.value_dropout) > 0
+        return runs_fused(
+            requested_backend(config.kernel_backend),
+            m.device,
+            m.dtype,
+            config.hidden_act == "silu" and not dropout,
+            activation=config.attention_activation,
+            dropout_p=config.attention_dropout if self.training else 0.0,
+        )
+
+    @torch.compiler.disable
+    def _attend_fused(self, x, m, hidden, confidence, active, context) -> Tensor:
+        """Steps 6 to 9 with one kernel before the unit's attention and one after its output: the same numbers."""
+        marks = active.flatten()
+        slot = torch.where(marks, marks.long().cumsum(0) - 1, -1)
+        out = self.attention.fused(m, active, slot, context)
+        with without_autocast(x.device):
+            added = run_extract_residual(
+                hidden.flatten(0, 1), x.flatten(0, 1), out, confidence.flatten().float(), slot
+            )
+        return added.view_as(x)
 
     def _state_dtype(self, x: Tensor) -> torch.dtype:
         kind = x.device.type

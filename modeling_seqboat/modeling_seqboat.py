@@ -501,3 +501,16 @@ class SeqBoatForCausalLM(SeqBoatPreTrainedModel, GenerationMixin):
         if generation_config.is_assistant:
             cache.activate_past_recording()
         model_kwargs["past_key_values"] = cache
+
+
+def __getattr__(name: str) -> type:
+    """Classes of the other files that `AUTO_CLASSES` names, without a circular import.
+
+    Saving a model copies the files that its module imports; without this one a saved language model would name a
+    classifier in its auto_map and not bring the file.
+    """
+    if name == "SeqBoatForSequenceClassification":
+        from .heads_seqboat import SeqBoatForSequenceClassification
+
+        return SeqBoatForSequenceClassification
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
