@@ -169,52 +169,23 @@ def short(name):
     return name.replace("void ", "").replace("at::native::", "").split("<")[0].split("(")[0][:40]
 
 
-def forget_variants():
-    for module in (attention, fused):
-        for value in vars(module).values():
-            if isinstance(value, Kernel):
-                value.variants.clear()
-
-
 def try_blocks():
+    """Mean times of a unit's kernels under other launch options than the table's."""
     base = attention._BLOCKS_16BIT
+    wide = {"num_warps": 8, "num_stages": 3}
     variants = {
-        "A": {},
-        "B": dict(
-            weights_options=dict(num_warps=4, num_stages=3), values=128,
-            values_options=dict(num_warps=4, num_stages=3), score_grads_options=dict(num_warps=4, num_stages=3),
-            input_grads_options=dict(num_warps=4, num_stages=3),
-        ),
-        "C": dict(
-            rows=128, weights_options=dict(num_warps=8, num_stages=2), values=128,
-            values_options=dict(num_warps=8, num_stages=3), score_grads_options=dict(num_warps=8, num_stages=2),
-            input_grads_options=dict(num_warps=8, num_stages=3),
-        ),
-        "P": {},
-    }  # fmt: skip
-    describe = attention._can_describe
-    for form in ("plain", "unit"):
-        table = {}
-        for name, change in variants.items():
-            attention._BLOCKS_16BIT = replace(base, **change)
-            attention._can_describe = describe if name != "P" else lambda *tensors: False
-            forget_variants()
-            try:
-                step = attention_case((4096,) * 4, 1024, "softmax")[1] if form == "plain" else unit_case()
-                for key, value in profile(step):
-                    table.setdefault(short(key), {})[name] = value
-            except Exception as failure:
-                print(name, "failed:", repr(failure)[:300], flush=True)
-        for key, found in table.items():
-            print(f"{form} {key:40s}", " ".join(f"{name} {value:7.1f}" for name, value in found.items()), flush=True)
-    attention._BLOCKS_16BIT, attention._can_describe = base, describe
-    elements = fused._ELEMENTS
-    for count in (1024, 2048, 4096, 8192):
-        fused._ELEMENTS = count
-        forget_variants()
-        found = profile(extract_cases()["extract triton"]) + profile(extract_cases()["gather triton"])
-        print("elements", count, ", ".join(f"{short(key)} {value:.1f}" for key, value in found), flush=True)
-    fused._ELEMENTS = elements
+        "table": {},
+        "256 columns": {"values": 256, "values_options": wide, "input_grads_options": wide},
+        "weights 168": {"weights_options": {"num_warps": 4, "num_stages": 2, "maxnreg": 168}},
+    }
+    table = {}
+    for name, change in variants.items():
+        attention._BLOCKS_16BIT = replace(base, **change)
+        for key, value in profile(unit_case()):
+            table.setdefault(short(key), {})[name] = value
+    attention._BLOCKS_16BIT = base
+    for key, found in table.items():
+        print(f"{key:28s}", " ".join(f"{name} {value:7.1f}" for name, value in found.items()), flush=True)
 
 
 def time_all():
@@ -312,6 +283,28 @@ def host_time(function, repeats=100):
     return total / repeats * 1e6
 
 
+def profile_host():
+    """Where the host's time goes: launches one by one, and a unit with its backward in one thread."""
+    plain = Kernel.__call__
+    spent = {}
+
+    def launch(self, *args, **kwargs):
+        begin = time.perf_counter()
+        plain(self, *args, **kwargs)
+        spent.setdefault(self.function.fn.__name__, []).append(time.perf_counter() - begin)
+
+    unit = unit_case(counts=(60,) * 4, window=32)
+    x = torch.empty(8, device=GPU)
+    with torch.autograd.set_multithreading_enabled(False):
+        whole = host_time(unit)
+        Kernel.__call__ = launch
+        host_time(unit)
+        Kernel.__call__ = plain
+    medians = ", ".join(f"{name} {statistics.median(times) * 1e6:.0f}" for name, times in spent.items())
+    empty, add = host_time(lambda: torch.empty(8, 8, device=GPU)), host_time(lambda: x.add_(1))
+    print(f"host: unit {whole:.0f} us, torch.empty {empty:.1f} us, add_ {add:.1f} us; launches: {medians}", flush=True)
+
+
 def time_fused():
     cases = extract_cases() | {"project + attention": unit_case(parts=True), "gated unit": unit_case()}
     for name, case in cases.items():
@@ -321,14 +314,7 @@ def time_fused():
             flush=True,
         )
         print("   ", ", ".join(f"{short(key)} {value:.1f}" for key, value in found), flush=True)
-    forward, step, _ = attention_case((60,) * 4, 32, "softmax")
-    small = unit_case(counts=(60,) * 4, window=32)
-    tiny = extract_cases(240, 120)
-    print(
-        f"host: attention forward {host_time(forward):.0f} us, with backward {host_time(step):.0f} us, gated unit "
-        f"{host_time(small):.0f} us, gather {host_time(tiny['gather triton']):.0f} us (torch "
-        f"{host_time(tiny['gather torch']):.0f} us), extract {host_time(tiny['extract triton']):.0f} us"
-    )
+    profile_host()
 
 
 if __name__ == "__main__":

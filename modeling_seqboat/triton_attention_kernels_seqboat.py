@@ -235,27 +235,22 @@ def weights_kernel(
 @jit
 def _times_rows(
     acc, tiles, x, first, base, steps, column, x_rows, x_columns, x_stride,
-    TMA: tl.constexpr, PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, INNER: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """acc (BLOCK_M, WIDTH) += tiles of one block of queries times rows of x (keys, columns)."""
     per_tile: tl.constexpr = BLOCK_N // INNER
     inner = tl.arange(0, INNER)
-    if not TMA:
-        columns = column + tl.arange(0, WIDTH)
-        a_offset = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + inner[None, :]
-        x_offset = inner[:, None] * x_stride + columns[None, :]
+    columns = column + tl.arange(0, WIDTH)
+    a_offset = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + inner[None, :]
+    x_offset = inner[:, None] * x_stride + columns[None, :]
     for step in range(0, steps):
         a_row = (base + first + step // per_tile) * BLOCK_M
         a_column = (step % per_tile) * INNER
         x_row = first * BLOCK_N + step * INNER
-        if TMA:
-            a = tiles.load([a_row, a_column])
-            b = x.load([x_row, column])
-        else:
-            a = tl.load(tiles + (tl.cast(a_row, tl.int64) * BLOCK_N + a_column) + a_offset)
-            inside = (x_row + inner < x_rows)[:, None] & (columns < x_columns)[None, :]
-            b = tl.load(x + tl.cast(x_row, tl.int64) * x_stride + x_offset, mask=inside, other=0.0)
+        a = tl.load(tiles + (tl.cast(a_row, tl.int64) * BLOCK_N + a_column) + a_offset)
+        inside = (x_row + inner < x_rows)[:, None] & (columns < x_columns)[None, :]
+        b = tl.load(x + tl.cast(x_row, tl.int64) * x_stride + x_offset, mask=inside, other=0.0)
         acc = _dot(a, b, acc, PRECISION)
     return acc
 
@@ -263,16 +258,15 @@ def _times_rows(
 @jit
 def _times_columns(
     acc, tiles, x, bases, key_block, low, steps, column, x_rows, x_columns, x_stride,
-    TMA: tl.constexpr, PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, INNER: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """acc (BLOCK_N, WIDTH) += tiles of one block of keys, transposed, times rows of x (queries, columns)."""
     per_tile: tl.constexpr = BLOCK_M // INNER
     inner = tl.arange(0, INNER)
-    if not TMA:
-        columns = column + tl.arange(0, WIDTH)
-        a_offset = inner[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-        x_offset = inner[:, None] * x_stride + columns[None, :]
+    columns = column + tl.arange(0, WIDTH)
+    a_offset = inner[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    x_offset = inner[:, None] * x_stride + columns[None, :]
     # Read one step ahead: a load whose address is loaded in the same step would halve the depth of the pipeline.
     base = tl.load(bases + low)
     for step in range(0, steps):
@@ -280,13 +274,9 @@ def _times_columns(
         part = (step % per_tile) * INNER
         a_row = (base + key_block) * BLOCK_M + part
         x_row = block * BLOCK_M + part
-        if TMA:
-            a = tiles.load([a_row, 0])
-            b = x.load([x_row, column])
-        else:
-            a = tl.load(tiles + tl.cast(a_row, tl.int64) * BLOCK_N + a_offset)
-            inside = (x_row + inner < x_rows)[:, None] & (columns < x_columns)[None, :]
-            b = tl.load(x + tl.cast(x_row, tl.int64) * x_stride + x_offset, mask=inside, other=0.0)
+        a = tl.load(tiles + tl.cast(a_row, tl.int64) * BLOCK_N + a_offset)
+        inside = (x_row + inner < x_rows)[:, None] & (columns < x_columns)[None, :]
+        b = tl.load(x + tl.cast(x_row, tl.int64) * x_stride + x_offset, mask=inside, other=0.0)
         acc = _dot(tl.trans(a), b, acc, PRECISION)
         base = tl.load(bases + low + (step + 1) // per_tile)
     return acc
@@ -324,7 +314,7 @@ def _store_values(
 @kernel("m", "mk", "n_blocks", "list_size")
 def values_kernel(
     tiles, v, plan, row_stats, gate, out, gated, m, mk, n_blocks, list_size, v_stride, gate_stride, lowering,
-    V: tl.constexpr, SOFTMAX: tl.constexpr, GATE: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    V: tl.constexpr, SOFTMAX: tl.constexpr, GATE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, INNER: tl.constexpr, WIDTH: tl.constexpr, SLICES: tl.constexpr,
 ):  # fmt: skip
     """out (M, V) = weights . v, and gated = out * gate (or silu(gate)) beside it."""
@@ -338,7 +328,7 @@ def values_kernel(
     acc = tl.zeros((BLOCK_M, WIDTH), tl.float32)
     acc = _times_rows(
         acc, tiles, v, first, base, steps, column, mk, V, v_stride,
-        TMA, PRECISION, BLOCK_M, BLOCK_N, INNER, WIDTH,
+        PRECISION, BLOCK_M, BLOCK_N, INNER, WIDTH,
     )  # fmt: skip
     row = block * BLOCK_M
     if SOFTMAX:
@@ -393,7 +383,7 @@ def score_grads_kernel(
     m, mk, n_blocks, n_key_blocks, list_size, q_stride, k_stride, v_stride, grad_stride,
     table_size, table_center, scale, table_factor, lift, lowering,
     Z: tl.constexpr, V: tl.constexpr, SOFTMAX: tl.constexpr, HAS_TABLE: tl.constexpr, WANT_TOP: tl.constexpr,
-    TMA: tl.constexpr, PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_Z: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
     """One tile: the weights again, d loss/d weights = grad_out . v^T, and from both d loss/d scores."""
@@ -425,21 +415,16 @@ def score_grads_kernel(
 
         inner = tl.arange(0, INNER)
         key = tile * BLOCK_N
-        if not TMA:
-            grad_offset = local[:, None] * grad_stride + inner[None, :]
-            v_offset = columns[None, :] * v_stride + inner[:, None]
-            grad_block = grad_out + row.to(tl.int64) * grad_stride
-            v_block = v + key.to(tl.int64) * v_stride
+        grad_offset = local[:, None] * grad_stride + inner[None, :]
+        v_offset = columns[None, :] * v_stride + inner[:, None]
+        grad_block = grad_out + row.to(tl.int64) * grad_stride
+        v_block = v + key.to(tl.int64) * v_stride
+        rows_inside, keys_inside = row + local < m, key + columns < mk
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for column in range(0, V, INNER):
-            if TMA:
-                a = grad_out.load([row, column])
-                b = tl.trans(v.load([key, column]))
-            else:
-                valid = column + inner < V
-                rows_inside, keys_inside = row + local < m, key + columns < mk
-                a = tl.load(grad_block + column + grad_offset, mask=rows_inside[:, None] & valid[None, :], other=0.0)
-                b = tl.load(v_block + column + v_offset, mask=keys_inside[None, :] & valid[:, None], other=0.0)
+            valid = column + inner < V
+            a = tl.load(grad_block + column + grad_offset, mask=rows_inside[:, None] & valid[None, :], other=0.0)
+            b = tl.load(v_block + column + v_offset, mask=keys_inside[None, :] & valid[:, None], other=0.0)
             acc = _dot(a, b, acc, PRECISION)
         tl.debug_barrier()
         found = tl.load(weights + place).to(tl.float32)
@@ -483,8 +468,8 @@ def _store_rows(acc, target, row, count, Z: tl.constexpr, ROWS: tl.constexpr, WI
 @kernel("m", "mk", "n_blocks", "n_key_blocks", "list_size")
 def input_grads_kernel(
     tiles, grad_out, score_grads, q, k, raw, plan, grad_v, grad_q, grad_k,
-    m, mk, n_blocks, n_key_blocks, list_size, grad_stride, q_stride, k_stride, raw_stride, grad_v_stride, lowering, scale,
-    V: tl.constexpr, Z: tl.constexpr, SILU: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    m, mk, n_blocks, n_key_blocks, list_size, q_stride, k_stride, grad_stride, raw_stride, grad_v_stride, lowering, scale,
+    V: tl.constexpr, Z: tl.constexpr, SILU: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, INNER: tl.constexpr, WIDTH: tl.constexpr, SLICES: tl.constexpr,
     BLOCK_Z: tl.constexpr,
 ):  # fmt: skip
@@ -507,7 +492,7 @@ def input_grads_kernel(
             acc = tl.zeros((BLOCK_N, WIDTH), tl.float32)
             acc = _times_columns(
                 acc, tiles, grad_out, bases, key_block, low, steps, column, m, V, grad_stride,
-                TMA, PRECISION, BLOCK_M, BLOCK_N, INNER, WIDTH,
+                PRECISION, BLOCK_M, BLOCK_N, INNER, WIDTH,
             )  # fmt: skip
             acc = acc * tl.where(fits, lowering, float("nan"))
             if WIDTH >= 128:
@@ -528,7 +513,7 @@ def input_grads_kernel(
             key_grads = tl.zeros((BLOCK_N, BLOCK_Z), tl.float32)
             key_grads = _times_columns(
                 key_grads, score_grads, q, bases, key_block, low, steps, 0, m, Z, q_stride,
-                False, PRECISION, BLOCK_M, BLOCK_N, INNER, BLOCK_Z,
+                PRECISION, BLOCK_M, BLOCK_N, INNER, BLOCK_Z,
             )  # fmt: skip
             _store_rows(key_grads * tl.where(fits, scale, float("nan")), grad_k, key, mk, Z, BLOCK_N, BLOCK_Z)
     else:
@@ -538,7 +523,7 @@ def input_grads_kernel(
         query_grads = tl.zeros((BLOCK_M, BLOCK_Z), tl.float32)
         query_grads = _times_rows(
             query_grads, score_grads, k, first, tl.load(bases + block), steps, 0, mk, Z, k_stride,
-            False, PRECISION, BLOCK_M, BLOCK_N, INNER, BLOCK_Z,
+            PRECISION, BLOCK_M, BLOCK_N, INNER, BLOCK_Z,
         )  # fmt: skip
         _store_rows(query_grads * tl.where(fits, scale, float("nan")), grad_q, block * BLOCK_M, m, Z, BLOCK_M, BLOCK_Z)
 

@@ -34,12 +34,7 @@ from .triton_attention_kernels_seqboat import (
     values_kernel,
     weights_kernel,
 )
-from .triton_launch_seqboat import alignment, blocks_of, interpreted, on_device, power_of_two
-
-try:
-    from triton.tools.tensor_descriptor import TensorDescriptor
-except ImportError:
-    TensorDescriptor = None
+from .triton_launch_seqboat import aligned_key, blocks_of, interpreted, on_device, power_of_two
 
 _LOG2_E = 1.4426950408889634
 # Fixed-point steps between 0 and the largest gradient of one pair's bias, which leaves 29 bits for the sum of pairs.
@@ -64,12 +59,13 @@ class _Blocks:
     input_grads_options: dict[str, int]
 
 
+# Two programs of 128 columns share an SM: while one reads the gate and stores, the other multiplies.
 _BLOCKS_16BIT = _Blocks(
-    m=128, n=128, rows=64, inner=64, values=256,
+    m=128, n=128, rows=64, inner=64, values=128,
     weights_options={"num_warps": 4, "num_stages": 2},
     values_options={"num_warps": 8, "num_stages": 3},
     score_grads_options={"num_warps": 8, "num_stages": 3, "maxnreg": 128},
-    input_grads_options={"num_warps": 8, "num_stages": 4},
+    input_grads_options={"num_warps": 8, "num_stages": 3},
 )  # fmt: skip
 # float32 products run on the ordinary units, where a large tile only costs registers.
 _BLOCKS_32BIT = _Blocks(
@@ -123,19 +119,6 @@ def _precision(dtype: torch.dtype) -> str:
     return "upcast" if interpreted() else "ieee" if dtype == torch.float32 else "tf32"
 
 
-def _can_describe(*tensors: Tensor) -> bool:
-    """Whether the tensor copy engine can read these (rows, columns) tensors: 16-byte rows, Hopper or newer."""
-    if not interpreted() and torch.cuda.get_device_capability(tensors[0].device)[0] < 9:
-        return False
-    return all(
-        t.element_size() == 2 and t.stride(1) == 1 and t.stride(0) % 8 == 0 and t.data_ptr() % 16 == 0 for t in tensors
-    )
-
-
-def _describe(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    return TensorDescriptor(tensor, list(tensor.shape), [tensor.stride(0), 1], [rows, columns])
-
-
 def _list_bound(m: int, mk: int, longest: int, blocks: _Blocks) -> int:
     """Tiles that m queries with at most `longest` keys each can need.
 
@@ -152,19 +135,11 @@ def _score_arguments(call: AttentionCall, table: Tensor | None) -> tuple[int, in
     return 0 if table is None else table.shape[0], call.table_center, call.scale * factor, factor
 
 
-def _key(
-    blocks: _Blocks,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    table: Tensor | None,
-    ranges: AttentionRanges,
-    call: AttentionCall,
-) -> tuple:
-    return (
-        blocks, q.device, q.dtype, q.shape[1], v.shape[1], q.stride(0), k.stride(0), v.stride(0), call.activation,
-        None if table is None else table.dtype, *alignment(q, k, v, table, *ranges),
-    )  # fmt: skip
+def _facts(blocks: _Blocks, q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, call: AttentionCall) -> tuple:
+    """What all of a call's compiled variants depend on; see `aligned_key`."""
+    table_dtype = None if table is None else table.dtype
+    strides = q.stride(0), k.stride(0), v.stride(0)
+    return blocks, q.device, q.dtype, q.shape[1], v.shape[1], *strides, call.activation, table_dtype
 
 
 def attention_forward(
@@ -183,7 +158,8 @@ def attention_forward(
     plan = torch.empty(3 * n_blocks + 2 * n_key_blocks + call.list_size, dtype=torch.int32, device=q.device)
     row_stats = torch.empty(2, m if softmax else 0, dtype=torch.float32, device=q.device)
     weights = torch.empty(call.list_size * blocks.m, blocks.n, dtype=q.dtype, device=q.device)
-    key = _key(blocks, q, k, v, table, ranges, call)
+    gate_stride = 0 if gate is None else gate.stride(0)
+    key = aligned_key((q, k, v, table, gate, *ranges), *_facts(blocks, q, k, v, table, call), gate_form, gate_stride)
     weights_kernel(
         (n_blocks * (blocks.m // blocks.rows),), key,
         q, k, ranges.key_start, ranges.key_end, table, ranges.q_place, ranges.k_place, weights, row_stats, plan,
@@ -194,16 +170,13 @@ def attention_forward(
     )  # fmt: skip
     out = torch.empty(m, width, dtype=v.dtype, device=v.device)
     gated = None if gate is None else torch.empty_like(out)
-    gate_stride = 0 if gate is None else gate.stride(0)
     columns = min(blocks.values, power_of_two(width))
     slices = blocks_of(width, columns)
-    tma = _can_describe(weights, v)
     values_kernel(
-        (n_blocks * slices,), (*key, gate_form, gate_stride, *alignment(gate)),
-        _describe(weights, blocks.m, blocks.inner) if tma else weights,
-        _describe(v, blocks.inner, columns) if tma else v,
-        plan, row_stats, gate, out, gated, m, mk, n_blocks, call.list_size, v.stride(0), gate_stride, 1 / call.lift,
-        options=blocks.values_options, V=width, SOFTMAX=softmax, GATE=gate_form, TMA=tma, PRECISION=precision,
+        (n_blocks * slices,), key,
+        weights, v, plan, row_stats, gate, out, gated,
+        m, mk, n_blocks, call.list_size, v.stride(0), gate_stride, 1 / call.lift, options=blocks.values_options,
+        V=width, SOFTMAX=softmax, GATE=gate_form, PRECISION=precision,
         BLOCK_M=blocks.m, BLOCK_N=blocks.n, INNER=blocks.inner, WIDTH=columns, SLICES=slices,
     )  # fmt: skip
     return out, gated, row_stats, plan
@@ -219,7 +192,7 @@ def row_sums(
     strides = (grad.stride(0), 0 if gate is None else gate.stride(0), 0 if grad_gate is None else grad_gate.stride(0))
     row_sums_kernel(
         (blocks_of(m, 4),),
-        (out.device, out.dtype, width, gate_form, *strides, *alignment(grad, out, gate, grad_gate)),
+        aligned_key((grad, out, gate, grad_gate), out.device, out.dtype, width, gate_form, *strides),
         grad, out, gate, grad_out, grad_gate, sums, m, *strides, options={"num_warps": 4},
         V=width, GATE=gate_form, ROWS=4, WIDTH=min(512, power_of_two(width)),
     )  # fmt: skip
@@ -238,34 +211,29 @@ def attention_backward(
     weights = torch.empty(call.list_size * blocks.m, blocks.n, dtype=q.dtype, device=q.device)
     score_grads = torch.empty_like(weights)
     top = None if table is None else torch.zeros(1, dtype=torch.int32, device=q.device)
-    key = (*_key(blocks, q, k, v, table, ranges, call), grad_out.stride(0), *alignment(grad_out))
-    tma = _can_describe(grad_out, v)
+    strides = grad_out.stride(0), 0 if raw_v is None else raw_v.stride(0), grad_v.stride(0)
+    key = aligned_key(
+        (q, k, v, table, grad_out, raw_v, grad_v, *ranges), *_facts(blocks, q, k, v, table, call), *strides
+    )
+    softmax = call.activation == "softmax"
     score_grads_kernel(
         (call.list_size,), key,
-        q, k, _describe(v, blocks.n, blocks.inner) if tma else v,
-        _describe(grad_out, blocks.m, blocks.inner) if tma else grad_out,
-        ranges.key_start, ranges.key_end, table, ranges.q_place, ranges.k_place,
-        row_stats, sums, plan, weights, score_grads, top,
+        q, k, v, grad_out, ranges.key_start, ranges.key_end, table, ranges.q_place, ranges.k_place,
+        row_stats, sums if softmax else None, plan, weights, score_grads, top,
         *sizes, q.stride(0), k.stride(0), v.stride(0), grad_out.stride(0),
         *_score_arguments(call, table), call.lift, 1 / call.lift, options=blocks.score_grads_options,
-        Z=z, V=width, SOFTMAX=call.activation == "softmax", HAS_TABLE=table is not None, WANT_TOP=table is not None,
-        TMA=tma, PRECISION=precision,
+        Z=z, V=width, SOFTMAX=softmax, HAS_TABLE=table is not None, WANT_TOP=table is not None, PRECISION=precision,
         BLOCK_M=blocks.m, BLOCK_N=blocks.n, BLOCK_Z=power_of_two(z), INNER=blocks.inner,
     )  # fmt: skip
     columns = min(blocks.values, power_of_two(width))
     slices = blocks_of(width, columns)
-    raw_stride = 0 if raw_v is None else raw_v.stride(0)
     grad_q = torch.empty(m, z, dtype=q.dtype, device=q.device)
     grad_k = torch.empty(mk, z, dtype=k.dtype, device=k.device)
-    tma = _can_describe(weights, grad_out)
     input_grads_kernel(
-        (n_key_blocks * (slices + 1) + n_blocks,), (*key, raw_stride, grad_v.stride(0), *alignment(raw_v, grad_v)),
-        _describe(weights, blocks.inner, blocks.n) if tma else weights,
-        _describe(grad_out, blocks.inner, columns) if tma else grad_out,
-        score_grads, q, k, raw_v, plan, grad_v, grad_q, grad_k,
-        *sizes, grad_out.stride(0), q.stride(0), k.stride(0), raw_stride, grad_v.stride(0), 1 / call.lift, call.scale,
-        options=blocks.input_grads_options,
-        V=width, Z=z, SILU=raw_v is not None, TMA=tma, PRECISION=precision,
+        (n_key_blocks * (slices + 1) + n_blocks,), key,
+        weights, grad_out, score_grads, q, k, raw_v, plan, grad_v, grad_q, grad_k,
+        *sizes, q.stride(0), k.stride(0), *strides, 1 / call.lift, call.scale, options=blocks.input_grads_options,
+        V=width, Z=z, SILU=raw_v is not None, PRECISION=precision,
         BLOCK_M=blocks.m, BLOCK_N=blocks.n, INNER=blocks.inner, WIDTH=columns, SLICES=slices, BLOCK_Z=power_of_two(z),
     )  # fmt: skip
     if table is None:

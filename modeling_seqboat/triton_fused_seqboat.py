@@ -20,7 +20,7 @@ from .triton_attention_seqboat import (
     plan_attention,
     row_sums,
 )
-from .triton_launch_seqboat import alignment, blocks_of, jit, kernel, on_device, power_of_two
+from .triton_launch_seqboat import aligned_key, blocks_of, jit, kernel, on_device, power_of_two
 
 try:
     import triton.language as tl
@@ -28,7 +28,7 @@ except ImportError:
     tl = None
 
 # Elements of one program's block: enough independent loads in flight to reach the copy rate.
-_ELEMENTS = 4096
+_ELEMENTS = 2048
 
 
 @jit
@@ -243,7 +243,7 @@ def _gather(x: Tensor, index: Tensor) -> Tensor:
         rows, columns = _row_block(width)
         with on_device(x):
             _gather_kernel(
-                (blocks_of(count, rows),), (x.device, x.dtype, width, x.stride(0), *alignment(x, index)),
+                (blocks_of(count, rows),), aligned_key((x, index), x.device, x.dtype, width, x.stride(0)),
                 x, index, out, count, x.stride(0), options={"num_warps": 4}, D=width, ROWS=rows, WIDTH=columns,
             )  # fmt: skip
     return out
@@ -278,9 +278,9 @@ def gather_rows(x: Tensor, index: Tensor, slot: Tensor) -> Tensor:
     return _GatherRows.apply(x if x.stride(-1) == 1 else x.contiguous(), index.contiguous(), slot.contiguous())
 
 
-def _extract_key(hidden: Tensor, residual: Tensor, out: Tensor, *others: Tensor) -> tuple:
-    dtypes = hidden.dtype, residual.dtype, out.dtype
-    return hidden.device, *dtypes, hidden.shape[1], *alignment(hidden, residual, out, *others)
+def _extract_key(hidden: Tensor, residual: Tensor, out: Tensor, *others: Tensor) -> tuple | None:
+    dtypes = (t.dtype for t in (hidden, residual, out, *others))
+    return aligned_key((hidden, residual, out, *others), hidden.device, hidden.shape[1], *dtypes)
 
 
 class _ExtractResidual(torch.autograd.Function):
@@ -316,7 +316,7 @@ class _ExtractResidual(torch.autograd.Function):
             with on_device(hidden):
                 _extract_backward_kernel(
                     (blocks_of(count, rows),),
-                    (*_extract_key(hidden, residual, out, confidence, slot), grad.dtype, *alignment(grad)),
+                    _extract_key(hidden, residual, out, confidence, slot, grad),
                     grad, hidden, residual, out, confidence, slot,
                     grad_hidden, grad_residual, grad_out, grad_confidence, count, options={"num_warps": 4},
                     SAME=same, D=width, ROWS=rows, WIDTH=columns,
@@ -359,7 +359,7 @@ def _project(projected, scale, offset, cos, sin, table_rows, width, with_gate):
         columns = min(512, power_of_two(width))
         _project_kernel(
             (blocks_of(count, 16), 1 + blocks_of(width, columns)),
-            (*_project_key(projected, scale, offset, cos, sin, table_rows), with_gate),
+            _project_key(projected, scale, offset, cos, sin, table_rows, with_wide=with_gate),
             projected, scale, offset, cos, sin, table_rows, q, k, v, gate, count, projected.stride(0),
             options={"num_warps": 4},
             Z=z, V=width, ROTARY=cos is not None, HAS_ROWS=table_rows is not None, GATE=with_gate,
@@ -368,10 +368,11 @@ def _project(projected, scale, offset, cos, sin, table_rows, width, with_gate):
     return q, k, v, gate
 
 
-def _project_key(projected: Tensor, scale: Tensor, *others: Tensor | None) -> tuple:
-    offset = others[0]
+def _project_key(projected, scale, offset, cos, sin, table_rows, *grads, with_wide: bool) -> tuple | None:
     shape = projected.shape[1], scale.shape[1], projected.stride(0)
-    return projected.device, projected.dtype, scale.dtype, offset.dtype, *shape, *alignment(projected, scale, *others)
+    form = scale.dtype, offset.dtype, cos is None, table_rows is None, with_wide
+    tensors = (projected, scale, offset, cos, sin, table_rows, *grads)
+    return aligned_key(tensors, projected.device, projected.dtype, *shape, *form)
 
 
 def _project_backward(projected, scale, offset, cos, sin, table_rows, grad_q, grad_k, grad_v, grad_gate, grad):
@@ -383,10 +384,11 @@ def _project_backward(projected, scale, offset, cos, sin, table_rows, grad_q, gr
     if count > 0:
         columns = min(256, power_of_two(width))
         slices = 0 if grad_v is None else blocks_of(width, columns)
-        key = _project_key(projected, scale, offset, cos, sin, table_rows)
+        grads = grad_q, grad_k, grad_v, grad_gate
+        inputs = projected, scale, offset, cos, sin, table_rows
         _project_backward_kernel(
-            (parts.shape[0], 1 + slices), (*key, grad_v is None, *alignment(grad_q, grad_k, grad_v, grad_gate, grad)),
-            projected, scale, offset, cos, sin, table_rows, grad_q, grad_k, grad_v, grad_gate, grad, parts,
+            (parts.shape[0], 1 + slices), _project_key(*inputs, *grads, with_wide=grad_v is not None),
+            *inputs, *grads, grad, parts,
             count, projected.stride(0), options={"num_warps": 4},
             Z=z, V=width, ROTARY=cos is not None, HAS_ROWS=table_rows is not None, WIDE=grad_v is not None,
             BLOCK=power_of_two(blocks_of(z, 2), 8), ROWS=rows, REPEATS=repeats, WIDTH=columns,

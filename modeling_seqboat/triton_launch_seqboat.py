@@ -7,7 +7,7 @@ host more than many a kernel here runs. A caller that knows what its variants de
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -34,8 +34,8 @@ class Kernel:
     """A Triton kernel and its compiled variants by the caller's key.
 
     The key must determine every compile-time argument, the launch options, and of the other arguments their types,
-    whether pointers are 16-byte aligned (`alignment`), and whether integers are 1 or divisible by 16, except for those
-    named to `kernel` as varying.
+    whether pointers are 16-byte aligned (`alignment`, `aligned_key`), and whether integers are 1 or divisible by 16,
+    except for those named to `kernel` as varying.
     """
 
     def __init__(self, function: Callable, varying: tuple[str, ...]):
@@ -45,18 +45,29 @@ class Kernel:
     def __call__(
         self, grid: tuple[int, ...], key: Hashable, *args: Any, options: dict[str, int], **constants: Any
     ) -> None:
-        """Launches; `constants` are the compile-time arguments, in the order of the kernel's last parameters."""
+        """Launches; `constants` are the compile-time arguments, in the order of the kernel's last parameters.
+
+        Without a key (None), Triton finds the variant.
+        """
         variant = self.variants.get(key)
-        if variant is not None:
-            variant[grid + (1,) * (3 - len(grid))](*args, *constants.values())
+        if variant is None:
+            self._launch_first(grid, key, args, options, constants)
             return
+        active = triton.runtime.driver.active
+        stream = active.get_current_stream(active.get_current_device())
+        # Addresses as numbers: the launcher would look up those of tensors one by one through Python, and ask the driver.
+        numbers = [arg.data_ptr() if isinstance(arg, Tensor) else arg for arg in args]
+        grid += (1,) * (3 - len(grid))
+        variant.run(
+            *grid, stream, variant.function, variant.packed_metadata, None, None, None, *numbers, *constants.values()
+        )
+
+    def _launch_first(self, grid, key, args, options, constants) -> None:
         names = self.function.arg_names[len(args) :]
         if list(constants) != names:
-            raise TypeError(
-                f"{self.function.fn.__name__} takes the compile-time arguments {names}, got {list(constants)}"
-            )
+            raise TypeError(f"{self.function.fn.__name__} takes the constants {names}, got {list(constants)}")
         variant = self.function[grid](*args, **constants, **options)
-        if not interpreted():
+        if key is not None and not interpreted():
             self.variants[key] = variant
 
 
@@ -72,6 +83,18 @@ def kernel(*varying: str) -> Callable[[Callable], Kernel]:
 def alignment(*tensors: Tensor | None) -> tuple[bool | None, ...]:
     """The part of a key that depends on where tensors lie."""
     return tuple(None if t is None else t.data_ptr() % 16 == 0 for t in tensors)
+
+
+def aligned_key(tensors: Iterable[Tensor | None], *facts: Hashable) -> tuple | None:
+    """The facts as a key, or None where a tensor is not 16-byte aligned, as slices may be.
+
+    Fresh tensors are aligned and need not be named.
+    """
+    bits = 0
+    for tensor in tensors:
+        if tensor is not None:
+            bits |= tensor.data_ptr()
+    return None if bits % 16 else facts
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager:
