@@ -192,9 +192,8 @@ def time_all():
     x, y = torch.empty(2, 2**30, dtype=torch.uint8, device=GPU)
     print(f"copy {2 * x.numel() / timed(lambda: y.copy_(x)) / 1e6:.2f} TB/s")
     cases = (
-        ((4096,) * 4, 1024, "softmax"), ((4096,) * 4, 1024, "relu2"), ((16384,), 1024, "softmax"),
-        ((4096,) * 32, 1024, "softmax"), ((8192,) * 8, 1024, "softmax"), ((819,) * 4, 1024, "softmax"),
-        ((8192,) * 4, 1024, "softmax"), ((500,) * 32, 128, "softmax"),
+        ((4096,) * 4, 1024, "softmax"), ((4096,) * 4, 1024, "relu2"), ((8192,) * 8, 1024, "softmax"),
+        ((819,) * 4, 1024, "softmax"), ((500,) * 32, 128, "softmax"),
     )  # fmt: skip
     for counts, window, activation in cases:
         forward, step, work = attention_case(counts, window, activation)

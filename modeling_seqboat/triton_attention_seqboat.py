@@ -81,6 +81,10 @@ def _blocks_for(dtype: torch.dtype) -> _Blocks:
     return _BLOCKS_32BIT if dtype == torch.float32 else _BLOCKS_16BIT
 
 
+# Each block of queries adds up the tiles of all blocks before it; beyond this many blocks in larger bites.
+_MANY_BLOCKS = 512
+
+
 class AttentionRanges(NamedTuple):
     """What each query sees: key_start, key_end (M,) and, with a bias table, q_place (M,) and k_place (Mk,), int64."""
 
@@ -159,14 +163,16 @@ def attention_forward(
     row_stats = torch.empty(2, m if softmax else 0, dtype=torch.float32, device=q.device)
     weights = torch.empty(call.list_size * blocks.m, blocks.n, dtype=q.dtype, device=q.device)
     gate_stride = 0 if gate is None else gate.stride(0)
-    key = aligned_key((q, k, v, table, gate, *ranges), *_facts(blocks, q, k, v, table, call), gate_form, gate_stride)
+    chunk = 128 if n_blocks <= _MANY_BLOCKS else 1024
+    facts = _facts(blocks, q, k, v, table, call)
+    key = aligned_key((q, k, v, table, gate, *ranges), *facts, gate_form, gate_stride, chunk)
     weights_kernel(
         (n_blocks * (blocks.m // blocks.rows),), key,
         q, k, ranges.key_start, ranges.key_end, table, ranges.q_place, ranges.k_place, weights, row_stats, plan,
         m, mk, n_blocks, n_key_blocks, call.list_size, q.stride(0), k.stride(0),
         *_score_arguments(call, table), call.lift, options=blocks.weights_options,
         Z=z, SOFTMAX=softmax, HAS_TABLE=table is not None, PRECISION=precision, RISE=_RISE[q.dtype],
-        BLOCK_M=blocks.m, BLOCK_N=blocks.n, BLOCK_Z=power_of_two(z), ROWS=blocks.rows, CHUNK=128,
+        BLOCK_M=blocks.m, BLOCK_N=blocks.n, BLOCK_Z=power_of_two(z), ROWS=blocks.rows, CHUNK=chunk,
     )  # fmt: skip
     out = torch.empty(m, width, dtype=v.dtype, device=v.device)
     gated = None if gate is None else torch.empty_like(out)

@@ -227,16 +227,22 @@ def test_a_row_does_not_depend_on_its_batch_mates(small_blocks):
     torch.testing.assert_close(whole[rows], alone, atol=1e-5, rtol=1e-5)
 
 
+def test_long_streams_count_their_tiles_in_larger_bites(small_blocks, monkeypatch):
+    monkeypatch.setattr(triton_attention_seqboat, "_MANY_BLOCKS", 1)
+    start, end, mk = stream((9, 60), 12)
+    compare(draw(start, mk, 16, 40, torch.float32), start, end, activation="softmax", scale=0.25)
+
+
 def test_without_a_bound_on_the_keys(small_blocks):
     start, end, mk = stream((9, 30), 12)
     compare(draw(start, mk, 16, 40, torch.float32), start, end, activation="softmax", scale=0.25, max_keys=None)
 
 
 def test_a_bound_that_is_too_small_shows(small_blocks):
-    start, end, mk = stream((300,), 200)
+    start, end, mk = stream((90,), 60)
     tensors = [t.to(DEVICE).requires_grad_() for t in draw(start, mk, 16, 40, torch.float32)[:3]]
     out = windowed_attention_triton(
-        *tensors, start.to(DEVICE), end.to(DEVICE), activation="softmax", scale=0.25, max_keys=8
+        *tensors, start.to(DEVICE), end.to(DEVICE), activation="softmax", scale=0.25, max_keys=1
     )
     assert out.isnan().all()
     out.sum().backward()
