@@ -9,25 +9,19 @@ a decode step can be captured in a CUDA graph. Rows that do not take part return
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import torch
 
+from .triton_ema_seqboat import expect, expect_runnable
+from .triton_launch_seqboat import Kernel, alignment, blocks_of, jit, kernel, on_device, power_of_two
+
 try:
-    import triton
     import triton.language as tl
 except ImportError:
-    triton = None
     tl = None
 
-
-def _jit(function):
-    return function if triton is None else triton.jit(function)
-
-
-# (largest B, slots a program reads, V columns a block, programs that share the V blocks of a split): few rows must be
-# cut finely to reach every multiprocessor, many rows are better off with the scores computed once.
-_SPLITS = ((2, 32, 256, 8), (8, 32, 256, 2), (1 << 31, 64, 256, 1))
+# (largest B, slots a program reads, V columns a block, programs that share the V blocks of a split, warps): few rows
+# must be cut finely to reach every multiprocessor, many rows are better off with the scores computed once.
+_SPLITS = ((2, 32, 128, 16, 2), (8, 32, 256, 2, 4), (1 << 31, 64, 256, 1, 4))
 _COMBINE_V = 128
 _COMBINE_SPLITS = 16
 _STEP_D = 32
@@ -36,7 +30,7 @@ _ACTIVATIONS = (None, "silu")
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@_jit
+@kernel()
 def _ema_step_kernel(
     x_ptr, decay_ptr, input_gain_ptr, output_gain_ptr, skip_ptr, state_ptr, real_ptr, reset_ptr, delayed_ptr,
     delay_decay_ptr, y_ptr,
@@ -72,7 +66,7 @@ def _ema_step_kernel(
     tl.store(y_ptr + row * D + d, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-@_jit
+@jit
 def _weight(score, ACTIVATION: tl.constexpr):
     if ACTIVATION == "relu2":
         score = tl.maximum(score, 0.0)
@@ -82,34 +76,40 @@ def _weight(score, ACTIVATION: tl.constexpr):
     return weight
 
 
-@_jit
+@jit
 def _bias(table_ptr, offset, LENGTH: tl.constexpr):
     return tl.load(table_ptr + tl.minimum(tl.maximum(offset, 0), LENGTH - 1)).to(tl.float32)
 
 
-@_jit
+@kernel("bias_center")
 def _memory_partial_kernel(
     q_ptr, keys_ptr, values_ptr, positions_ptr, count_ptr, active_ptr, place_ptr, bias_ptr, top_ptr, total_ptr,
     part_ptr, scale, bias_center,
-    W: tl.constexpr, Z: tl.constexpr, V: tl.constexpr, S: tl.constexpr, BIAS: tl.constexpr, BY_INDEX: tl.constexpr,
-    ACTIVATION: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_Z: tl.constexpr, BLOCK_V: tl.constexpr,
-    GROUPS: tl.constexpr,
+    W: tl.constexpr, Z: tl.constexpr, V: tl.constexpr, S: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
+    BLOCK_W: tl.constexpr, BLOCK_Z: tl.constexpr, BLOCK_V: tl.constexpr, GROUPS: tl.constexpr, BY_INDEX: tl.constexpr,
 ):  # fmt: skip
     """Weighted values of a split of the memory (B, S, V); for softmax its largest score and sum of weights (B, S)."""
     split, group, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    if tl.load(active_ptr + row) == 0:
-        return
+    active = tl.load(active_ptr + row)
     count = tl.load(count_ptr + row)
     valid = tl.minimum(count, W)
+    if active == 0:
+        return
     if split * BLOCK_W >= valid:
         return
     w = split * BLOCK_W + tl.arange(0, BLOCK_W)
     filled = w < valid
     z = tl.arange(0, BLOCK_Z)
+    v = group * BLOCK_V + tl.arange(0, BLOCK_V)
+    BLOCKS: tl.constexpr = (V + BLOCK_V * GROUPS - 1) // (BLOCK_V * GROUPS)
+    values_ptr += row * (W * V) + w[:, None] * V + v[None, :]
+    # Loads are issued well before their use: values before the scores, and each block before the work on the last one.
+    keys = tl.load(
+        keys_ptr + row * (W * Z) + w[:, None] * Z + z[None, :], mask=filled[:, None] & (z < Z)[None, :], other=0.0
+    )
     q = tl.load(q_ptr + row * Z + z, mask=z < Z, other=0.0).to(tl.float32) * scale
-    key_offsets = row * (W * Z) + w[:, None] * Z + z[None, :]
-    keys = tl.load(keys_ptr + key_offsets, mask=filled[:, None] & (z < Z)[None, :], other=0.0).to(tl.float32)
-    score = tl.sum(keys * q[None, :], axis=1)
+    values = tl.load(values_ptr, mask=filled[:, None] & (v < V)[None, :], other=0.0)
+    score = tl.sum(keys.to(tl.float32) * q[None, :], axis=1)
     if BIAS > 0:
         if BY_INDEX:
             place = count - 1 - (count - 1 - w + W) % W  # the newest activated token i < count with i % W == w
@@ -125,15 +125,21 @@ def _memory_partial_kernel(
             tl.store(total_ptr + row * S + split, tl.sum(weight, axis=0))
     else:
         weight = tl.where(filled, _weight(score, ACTIVATION), 0.0)
-    for block in tl.static_range((V + BLOCK_V * GROUPS - 1) // (BLOCK_V * GROUPS)):
-        v = (block * GROUPS + group) * BLOCK_V + tl.arange(0, BLOCK_V)
-        value_offsets = row * (W * V) + w[:, None] * V + v[None, :]
-        values = tl.load(values_ptr + value_offsets, mask=filled[:, None] & (v < V)[None, :], other=0.0)
+    part_ptr += (row * S + split) * V + v
+    for block in tl.static_range(BLOCKS):
+        start = block * (BLOCK_V * GROUPS)
+        following = values
+        if block + 1 < BLOCKS:
+            inside = start + BLOCK_V * GROUPS + v < V
+            following = tl.load(
+                values_ptr + start + BLOCK_V * GROUPS, mask=filled[:, None] & inside[None, :], other=0.0
+            )
         part = tl.sum(weight[:, None] * values.to(tl.float32), axis=0)
-        tl.store(part_ptr + (row * S + split) * V + v, part, mask=v < V)
+        tl.store(part_ptr + start, part, mask=start + v < V)
+        values = following
 
 
-@_jit
+@kernel("bias_center")
 def _memory_combine_kernel(
     q_ptr, k_new_ptr, v_new_ptr, keys_ptr, values_ptr, positions_ptr, count_ptr, active_ptr, place_ptr, position_ptr,
     bias_ptr, top_ptr, total_ptr, part_ptr, out_ptr, scale, bias_center,
@@ -188,33 +194,23 @@ def _memory_combine_kernel(
         tl.store(positions_ptr + slot, tl.load(position_ptr + row))
 
 
-def _device(x: torch.Tensor):
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+def _launch(kernel: Kernel, grid: tuple[int, ...], key: tuple, *args, options: dict[str, int], **constants) -> None:
+    if torch.compiler.is_compiling():  # the compiler takes Triton functions as they are, and finds variants itself
+        kernel.function[grid](*args, **constants, **options)
+    else:
+        key += alignment(*(arg for arg in args if isinstance(arg, torch.Tensor)))
+        kernel(grid, key, *args, options=options, **constants)
 
 
-def _check_call(name: str, x: torch.Tensor, *inputs: torch.Tensor | None) -> None:
-    if triton is None:
-        raise RuntimeError(f"{name} needs the triton package")
-    if not x.is_cuda and isinstance(_ema_step_kernel, triton.JITFunction):
-        raise RuntimeError(f"{name} needs a CUDA device, its input is on {x.device}")
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *inputs)):
+def _expect_no_gradient(name: str, *inputs: torch.Tensor | None) -> None:
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs):
         raise RuntimeError(f"{name} works in place and has no gradient; call it under torch.no_grad()")
-
-
-def _expect(name: str, tensor: torch.Tensor, shape: tuple, dtypes: tuple, like: torch.Tensor) -> torch.Tensor:
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {shape}")
-    if tensor.dtype not in dtypes:
-        raise ValueError(f"{name} is {tensor.dtype}, expected {' or '.join(map(str, dtypes))}")
-    if tensor.device != like.device:
-        raise ValueError(f"{name} is on {tensor.device}, expected {like.device}")
-    return tensor.contiguous()
 
 
 def _expect_in_place(name: str, tensor: torch.Tensor, shape: tuple, dtypes: tuple, like: torch.Tensor) -> torch.Tensor:
     if not tensor.is_contiguous():
         raise ValueError(f"{name} is written in place and must be contiguous, its strides are {tensor.stride()}")
-    return _expect(name, tensor, shape, dtypes, like)
+    return expect(name, tensor, shape, dtypes, like)
 
 
 def ema_step(
@@ -250,7 +246,8 @@ def ema_step(
         ValueError: a shape, dtype, device or activation that does not fit, by name.
         RuntimeError: Triton is missing, x is not on a CUDA device, or a gradient would be needed.
     """
-    _check_call("ema_step", x, decay, input_gain, output_gain, skip, state, delayed, delay_decay)
+    expect_runnable("ema_step", x)
+    _expect_no_gradient("ema_step", x, decay, input_gain, output_gain, skip, state, delayed, delay_decay)
     if x.dim() != 2:
         raise ValueError(f"x has shape {tuple(x.shape)}, expected (B, D)")
     if activation not in _ACTIVATIONS:
@@ -259,26 +256,28 @@ def ema_step(
         raise ValueError("delayed and delay_decay go together, one of them is None")
     batch, width = x.shape
     single, table = (torch.float32,), (width, decay.shape[-1])
-    x = _expect("x", x, (batch, width), _FLOATS, x)
-    decay = _expect("decay", decay, table, single, x)
-    input_gain = _expect("input_gain", input_gain, table, single, x)
-    output_gain = _expect("output_gain", output_gain, table, single, x)
+    x = expect("x", x, (batch, width), _FLOATS, x)
+    decay = expect("decay", decay, table, single, x)
+    input_gain = expect("input_gain", input_gain, table, single, x)
+    output_gain = expect("output_gain", output_gain, table, single, x)
     state = _expect_in_place("state", state, (batch, *table), single, x)
-    skip_ = x if skip is None else _expect("skip", skip, (width,), single, x)
-    real_ = x if real is None else _expect("real", real, (batch,), (torch.bool,), x).view(torch.uint8)
-    reset_ = x if reset is None else _expect("reset", reset, (batch,), (torch.bool,), x).view(torch.uint8)
-    delayed_ = x if delayed is None else _expect("delayed", delayed, (batch, width), (x.dtype,), x)
-    delay_decay_ = x if delay_decay is None else _expect("delay_decay", delay_decay, table, single, x)
+    skip_ = x if skip is None else expect("skip", skip, (width,), single, x)
+    real_ = x if real is None else expect("real", real, (batch,), (torch.bool,), x)
+    reset_ = x if reset is None else expect("reset", reset, (batch,), (torch.bool,), x)
+    delayed_ = x if delayed is None else expect("delayed", delayed, (batch, width), (x.dtype,), x)
+    delay_decay_ = x if delay_decay is None else expect("delay_decay", delay_decay, table, single, x)
     y = torch.empty_like(x)
     if x.numel() == 0:
         return y
-    with _device(x):
-        _ema_step_kernel[(triton.cdiv(width, _STEP_D), batch)](
-            x, decay, input_gain, output_gain, skip_, state, real_, reset_, delayed_, delay_decay_, y,
-            D=width, N=table[1], BLOCK_D=_STEP_D, BLOCK_N=triton.next_power_of_2(table[1]), HAS_SKIP=skip is not None,
-            HAS_REAL=real is not None, HAS_RESET=reset is not None, HAS_DELAY=delayed is not None,
-            SILU=activation == "silu", num_warps=4,
-        )  # fmt: skip
+    inputs = (x, decay, input_gain, output_gain, skip_, state, real_, reset_, delayed_, delay_decay_, y)
+    constants = {"D": width, "N": table[1], "BLOCK_D": _STEP_D, "BLOCK_N": power_of_two(table[1], 1)}
+    constants |= {"HAS_SKIP": skip is not None, "HAS_REAL": real is not None, "HAS_RESET": reset is not None}
+    constants |= {"HAS_DELAY": delayed is not None, "SILU": activation == "silu"}
+    key = (x.dtype, x.device.index, *constants.values())
+    with on_device(x):
+        _launch(
+            _ema_step_kernel, (blocks_of(width, _STEP_D), batch), key, *inputs, **constants, options={"num_warps": 4}
+        )
     return y
 
 
@@ -300,7 +299,7 @@ def memory_attention_step(
     bias_by_index: bool = False,
     position: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attention of one activated token a row over its memory and itself (arXiv 2306.11197, section 3.3), in two launches.
+    """Attention of one activated token a row over its memory and itself (arXiv 2306.11197, section 3.3); two launches.
 
     The memory is a ring: activated token i of a row (0, 1, ...) lives in slot i % W, so that slots below
     min(activated_count, W) hold the last W activated tokens. The token attends to all of them and to itself, W + 1
@@ -327,47 +326,54 @@ def memory_attention_step(
         ValueError: a shape, dtype, device or activation that does not fit, by name.
         RuntimeError: Triton is missing, q is not on a CUDA device, or a gradient would be needed.
     """
-    _check_call("memory_attention_step", q, k_new, v_new, keys, values, bias_table)
+    expect_runnable("memory_attention_step", q)
+    _expect_no_gradient("memory_attention_step", q, k_new, v_new, keys, values, bias_table)
     if activation not in _ATTENTION:
         raise ValueError(f"activation {activation!r} is none of {_ATTENTION}")
     if keys.dim() != 3 or values.dim() != 3:
-        raise ValueError(f"keys and values are {tuple(keys.shape)} and {tuple(values.shape)}, expected 3 dimensions")
+        shapes = f"{tuple(keys.shape)} and {tuple(values.shape)}"
+        raise ValueError(f"keys and values have shapes {shapes}, expected (B, W, Z) and (B, W, V)")
     batch, memory, qk_width = keys.shape
     v_width = values.shape[-1]
     integers, row = (torch.int64,), (batch,)
-    q = _expect("q", q, (batch, qk_width), _FLOATS, q)
-    k_new = _expect("k_new", k_new, (batch, qk_width), _FLOATS, q)
-    v_new = _expect("v_new", v_new, (batch, v_width), _FLOATS, q)
+    q = expect("q", q, (batch, qk_width), _FLOATS, q)
+    k_new = expect("k_new", k_new, (batch, qk_width), _FLOATS, q)
+    v_new = expect("v_new", v_new, (batch, v_width), _FLOATS, q)
     keys = _expect_in_place("keys", keys, (batch, memory, qk_width), _FLOATS, q)
     values = _expect_in_place("values", values, (batch, memory, v_width), _FLOATS, q)
     positions = _expect_in_place("positions", positions, (batch, memory), integers, q)
-    activated_count = _expect("activated_count", activated_count, row, integers, q)
-    active = _expect("active", active, row, (torch.bool,), q).view(torch.uint8)
-    place_q = _expect("place_q", place_q, row, integers, q)
-    position = place_q if position is None else _expect("position", position, row, integers, q)
+    activated_count = expect("activated_count", activated_count, row, integers, q)
+    active = expect("active", active, row, (torch.bool,), q)
+    place_q = expect("place_q", place_q, row, integers, q)
+    position = place_q if position is None else expect("position", position, row, integers, q)
     bias = 0
     if bias_table is not None:
         bias = bias_table.numel()
-        bias_table = _expect("bias_table", bias_table, (bias,), _FLOATS, q)
+        bias_table = expect("bias_table", bias_table, (bias,), _FLOATS, q)
     out = torch.empty_like(v_new)
     if batch == 0:
         return out
-    block_w, block_v, groups = next(entry[1:] for entry in _SPLITS if batch <= entry[0])
-    groups = min(groups, triton.cdiv(v_width, block_v))
-    splits = triton.cdiv(memory, block_w)
+    block_w, block_v, groups, warps = next(entry[1:] for entry in _SPLITS if batch <= entry[0])
+    groups = min(groups, blocks_of(v_width, block_v))
+    splits = blocks_of(memory, block_w)
     part = torch.empty(batch, splits, v_width, dtype=torch.float32, device=q.device)
     top, total = torch.empty(2, batch, splits, dtype=torch.float32, device=q.device)
-    sizes = {"W": memory, "Z": qk_width, "V": v_width, "S": splits, "BIAS": bias, "ACTIVATION": activation}
-    sizes.update(BLOCK_W=block_w, BLOCK_Z=triton.next_power_of_2(qk_width), num_warps=4)
     bias_ = q if bias_table is None else bias_table
-    with _device(q):
-        _memory_partial_kernel[(splits, groups, batch)](
-            q, keys, values, positions, activated_count, active, place_q, bias_, top, total, part, scale, bias_center,
-            BY_INDEX=bias_by_index, BLOCK_V=block_v, GROUPS=groups, **sizes,
+    cache = (keys, values, positions, activated_count, active, place_q)
+    sizes = {"W": memory, "Z": qk_width, "V": v_width, "S": splits, "BIAS": bias, "ACTIVATION": activation}
+    sizes |= {"BLOCK_W": block_w, "BLOCK_Z": power_of_two(qk_width, 1)}
+    split = {"BLOCK_V": block_v, "GROUPS": groups, "BY_INDEX": bias_by_index}
+    combine = {"BLOCK_V": _COMBINE_V, "BLOCK_S": _COMBINE_SPLITS, "SPLITS": power_of_two(splits, _COMBINE_SPLITS)}
+    dtypes = (tensor.dtype for tensor in (q, k_new, v_new, keys, values, bias_))
+    key = (*dtypes, q.device.index, *sizes.values(), *split.values(), warps)
+    options = {"num_warps": warps}
+    with on_device(q):
+        _launch(
+            _memory_partial_kernel, (splits, groups, batch), key, q, *cache, bias_, top, total, part,
+            float(scale), bias_center, **sizes, **split, options=options,
         )  # fmt: skip
-        _memory_combine_kernel[(triton.cdiv(v_width, _COMBINE_V), batch)](
-            q, k_new, v_new, keys, values, positions, activated_count, active, place_q, position, bias_, top, total,
-            part, out, scale, bias_center, BLOCK_V=_COMBINE_V, BLOCK_S=_COMBINE_SPLITS,
-            SPLITS=max(_COMBINE_SPLITS, triton.next_power_of_2(splits)), **sizes,
+        _launch(
+            _memory_combine_kernel, (blocks_of(v_width, _COMBINE_V), batch), key, q, k_new, v_new, *cache, position,
+            bias_, top, total, part, out, float(scale), bias_center, **sizes, **combine, options={"num_warps": 4},
         )  # fmt: skip
     return out

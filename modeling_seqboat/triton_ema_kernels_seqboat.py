@@ -1,0 +1,701 @@
+"""Kernels of the EMA scan; `triton_ema_seqboat` says how they work together.
+
+Letters: B batch, L length, D width, N states of a channel. A program takes one chunk of one row and BLOCK_D channels,
+one channel a lane: the N states of a channel stay in the registers of one thread, and a warp reads 32 neighbours.
+
+z is a state with the input gain divided out, a an adjoint with the output gain divided out, u = x - delay decay x
+delayed; `pack` holds the parameters as (4 or 5, N, D): q, c (both gains), input gain, output gain, delay decay.
+"""
+
+from __future__ import annotations
+
+from .triton_launch_seqboat import jit, kernel
+
+try:
+    import triton.language as tl
+except ImportError:
+    tl = None
+
+# Every access is one element a lane, so that alignment and divisibility of these make no other code.
+_VARYING = (
+    "x_ptr", "decay_ptr", "input_gain_ptr", "output_gain_ptr", "skip_ptr", "delay_decay_ptr", "delayed_ptr",
+    "real_ptr", "reset_ptr", "state_ptr", "y_ptr", "out_ptr", "final_ptr", "grad_ptr", "final_grad_ptr", "x_grad_ptr",
+    "delayed_grad_ptr", "state_grad_ptr", "pack_ptr", "local_ptr", "span_ptr", "entry_ptr", "arriving_ptr",
+    "leaving_ptr", "product_ptr", "length", "chunk", "chunks",
+)  # fmt: skip
+
+
+@jit
+def _away_from_zero(gain):
+    # States are carried with the gain divided out; below 1e-16 the difference is lost in float32 rounding of the rest.
+    return tl.where(tl.abs(gain) < 1e-16, tl.where(gain < 0, -1e-16, 1e-16), gain)
+
+
+@jit
+def _first_token(index, row, length, chunk, REVERSE: tl.constexpr):
+    """Where chunk `index` of a row starts among all B * L tokens."""
+    at = index * chunk
+    if REVERSE:
+        at = length - 1 - at
+    return row.to(tl.int64) * length + at
+
+
+@jit
+def _tile_offsets(d, n, D: tl.constexpr, N: tl.constexpr):
+    # The clamp keeps every load in bounds, and it hides from the compiler that d is contiguous: else it would spread
+    # the states of one channel over four lanes, to load 16 bytes a lane once, and pay for shuffles at every token.
+    return tl.minimum(n, N - 1)[None, :] * D + tl.minimum(d, D - 1)[:, None]
+
+
+@jit
+def _load_tile(ptr, d, n, D: tl.constexpr, N: tl.constexpr):
+    """(D-block, N-block) of an (N, D) table, zero beyond N."""
+    return tl.where((n < N)[None, :], tl.load(ptr + _tile_offsets(d, n, D, N)), 0.0)
+
+
+@jit
+def _store_tile(ptr, value, d, n, D: tl.constexpr, N: tl.constexpr):
+    tl.store(ptr + _tile_offsets(d, n, D, N), value, mask=(d < D)[:, None] & (n < N)[None, :])
+
+
+@jit
+def _state_offsets(row, d, n, D: tl.constexpr, N: tl.constexpr):
+    # Offsets into (B, D, N); both indices clamped for the reason given in _tile_offsets.
+    return row.to(tl.int64) * (D * N) + tl.minimum(d, D - 1)[:, None] * N + tl.minimum(n, N - 1)[None, :]
+
+
+@jit
+def _load_one(ptr, valid, STEP: tl.constexpr, COUNT: tl.constexpr):
+    values = ()
+    for j in tl.static_range(COUNT):
+        values = values + (tl.load(ptr + j * STEP, mask=valid),)
+    return values
+
+
+@jit
+def _load_tokens(
+    x_ptr, delayed_ptr, real_ptr, reset_ptr, at, valid, STEP: tl.constexpr, FLAG_STEP: tl.constexpr,
+    COUNT: tl.constexpr, HAS_DELAY: tl.constexpr, HAS_REAL: tl.constexpr, HAS_RESET: tl.constexpr,
+):  # fmt: skip
+    """Everything that COUNT tokens from `at` on bring with them, one list after the other; see _pick."""
+    values = _load_one(x_ptr + at * STEP, valid, STEP, COUNT)
+    if HAS_DELAY:
+        values = values + _load_one(delayed_ptr + at * STEP, valid, STEP, COUNT)
+    if HAS_REAL:
+        values = values + _load_one(real_ptr + at * FLAG_STEP, valid, FLAG_STEP, COUNT)
+    if HAS_RESET:
+        values = values + _load_one(reset_ptr + at * FLAG_STEP, valid, FLAG_STEP, COUNT)
+    return values
+
+
+@jit
+def _pick(
+    values, j: tl.constexpr, COUNT: tl.constexpr, HAS_DELAY: tl.constexpr, HAS_REAL: tl.constexpr,
+    HAS_RESET: tl.constexpr,
+):  # fmt: skip
+    """x, delayed input, real and reset of token j; what there is not is x again, which nobody reads."""
+    x = values[j]
+    delayed, real, first = x, x, x
+    if HAS_REAL:
+        real = values[(2 if HAS_DELAY else 1) * COUNT + j] != 0
+    if HAS_RESET:
+        first = values[len(values) - COUNT + j] != 0
+    x = _float(x, real, HAS_REAL)
+    if HAS_DELAY:
+        delayed = _float(values[COUNT + j], real, HAS_REAL)
+    return x, delayed, real, first
+
+
+@jit
+def _float(value, real, HAS_REAL: tl.constexpr):
+    value = value.to(tl.float32)
+    if HAS_REAL:  # pads may hold NaN, which a product with zero would keep
+        value = tl.where(real, value, 0.0)
+    return value
+
+
+@jit
+def _drive(x, delayed, qt, HAS_DELAY: tl.constexpr):
+    u = x[:, None]
+    if HAS_DELAY:
+        u = u - qt * delayed[:, None]
+    return u
+
+
+@jit
+def _advance(z, u, q, real, first, HAS_REAL: tl.constexpr, HAS_RESET: tl.constexpr):
+    kept = z
+    if HAS_RESET:
+        kept = tl.where(first, 0.0, kept)
+    moved = q * kept + u
+    if HAS_REAL:
+        moved = tl.where(real, moved, z)
+    return moved
+
+
+@jit
+def _load_grads(grad_ptr, y_ptr, at, valid, STEP: tl.constexpr, COUNT: tl.constexpr, SILU: tl.constexpr):
+    values = _load_one(grad_ptr + at * STEP, valid, STEP, COUNT)
+    if SILU:
+        values = values + _load_one(y_ptr + at * STEP, valid, STEP, COUNT)
+    return values
+
+
+@jit
+def _output_grad(values, j: tl.constexpr, real, COUNT: tl.constexpr, HAS_REAL: tl.constexpr, SILU: tl.constexpr):
+    grad = values[j].to(tl.float32)
+    if SILU:
+        y = values[COUNT + j].to(tl.float32)
+        gate = 1.0 / (1.0 + tl.exp(-y))
+        grad = grad * gate * (1.0 + y * (1.0 - gate))
+    if HAS_REAL:
+        grad = tl.where(real, grad, 0.0)
+    return grad
+
+
+@jit
+def _power(base, exponent, BITS: tl.constexpr):
+    # In float64: rounding of a power grows with the exponent, and the result is applied once a chunk.
+    result = base * 0.0 + 1.0
+    for bit in tl.static_range(BITS):
+        result = tl.where(((exponent >> bit) & 1) != 0, result * base, result)
+        base = base * base
+    return result.to(tl.float32)
+
+
+@jit
+def _chunk_power(span_ptr, q, valid, BITS: tl.constexpr):
+    span = tl.load(span_ptr, mask=valid, other=0)
+    return tl.where(span < 0, 0.0, _power(q, span, BITS))
+
+
+@kernel(*_VARYING)
+def pack_kernel(
+    decay_ptr, input_gain_ptr, output_gain_ptr, delay_decay_ptr, pack_ptr,
+    D: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, HAS_DELAY: tl.constexpr,
+):  # fmt: skip
+    """(D, N) parameters to a (4 or 5, N, D) table: q, output coefficient c, input gain, output gain, delay decay."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < N * D
+    source = (i % D) * N + i // D
+    input_gain = _away_from_zero(tl.load(input_gain_ptr + source, mask=inside, other=1.0))
+    output_gain = _away_from_zero(tl.load(output_gain_ptr + source, mask=inside, other=1.0))
+    tl.store(pack_ptr + i, tl.load(decay_ptr + source, mask=inside), mask=inside)
+    tl.store(pack_ptr + N * D + i, input_gain * output_gain, mask=inside)
+    tl.store(pack_ptr + 2 * N * D + i, input_gain, mask=inside)
+    tl.store(pack_ptr + 3 * N * D + i, output_gain, mask=inside)
+    if HAS_DELAY:
+        tl.store(pack_ptr + 4 * N * D + i, tl.load(delay_decay_ptr + source, mask=inside), mask=inside)
+
+
+@jit
+def _chunk_state_block(
+    z, count, cut, values, q, qt,
+    COUNT: tl.constexpr, HAS_DELAY: tl.constexpr, HAS_REAL: tl.constexpr, HAS_RESET: tl.constexpr,
+):  # fmt: skip
+    for j in tl.static_range(COUNT):
+        x, delayed, real, first = _pick(values, j, COUNT, HAS_DELAY, HAS_REAL, HAS_RESET)
+        z = _advance(z, _drive(x, delayed, qt, HAS_DELAY), q, real, first, HAS_REAL, HAS_RESET)
+        if HAS_REAL:
+            count += real.to(tl.int32)
+            if HAS_RESET:
+                cut += (real & first).to(tl.int32)
+        elif HAS_RESET:
+            count += 1
+            cut += first.to(tl.int32)
+    return z, count, cut
+
+
+@kernel(*_VARYING)
+def chunk_state_kernel(
+    x_ptr, delayed_ptr, real_ptr, reset_ptr, pack_ptr, local_ptr, span_ptr, length, chunk,
+    D: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, UNROLL: tl.constexpr,
+    REVERSE: tl.constexpr, HAS_DELAY: tl.constexpr, HAS_REAL: tl.constexpr, HAS_RESET: tl.constexpr,
+):  # fmt: skip
+    """z at the end of each chunk when it starts from zero (B, chunks, N, D); the chunk's count of real tokens, -1 if
+    a segment starts in it (B, chunks)."""
+    block, index, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    slot = row.to(tl.int64) * tl.num_programs(1) + index
+    d = block * BLOCK_D + tl.arange(0, BLOCK_D)
+    n = tl.arange(0, BLOCK_N)
+    STEP: tl.constexpr = -D if REVERSE else D
+    FLAG_STEP: tl.constexpr = -1 if REVERSE else 1
+    token = _first_token(index, row, length, chunk, REVERSE)
+    tokens = tl.minimum(chunk, length - index * chunk)
+    whole = tokens // UNROLL * UNROLL
+    place = token * D + tl.minimum(d, D - 1)
+    x_ptr += place
+    delayed_ptr += place
+    real_ptr += token
+    reset_ptr += token
+    # The next tokens are on their way while these are worked on.
+    values = _load_tokens(
+        x_ptr, delayed_ptr, real_ptr, reset_ptr, 0, whole > 0, STEP, FLAG_STEP, UNROLL, HAS_DELAY, HAS_REAL, HAS_RESET
+    )
+    q = _load_tile(pack_ptr, d, n, D, N)
+    qt = q
+    if HAS_DELAY:
+        qt = _load_tile(pack_ptr + 4 * N * D, d, n, D, N)
+    z = tl.zeros((BLOCK_D, BLOCK_N), tl.float32)
+    count = 0
+    cut = 0
+    i = 0
+    while i < whole:
+        following = _load_tokens(
+            x_ptr, delayed_ptr, real_ptr, reset_ptr, i + UNROLL, i + UNROLL < whole, STEP, FLAG_STEP, UNROLL,
+            HAS_DELAY, HAS_REAL, HAS_RESET,
+        )  # fmt: skip
+        z, count, cut = _chunk_state_block(z, count, cut, values, q, qt, UNROLL, HAS_DELAY, HAS_REAL, HAS_RESET)
+        values = following
+        i += UNROLL
+    while i < tokens:
+        last = _load_tokens(
+            x_ptr, delayed_ptr, real_ptr, reset_ptr, i, i < tokens, STEP, FLAG_STEP, 1, HAS_DELAY, HAS_REAL, HAS_RESET
+        )
+        z, count, cut = _chunk_state_block(z, count, cut, last, q, qt, 1, HAS_DELAY, HAS_REAL, HAS_RESET)
+        i += 1
+    _store_tile(local_ptr + slot * (N * D), z, d, n, D, N)
+    if HAS_REAL or HAS_RESET:
+        if block == 0:
+            tl.store(span_ptr + slot, tl.where(cut > 0, -1, count))
+
+
+@kernel(*_VARYING)
+def carry_kernel(
+    pack_ptr, state_ptr, local_ptr, span_ptr, entry_ptr, chunk, chunks,
+    D: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr, BITS: tl.constexpr,
+    HAS_STATE: tl.constexpr, HAS_SPAN: tl.constexpr,
+):  # fmt: skip
+    """z at the entry of each chunk (B, chunks, N, D)."""
+    row = tl.program_id(1).to(tl.int64)
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < N * D
+    local_ptr += row * chunks * (N * D) + i
+    entry_ptr += row * chunks * (N * D) + i
+    span_ptr += row * chunks
+    q = tl.load(pack_ptr + i, mask=inside, other=0.0).to(tl.float64)
+    power = _power(q, chunk, BITS)
+    z = tl.zeros((BLOCK,), tl.float32)
+    if HAS_STATE:
+        z = tl.load(state_ptr + row * (N * D) + (i % D) * N + i // D, mask=inside, other=0.0)
+        z = z / tl.load(pack_ptr + 2 * N * D + i, mask=inside, other=1.0)
+    first = 0
+    while first < chunks:
+        locals_ = ()
+        for j in tl.static_range(UNROLL):
+            where = inside & (first + j < chunks)
+            locals_ = locals_ + (tl.load(local_ptr + (first + j) * (N * D), mask=where, other=0.0),)
+        for j in tl.static_range(UNROLL):
+            tl.store(entry_ptr + (first + j) * (N * D), z, mask=inside & (first + j < chunks))
+            if HAS_SPAN:
+                power = _chunk_power(span_ptr + first + j, q, first + j < chunks, BITS)
+            z = power * z + locals_[j]
+        first += UNROLL
+
+
+@jit
+def _output_block(
+    z, values, y_ptr, out_ptr, q, c, qt, skip, inside,
+    STEP: tl.constexpr, COUNT: tl.constexpr, HAS_DELAY: tl.constexpr, HAS_REAL: tl.constexpr,
+    HAS_RESET: tl.constexpr, SILU: tl.constexpr, SAVE_Y: tl.constexpr,
+):  # fmt: skip
+    for j in tl.static_range(COUNT):
+        x, delayed, real, first = _pick(values, j, COUNT, HAS_DELAY, HAS_REAL, HAS_RESET)
+        z = _advance(z, _drive(x, delayed, qt, HAS_DELAY), q, real, first, HAS_REAL, HAS_RESET)
+        y = tl.sum(c * z, axis=1) + skip * x
+        if HAS_REAL:
+            y = tl.where(real, y, 0.0)
+        if SAVE_Y:
+            tl.store(y_ptr + j * STEP, y.to(y_ptr.dtype.element_ty), mask=inside)
+        if SILU:
+            y = y / (1.0 + tl.exp(-y))
+        tl.store(out_ptr + j * STEP, y.to(out_ptr.dtype.element_ty), mask=inside)
+    return z
+
+
+@kernel(*_VARYING)
+def output_kernel(
+    x_ptr, delayed_ptr, real_ptr, reset_ptr, pack_ptr, skip_ptr, state_ptr, entry_ptr, y_ptr, out_ptr, final_ptr,
+    length, chunk,
+    D: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, UNROLL: tl.constexpr,
+    REVERSE: tl.constexpr, HAS_DELAY: tl.constexpr, HAS_REAL: tl.constexpr, HAS_RESET: tl.constexpr,
+    HAS_SKIP: tl.constexpr, HAS_STATE: tl.constexpr, HAS_ENTRY: tl.constexpr, SILU: tl.constexpr, SAVE_Y: tl.constexpr,
+):  # fmt: skip
+    """Outputs of a chunk from its entry state, and the final state from the last chunk."""
+    block, index, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    d = block * BLOCK_D + tl.arange(0, BLOCK_D)
+    n = tl.arange(0, BLOCK_N)
+    inside = d < D
+    STEP: tl.constexpr = -D if REVERSE else D
+    FLAG_STEP: tl.constexpr = -1 if REVERSE else 1
+    token = _first_token(index, row, length, chunk, REVERSE)
+    tokens = tl.minimum(chunk, length - index * chunk)
+    whole = tokens // UNROLL * UNROLL
+    column = tl.minimum(d, D - 1)
+    place = token * D + column
+    x_ptr += place
+    delayed_ptr += place
+    y_ptr += place
+    out_ptr += place
+    real_ptr += token
+    reset_ptr += token
+    values = _load_tokens(
+        x_ptr, delayed_ptr, real_ptr, reset_ptr, 0, whole > 0, STEP, FLAG_STEP, UNROLL, HAS_DELAY, HAS_REAL, HAS_RESET
+    )
+    q = _load_tile(pack_ptr, d, n, D, N)
+    c = _load_tile(pack_ptr + N * D, d, n, D, N)
+    qt = q
+    if HAS_DELAY:
+        qt = _load_tile(pack_ptr + 4 * N * D, d, n, D, N)
+    skip = tl.zeros((BLOCK_D,), tl.float32)
+    if HAS_SKIP:
+        skip = tl.load(skip_ptr + column)
+    z = tl.zeros((BLOCK_D, BLOCK_N), tl.float32)
+    if HAS_ENTRY:
+        z = _load_tile(entry_ptr + (row.to(tl.int64) * tl.num_programs(1) + index) * (N * D), d, n, D, N)
+    elif HAS_STATE:
+        gain = tl.load(pack_ptr + 2 * N * D + _tile_offsets(d, n, D, N))
+        z = tl.load(state_ptr + _state_offsets(row, d, n, D, N)) / gain
+    i = 0
+    while i < whole:
+        following = _load_tokens(
+            x_ptr, delayed_ptr, real_ptr, reset_ptr, i + UNROLL, i + UNROLL < whole, STEP, FLAG_STEP, UNROLL,
+            HAS_DELAY, HAS_REAL, HAS_RESET,
+        )  # fmt: skip
+        z = _output_block(
+            z, values, y_ptr + i * STEP, out_ptr + i * STEP, q, c, qt, skip, inside,
+            STEP, UNROLL, HAS_DELAY, HAS_REAL, HAS_RESET, SILU, SAVE_Y,
+        )  # fmt: skip
+        values = following
+        i += UNROLL
+    while i < tokens:
+        last = _load_tokens(
+            x_ptr, delayed_ptr, real_ptr, reset_ptr, i, i < tokens, STEP, FLAG_STEP, 1, HAS_DELAY, HAS_REAL, HAS_RESET
+        )
+        z = _output_block(
+            z, last, y_ptr + i * STEP, out_ptr + i * STEP, q, c, qt, skip, inside,
+            STEP, 1, HAS_DELAY, HAS_REAL, HAS_RESET, SILU, SAVE_Y,
+        )  # fmt: skip
+        i += 1
+    if index == tl.num_programs(1) - 1:
+        gain = tl.load(pack_ptr + 2 * N * D + _tile_offsets(d, n, D, N))
+        tl.store(final_ptr + _state_offsets(row, d, n, D, N), gain * z, mask=inside[:, None] & (n < N)[None, :])
+
+
+@jit
+def _adjoint_step(carry, dy, q, real, first, HAS_REAL: tl.constexpr, HAS_RESET: tl.constexpr, EAGER: tl.constexpr):
+    """One token back: the token's adjoint a, and what is carried to the token before it.
+
+    The carry is the a of the token behind, so that a step is one multiply-add. That doesn't do where a token may cut
+    it off (pads, resets) or where it comes from a final state and not from a token: then (`EAGER`) the carry is the
+    gradient that reaches the state before the token, already multiplied with q.
+    """
+    if EAGER:
+        a = carry + dy[:, None]
+        back = q * a
+        if HAS_RESET:
+            back = tl.where(first, 0.0, back)
+        if HAS_REAL:
+            back = tl.where(real, back, carry)
+    else:
+        a = q * carry + dy[:, None]
+        back = a
+    return a, back
+
+
+@jit
+def _adjoint_block(
+    carry, product, values, grads, q, qt,
+    COUNT: tl.constexpr, HAS_DELAY: tl.constexpr, HAS_REAL: tl.constexpr, HAS_RESET: tl.constexpr, SILU: tl.constexpr,
+    EAGER: tl.constexpr,
+):  # fmt: skip
+    for j in tl.static_range(COUNT - 1, -1, -1):
+        x, delayed, real, first = _pick(values, j, COUNT, HAS_DELAY, HAS_REAL, HAS_RESET)
+        dy = _output_grad(grads, j, real, COUNT, HAS_REAL, SILU)
+        a, carry = _adjoint_step(carry, dy, q, real, first, HAS_REAL, HAS_RESET, EAGER)
+        product += _drive(x, delayed, qt, HAS_DELAY) * a
+    return carry, product
+
+
+@kernel(*_VARYING)
+def adjoint_kernel(
+    x_ptr, delayed_ptr, real_ptr, reset_ptr, pack_ptr, y_ptr, grad_ptr, leaving_ptr, product_ptr, length, chunk,
+    D: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, UNROLL: tl.constexpr,
+    REVERSE: tl.constexpr, HAS_DELAY: tl.constexpr, HAS_REAL: tl.constexpr, HAS_RESET: tl.constexpr,
+    SILU: tl.constexpr, EAGER: tl.constexpr,
+):  # fmt: skip
+    """The chunk's own share of the carry that leaves it at its entry, and sum_t u_t a_t; both (B, chunks, N, D)."""
+    block, index, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    slot = row.to(tl.int64) * tl.num_programs(1) + index
+    d = block * BLOCK_D + tl.arange(0, BLOCK_D)
+    n = tl.arange(0, BLOCK_N)
+    STEP: tl.constexpr = -D if REVERSE else D
+    FLAG_STEP: tl.constexpr = -1 if REVERSE else 1
+    token = _first_token(index, row, length, chunk, REVERSE)
+    tokens = tl.minimum(chunk, length - index * chunk)
+    whole = tokens // UNROLL * UNROLL
+    place = token * D + tl.minimum(d, D - 1)
+    x_ptr += place
+    delayed_ptr += place
+    y_ptr += place
+    grad_ptr += place
+    real_ptr += token
+    reset_ptr += token
+    i = whole - UNROLL
+    values = _load_tokens(
+        x_ptr, delayed_ptr, real_ptr, reset_ptr, i, i >= 0, STEP, FLAG_STEP, UNROLL, HAS_DELAY, HAS_REAL, HAS_RESET
+    )
+    grads = _load_grads(grad_ptr, y_ptr, i, i >= 0, STEP, UNROLL, SILU)
+    q = _load_tile(pack_ptr, d, n, D, N)
+    qt = q
+    if HAS_DELAY:
+        qt = _load_tile(pack_ptr + 4 * N * D, d, n, D, N)
+    carry = tl.zeros((BLOCK_D, BLOCK_N), tl.float32)
+    product = tl.zeros((BLOCK_D, BLOCK_N), tl.float32)
+    k = tokens - 1
+    while k >= whole:
+        last = _load_tokens(
+            x_ptr, delayed_ptr, real_ptr, reset_ptr, k, k >= whole, STEP, FLAG_STEP, 1, HAS_DELAY, HAS_REAL, HAS_RESET
+        )
+        last_grads = _load_grads(grad_ptr, y_ptr, k, k >= whole, STEP, 1, SILU)
+        carry, product = _adjoint_block(
+            carry, product, last, last_grads, q, qt, 1, HAS_DELAY, HAS_REAL, HAS_RESET, SILU, EAGER
+        )
+        k -= 1
+    while i >= 0:
+        following = _load_tokens(
+            x_ptr, delayed_ptr, real_ptr, reset_ptr, i - UNROLL, i >= UNROLL, STEP, FLAG_STEP, UNROLL,
+            HAS_DELAY, HAS_REAL, HAS_RESET,
+        )  # fmt: skip
+        following_grads = _load_grads(grad_ptr, y_ptr, i - UNROLL, i >= UNROLL, STEP, UNROLL, SILU)
+        carry, product = _adjoint_block(
+            carry, product, values, grads, q, qt, UNROLL, HAS_DELAY, HAS_REAL, HAS_RESET, SILU, EAGER
+        )
+        values = following
+        grads = following_grads
+        i -= UNROLL
+    _store_tile(leaving_ptr + slot * (N * D), carry, d, n, D, N)
+    _store_tile(product_ptr + slot * (N * D), product, d, n, D, N)
+
+
+@kernel(*_VARYING)
+def carry_adjoint_kernel(
+    pack_ptr, state_ptr, local_ptr, span_ptr, leaving_ptr, product_ptr, final_grad_ptr,
+    entry_ptr, arriving_ptr, gain_grad_ptr, state_grad_ptr, length, chunk, chunks,
+    D: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr, BITS: tl.constexpr,
+    HAS_STATE: tl.constexpr, HAS_FINAL_GRAD: tl.constexpr, HAS_SPAN: tl.constexpr, EAGER: tl.constexpr,
+):  # fmt: skip
+    """Entry states again, the carry arriving at the end of each chunk (B, chunks, N, D), the gradients of the initial
+    state (B, D, N) and, one sum a row, of the input gain and the output gain (B, 2, N, D)."""
+    row = tl.program_id(1).to(tl.int64)
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < N * D
+    base = row * chunks * (N * D) + i
+    state_offset = row * (N * D) + (i % D) * N + i // D
+    span_ptr += row * chunks
+    q = tl.load(pack_ptr + i, mask=inside, other=0.0).to(tl.float64)
+    input_gain = tl.load(pack_ptr + 2 * N * D + i, mask=inside, other=1.0)
+    output_gain = tl.load(pack_ptr + 3 * N * D + i, mask=inside, other=1.0)
+    whole_power = _power(q, chunk, BITS)
+    last_power = _power(q, length - (chunks - 1) * chunk, BITS)
+
+    power = whole_power
+    z = tl.zeros((BLOCK,), tl.float32)
+    if HAS_STATE:
+        z = tl.load(state_ptr + state_offset, mask=inside, other=0.0) / input_gain
+    first = 0
+    while first < chunks:
+        locals_ = ()
+        for j in tl.static_range(UNROLL):
+            where = inside & (first + j < chunks)
+            locals_ = locals_ + (tl.load(local_ptr + base + (first + j) * (N * D), mask=where, other=0.0),)
+        for j in tl.static_range(UNROLL):
+            where = inside & (first + j < chunks)
+            tl.store(entry_ptr + base + (first + j) * (N * D), z, mask=where)
+            if HAS_SPAN:
+                power = _chunk_power(span_ptr + first + j, q, first + j < chunks, BITS)
+            z = power * z + locals_[j]
+        first += UNROLL
+    # Each thread reads back below what it wrote above itself.
+    carry = tl.zeros((BLOCK,), tl.float32)
+    if HAS_FINAL_GRAD:
+        carry = tl.load(final_grad_ptr + state_offset, mask=inside, other=0.0) / output_gain
+    to_state = q.to(tl.float32)  # what turns a carry into the gradient of a state
+    if EAGER:
+        to_state = tl.full((BLOCK,), 1.0, tl.float32)
+    input_sum = tl.zeros((BLOCK,), tl.float32)
+    output_sum = tl.zeros((BLOCK,), tl.float32)
+    first = 0
+    while first < chunks:
+        locals_, entries, leavings, products = (), (), (), ()
+        for j in tl.static_range(UNROLL):
+            index = chunks - 1 - first - j
+            at = base + index * (N * D)
+            where = inside & (index >= 0)
+            locals_ = locals_ + (tl.load(local_ptr + at, mask=where, other=0.0),)
+            entries = entries + (tl.load(entry_ptr + at, mask=where, other=0.0),)
+            leavings = leavings + (tl.load(leaving_ptr + at, mask=where, other=0.0),)
+            products = products + (tl.load(product_ptr + at, mask=where, other=0.0),)
+        for j in tl.static_range(UNROLL):
+            index = chunks - 1 - first - j
+            at = base + index * (N * D)
+            tl.store(arriving_ptr + at, carry, mask=inside & (index >= 0))
+            input_sum += products[j] + to_state * carry * locals_[j]
+            output_sum += products[j] + to_state * leavings[j] * entries[j]
+            if HAS_SPAN:
+                power = _chunk_power(span_ptr + index, q, index >= 0, BITS)
+            else:
+                power = tl.where(index == chunks - 1, last_power, whole_power)
+            carry = tl.where(index >= 0, power * carry + leavings[j], carry)
+        first += UNROLL
+    tl.store(state_grad_ptr + state_offset, output_gain * to_state * carry, mask=inside)
+    tl.store(gain_grad_ptr + row * (2 * N * D) + i, output_gain * input_sum, mask=inside)
+    tl.store(gain_grad_ptr + row * (2 * N * D) + N * D + i, input_gain * output_sum, mask=inside)
+
+
+@jit
+def _input_grad_block(
+    carry, slope, decay_sum, delay_sum, skip_sum, values, grads, x_grad_ptr, delayed_grad_ptr, q, c, qt, skip, inside,
+    STEP: tl.constexpr, COUNT: tl.constexpr, HAS_DELAY: tl.constexpr, HAS_REAL: tl.constexpr, HAS_RESET: tl.constexpr,
+    SILU: tl.constexpr, EAGER: tl.constexpr,
+):  # fmt: skip
+    for j in tl.static_range(COUNT - 1, -1, -1):
+        x, delayed, real, first = _pick(values, j, COUNT, HAS_DELAY, HAS_REAL, HAS_RESET)
+        dy = _output_grad(grads, j, real, COUNT, HAS_REAL, SILU)
+        a, carry = _adjoint_step(carry, dy, q, real, first, HAS_REAL, HAS_RESET, EAGER)
+        decay_sum += _drive(x, delayed, qt, HAS_DELAY) * slope
+        stepped = q * slope + a
+        if HAS_RESET:
+            stepped = tl.where(first, 0.0, stepped)
+        if HAS_REAL:
+            stepped = tl.where(real, stepped, slope)
+        slope = stepped
+        skip_sum += dy * x
+        x_grad = tl.sum(c * a, axis=1) + skip * dy
+        if HAS_REAL:
+            x_grad = tl.where(real, x_grad, 0.0)
+        tl.store(x_grad_ptr + j * STEP, x_grad.to(x_grad_ptr.dtype.element_ty), mask=inside)
+        if HAS_DELAY:
+            delay_sum += delayed[:, None] * a
+            delayed_grad = -tl.sum(c * qt * a, axis=1)
+            if HAS_REAL:
+                delayed_grad = tl.where(real, delayed_grad, 0.0)
+            tl.store(delayed_grad_ptr + j * STEP, delayed_grad.to(delayed_grad_ptr.dtype.element_ty), mask=inside)
+    return carry, slope, decay_sum, delay_sum, skip_sum
+
+
+@kernel(*_VARYING)
+def input_grad_kernel(
+    x_ptr, delayed_ptr, real_ptr, reset_ptr, pack_ptr, skip_ptr, y_ptr, grad_ptr, entry_ptr, arriving_ptr,
+    x_grad_ptr, delayed_grad_ptr, part_ptr, length, chunk,
+    D: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, UNROLL: tl.constexpr,
+    REVERSE: tl.constexpr, HAS_DELAY: tl.constexpr, HAS_REAL: tl.constexpr, HAS_RESET: tl.constexpr,
+    HAS_SKIP: tl.constexpr, SILU: tl.constexpr, EAGER: tl.constexpr,
+):  # fmt: skip
+    """Gradients of x and delayed; a chunk's sums for decay, delay decay and skip (B chunks, N [+ N] + 1, D).
+
+    The gradient of q is sum_t a_t s_{t-1}, adjoints from the right times states from the left. s_{t-1} is linear in
+    the inputs before t and the entry state, so one backward sweep does: the slope sum_{t>j} q^(t-1-j) a_t is what
+    multiplies input j.
+    """
+    block, index, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    slot = row.to(tl.int64) * tl.num_programs(1) + index
+    d = block * BLOCK_D + tl.arange(0, BLOCK_D)
+    n = tl.arange(0, BLOCK_N)
+    inside = d < D
+    STEP: tl.constexpr = -D if REVERSE else D
+    FLAG_STEP: tl.constexpr = -1 if REVERSE else 1
+    token = _first_token(index, row, length, chunk, REVERSE)
+    tokens = tl.minimum(chunk, length - index * chunk)
+    whole = tokens // UNROLL * UNROLL
+    column = tl.minimum(d, D - 1)
+    place = token * D + column
+    x_ptr += place
+    delayed_ptr += place
+    y_ptr += place
+    grad_ptr += place
+    x_grad_ptr += place
+    delayed_grad_ptr += place
+    real_ptr += token
+    reset_ptr += token
+    i = whole - UNROLL
+    values = _load_tokens(
+        x_ptr, delayed_ptr, real_ptr, reset_ptr, i, i >= 0, STEP, FLAG_STEP, UNROLL, HAS_DELAY, HAS_REAL, HAS_RESET
+    )
+    grads = _load_grads(grad_ptr, y_ptr, i, i >= 0, STEP, UNROLL, SILU)
+    q = _load_tile(pack_ptr, d, n, D, N)
+    c = _load_tile(pack_ptr + N * D, d, n, D, N)
+    qt = q
+    if HAS_DELAY:
+        qt = _load_tile(pack_ptr + 4 * N * D, d, n, D, N)
+    skip = tl.zeros((BLOCK_D,), tl.float32)
+    if HAS_SKIP:
+        skip = tl.load(skip_ptr + column)
+    carry = _load_tile(arriving_ptr + slot * (N * D), d, n, D, N)
+    slope = tl.zeros((BLOCK_D, BLOCK_N), tl.float32)
+    decay_sum = tl.zeros((BLOCK_D, BLOCK_N), tl.float32)
+    delay_sum = tl.zeros((BLOCK_D, BLOCK_N), tl.float32)
+    skip_sum = tl.zeros((BLOCK_D,), tl.float32)
+    k = tokens - 1
+    while k >= whole:
+        last = _load_tokens(
+            x_ptr, delayed_ptr, real_ptr, reset_ptr, k, k >= whole, STEP, FLAG_STEP, 1, HAS_DELAY, HAS_REAL, HAS_RESET
+        )
+        last_grads = _load_grads(grad_ptr, y_ptr, k, k >= whole, STEP, 1, SILU)
+        carry, slope, decay_sum, delay_sum, skip_sum = _input_grad_block(
+            carry, slope, decay_sum, delay_sum, skip_sum, last, last_grads, x_grad_ptr + k * STEP,
+            delayed_grad_ptr + k * STEP, q, c, qt, skip, inside,
+            STEP, 1, HAS_DELAY, HAS_REAL, HAS_RESET, SILU, EAGER,
+        )  # fmt: skip
+        k -= 1
+    while i >= 0:
+        following = _load_tokens(
+            x_ptr, delayed_ptr, real_ptr, reset_ptr, i - UNROLL, i >= UNROLL, STEP, FLAG_STEP, UNROLL,
+            HAS_DELAY, HAS_REAL, HAS_RESET,
+        )  # fmt: skip
+        following_grads = _load_grads(grad_ptr, y_ptr, i - UNROLL, i >= UNROLL, STEP, UNROLL, SILU)
+        carry, slope, decay_sum, delay_sum, skip_sum = _input_grad_block(
+            carry, slope, decay_sum, delay_sum, skip_sum, values, grads, x_grad_ptr + i * STEP,
+            delayed_grad_ptr + i * STEP, q, c, qt, skip, inside,
+            STEP, UNROLL, HAS_DELAY, HAS_REAL, HAS_RESET, SILU, EAGER,
+        )  # fmt: skip
+        values = following
+        grads = following_grads
+        i -= UNROLL
+    input_gain = _load_tile(pack_ptr + 2 * N * D, d, n, D, N)
+    output_gain = _load_tile(pack_ptr + 3 * N * D, d, n, D, N)
+    entry = _load_tile(entry_ptr + slot * (N * D), d, n, D, N)
+    ROWS: tl.constexpr = 2 * N + 1 if HAS_DELAY else N + 1
+    part_ptr += slot * (ROWS * D)
+    # Each factor keeps its own gain: with both gains near zero the bare product would overflow.
+    _store_tile(part_ptr, c * decay_sum + (input_gain * entry) * (output_gain * slope), d, n, D, N)
+    if HAS_DELAY:
+        _store_tile(part_ptr + N * D, -c * delay_sum, d, n, D, N)
+    tl.store(part_ptr + (ROWS - 1) * D + column, skip_sum, mask=inside)
+
+
+@kernel("parts", "batch")
+def parameter_grad_kernel(
+    part_ptr, gain_grad_ptr, out_ptr, parts, batch,
+    D: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Adds up partial sums: (parts, ROWS, D) and (B, 2, N, D) to a flat buffer of (D, N) blocks, skip (D) last."""
+    gains = tl.program_id(1) == 1
+    columns = tl.where(gains, 2 * N * D, ROWS * D)
+    count = tl.where(gains, batch, parts)
+    source = part_ptr
+    if gains:
+        source = gain_grad_ptr
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    p = tl.arange(0, BLOCK_P)
+    total = tl.zeros((BLOCK_P, BLOCK), tl.float32)
+    first = 0
+    while first < count:
+        offsets = (first + p).to(tl.int64)[:, None] * columns + i[None, :]
+        total += tl.load(source + offsets, mask=(first + p < count)[:, None] & (i < columns)[None, :], other=0.0)
+        first += BLOCK_P
+    table_row = i // D + tl.where(gains, 0, 2 * N)  # gains first: input gain, output gain, decay, [delay decay,] skip
+    last = tl.where(gains, -1, 2 * N + ROWS - 1)
+    target = (table_row // N) * (N * D) + (i % D) * N + table_row % N
+    target = tl.where(table_row == last, last * D + i % D, target)
+    tl.store(out_ptr + target, tl.sum(total, axis=0), mask=i < columns)

@@ -1,0 +1,184 @@
+"""The kernels of one decode step against loops; on a CPU they run under Triton's interpreter."""
+
+import math
+
+import pytest
+import torch
+from triton_interpreter import DEVICE  # first, before anything imports triton
+
+from modeling_seqboat import triton_decode_seqboat
+from modeling_seqboat.ops_naive_seqboat import ema_scan_naive, windowed_attention_naive
+from modeling_seqboat.triton_decode_seqboat import ema_step, memory_attention_step
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory(monkeypatch):
+    """NaN in everything a kernel ought to write."""
+    empty, empty_like = torch.empty, torch.empty_like
+    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: empty(*args, **kwargs).fill_(float("nan")))
+    monkeypatch.setattr(torch, "empty_like", lambda *args, **kwargs: empty_like(*args, **kwargs).fill_(float("nan")))
+
+
+def to_device(inputs):
+    return {name: tensor.to(DEVICE) if torch.is_tensor(tensor) else tensor for name, tensor in inputs.items()}
+
+
+class Memory:
+    """A ring of W slots a row, and beside it every activated token ever seen."""
+
+    def __init__(self, batch, size, qk_width, v_width, dtype):
+        self.batch, self.size, self.dtype = batch, size, dtype
+        self.keys = torch.full((batch, size, qk_width), float("nan"), dtype=dtype, device=DEVICE)
+        self.values = torch.full((batch, size, v_width), float("nan"), dtype=dtype, device=DEVICE)
+        self.positions = torch.full((batch, size), 999, device=DEVICE)
+        self.count = torch.zeros(batch, dtype=torch.int64, device=DEVICE)
+        self.history = [[] for _ in range(batch)]
+
+    def step(self, q, k, v, active, position, *, bias_by_index, **options):
+        """The kernel's output and, in float64 from the history, what it should be."""
+        index = self.count.clone()
+        out = memory_attention_step(
+            q.to(DEVICE), k.to(DEVICE), v.to(DEVICE), self.keys, self.values, self.positions, self.count,
+            active.to(DEVICE), index if bias_by_index else position.to(DEVICE), bias_by_index=bias_by_index,
+            position=position.to(DEVICE), **to_device(options),
+        )  # fmt: skip
+        self.count += active.to(DEVICE)
+        expected = torch.zeros(self.batch, v.shape[1], dtype=torch.float64)
+        for row in range(self.batch):
+            if active[row]:
+                self.history[row].append((k[row].double(), v[row].double(), position[row]))
+                expected[row] = self.attend(row, q[row].double(), bias_by_index, **options)
+        return out.cpu(), expected
+
+    def attend(self, row, q, bias_by_index, bias_table=None, **options):
+        history = self.history[row]
+        k, v, positions = (torch.stack(item) for item in zip(*history, strict=True))
+        places = torch.arange(len(history)) if bias_by_index else positions
+        last = torch.tensor([len(history)])
+        table = None if bias_table is None else bias_table.double()
+        return windowed_attention_naive(
+            q[None], k, v, (last - self.size - 1).clamp_min(0), last, q_place=places[-1:], k_place=places,
+            bias_table=table, **options,
+        )[0]  # fmt: skip
+
+
+def run_steps(steps, size, qk_width, v_width, *, dtype=torch.float32, tolerance=2e-6, bias=None, **options):
+    batch = 3
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    memory = Memory(batch, size, qk_width, v_width, dtype)
+    options |= {"bias_by_index": bias == "index"}
+    if bias is not None:  # short enough to be clamped on the left
+        options |= {"bias_table": randn(size), "bias_center": size - 2}
+    position = torch.zeros(batch, dtype=torch.int64)
+    for _ in range(steps):
+        position = position + torch.randint(1, 3, (batch,), generator=generator)
+        active = torch.rand(batch, generator=generator) < torch.tensor([1.0, 0.5, 0.0])
+        kept = memory.keys[2].clone(), memory.values[1].clone(), memory.positions[2].clone()
+        inputs = randn(batch, qk_width), randn(batch, qk_width), randn(batch, v_width)
+        out, expected = memory.step(*inputs, active, position, **options)
+        assert out.dtype == dtype
+        error = (out.double() - expected).norm() / expected.norm().clamp_min(1e-12)
+        assert error < tolerance, f"relative error {error:.2e}"
+        assert not out[~active].any()
+        torch.testing.assert_close(memory.keys[2], kept[0], equal_nan=True, rtol=0, atol=0)
+        assert torch.equal(memory.positions[2], kept[2])
+        if not active[1]:
+            torch.testing.assert_close(memory.values[1], kept[1], equal_nan=True, rtol=0, atol=0)
+    for row in range(batch):
+        for index, (key, value, place) in list(enumerate(memory.history[row]))[-size:]:
+            slot = index % size
+            assert torch.equal(memory.keys[row, slot].cpu(), key.to(dtype))
+            assert torch.equal(memory.values[row, slot].cpu(), value.to(dtype))
+            assert memory.positions[row, slot] == place
+
+
+@pytest.mark.parametrize("activation", ["softmax", "relu2", "laplace"])
+@pytest.mark.parametrize("bias", [None, "position", "index"])
+def test_attention_equals_the_specification(activation, bias):
+    size = 5
+    scale = 1 / math.sqrt(6) if activation == "softmax" else 1 / size
+    run_steps(12, size, 6, 10, activation=activation, scale=scale, bias=bias)
+
+
+def test_attention_over_several_splits_and_value_blocks(monkeypatch):
+    monkeypatch.setattr(triton_decode_seqboat, "_SPLITS", ((1 << 31, 4, 8, 2, 4),))
+    monkeypatch.setattr(triton_decode_seqboat, "_COMBINE_V", 16)
+    for activation in ("softmax", "relu2"):
+        run_steps(25, 21, 6, 37, activation=activation, scale=0.3, bias="position")
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 4e-3), (torch.float16, 5e-4)])
+def test_attention_in_half_precision(dtype, tolerance):
+    run_steps(8, 4, 16, 24, dtype=dtype, tolerance=tolerance, activation="softmax", scale=0.25)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("width", "states", "marks"), [(5, 1, ""), (40, 4, "m"), (24, 12, "mdo"), (70, 16, "ma")])
+def test_ema_step_equals_the_specification(width, states, marks, dtype):
+    """`marks`: m pads and segment starts, d delayed input, o no skip, a silu."""
+    generator = torch.Generator().manual_seed(0)
+    batch = 4
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    inputs = {
+        "x": randn(batch, width).to(dtype),
+        "decay": torch.rand(width, states, generator=generator),
+        "input_gain": randn(width, states),
+        "output_gain": randn(width, states),
+        "skip": None if "o" in marks else randn(width),
+        "state": randn(batch, width, states),
+    }
+    if "m" in marks:
+        inputs |= {"real": torch.tensor([True, False, True, False]), "reset": torch.tensor([True, True, False, False])}
+    if "d" in marks:
+        inputs |= {"delayed": randn(batch, width).to(dtype)}
+        inputs |= {"delay_decay": torch.rand(width, states, generator=generator)}
+    columns = {name: inputs[name][:, None] for name in ("x", "real", "reset", "delayed") if name in inputs}
+    y, state = ema_scan_naive(**(inputs | columns))
+    y = y[:, 0]
+    if "m" in marks:
+        inputs["x"][1] = float("nan")
+    found_state = inputs["state"].to(DEVICE)
+    activation = "silu" if "a" in marks else None
+    found = ema_step(**(to_device(inputs) | {"state": found_state, "activation": activation}))
+    y = torch.nn.functional.silu(y) if activation else y
+    tolerance = 1e-5 if dtype == torch.float32 else 4e-2
+    torch.testing.assert_close(found.cpu(), y, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(found_state.cpu(), state, atol=1e-5, rtol=1e-5)
+
+
+def attention_inputs():
+    floats = {"q": (2, 4), "k_new": (2, 4), "v_new": (2, 6), "keys": (2, 3, 4), "values": (2, 3, 6)}
+    inputs = {name: torch.randn(shape) for name, shape in floats.items()}
+    row = torch.zeros(2, dtype=torch.int64)
+    inputs |= {"positions": torch.zeros(2, 3, dtype=torch.int64), "activated_count": row, "place_q": row}
+    return inputs | {"active": torch.ones(2, dtype=torch.bool), "activation": "softmax", "scale": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"k_new": torch.ones(2, 5)}, r"k_new has shape \(2, 5\), expected \(2, 4\)"),
+        ({"activation": "gelu"}, "activation 'gelu'"),
+        ({"active": torch.ones(2)}, "active is torch.float32, expected torch.bool"),
+        ({"keys": torch.ones(2, 4, 3).transpose(1, 2)}, "keys is written in place and must be contiguous"),
+    ],
+)
+def test_bad_input_is_refused_by_name(change, message):
+    with pytest.raises(ValueError, match=message):
+        memory_attention_step(**to_device(attention_inputs() | change))
+
+
+def test_a_wanted_gradient_is_refused():
+    inputs = to_device(attention_inputs())
+    inputs["q"].requires_grad_()
+    with pytest.raises(RuntimeError, match="no gradient"):
+        memory_attention_step(**inputs)
+    with torch.no_grad():
+        memory_attention_step(**inputs)
