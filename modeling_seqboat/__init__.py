@@ -4,8 +4,17 @@ import transformers
 
 from .cache_seqboat import SeqBoatCache
 from .configuration_seqboat import SeqBoatConfig
-from .heads_seqboat import SeqBoatForSequenceClassification
+from .heads_seqboat import (
+    SeqBoatForAudioClassification,
+    SeqBoatForImageClassification,
+    SeqBoatForSequenceClassification,
+)
 from .modeling_seqboat import AUTO_CLASSES, SeqBoatForCausalLM, SeqBoatModel, SeqBoatPreTrainedModel
+from .token_heads_seqboat import (
+    SeqBoatForMaskedLM,
+    SeqBoatForQuestionAnswering,
+    SeqBoatForTokenClassification,
+)
 from .tokenization_seqboat import build_byte_tokenizer
 
 __version__ = "0.1.0"
@@ -17,8 +26,13 @@ for _auto_class, _model_class in AUTO_CLASSES.items():
 __all__ = [
     "SeqBoatCache",
     "SeqBoatConfig",
+    "SeqBoatForAudioClassification",
     "SeqBoatForCausalLM",
+    "SeqBoatForImageClassification",
+    "SeqBoatForMaskedLM",
+    "SeqBoatForQuestionAnswering",
     "SeqBoatForSequenceClassification",
+    "SeqBoatForTokenClassification",
     "SeqBoatModel",
     "SeqBoatPreTrainedModel",
     "build_byte_tokenizer",

@@ -1,4 +1,4 @@
-"""Heads of the bidirectional SeqBoat (arXiv 2306.11197, section 4; Long Range Arena).
+"""Heads that give one answer a row (arXiv 2306.11197, section 4; Long Range Arena): texts, pictures, recordings.
 
 Letters: B batch, L columns, D hidden width, C labels.
 """
@@ -15,13 +15,13 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_seqboat import SeqBoatConfig
 from .context_seqboat import real_columns
-from .modeling_seqboat import SeqBoatModel, SeqBoatPreTrainedModel
+from .modeling_seqboat import SeqBoatModel, SeqBoatModelOutput, SeqBoatPreTrainedModel
 
 
 @dataclass
 class SeqBoatClassifierOutput(ModelOutput):
-    """loss (scalar, with labels), logits (B, C), pooled (B, features), and the first text's hidden_states and
-    router_probs as in `SeqBoatModelOutput`."""
+    """loss (scalar, with labels), logits (B, C), and the first text's hidden_states and router_probs as in
+    `SeqBoatModelOutput`; with `output_hidden_states` also pooled (B, features), what the classifier reads."""
 
     loss: Tensor | None = None
     logits: Tensor | None = None
@@ -69,8 +69,38 @@ class SeqBoatClassificationHead(nn.Module):
         return self.out_proj(x)
 
 
-class SeqBoatForSequenceClassification(SeqBoatPreTrainedModel):
-    """One label a sequence, or a pair of sequences when `pair_features` says how to join them."""
+def init_classification_head(module: nn.Module) -> None:
+    """Xavier weights and zero biases, where `module` is a `SeqBoatClassificationHead`."""
+    if isinstance(module, SeqBoatClassificationHead):
+        for linear in (module.dense, module.out_proj):
+            if linear is not None:
+                init.xavier_uniform_(linear.weight)
+                if linear.bias is not None:
+                    init.zeros_(linear.bias)
+
+
+def main_input_name(config: SeqBoatConfig) -> str:
+    """The argument that Trainer counts as the input."""
+    return "input_ids" if config.input_type == "tokens" else "input_values"
+
+
+def refuse_packing(kwargs: dict) -> None:
+    """Raises ValueError where arguments speak of several sequences in one row."""
+    packing = [name for name in ("seq_idx", "cu_seq_lens_q", "position_ids") if kwargs.get(name) is not None]
+    if packing:
+        raise ValueError(f"a head that pools takes one sequence a row, got {', '.join(packing)}: pad instead")
+
+
+def refuse_other_than_values(config: SeqBoatConfig, name: str) -> None:
+    """Raises ValueError unless the config is that of a single sequence of real numbers."""
+    if config.input_type != "values":
+        raise ValueError(f"{name} needs input_type='values', got input_type={config.input_type!r}")
+    if config.pair_features != "none":
+        raise ValueError(f"{name} reads one input a row: pair_features must be 'none', got {config.pair_features!r}")
+
+
+class SeqBoatPooledClassifier(SeqBoatPreTrainedModel):
+    """What the heads share that give one answer a row: the model, pooling, the classifier and the loss."""
 
     def __init__(self, config: SeqBoatConfig):
         super().__init__(config)
@@ -83,12 +113,45 @@ class SeqBoatForSequenceClassification(SeqBoatPreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, SeqBoatClassificationHead):
-            for linear in (module.dense, module.out_proj):
-                if linear is not None:
-                    init.xavier_uniform_(linear.weight)
-                    if linear.bias is not None:
-                        init.zeros_(linear.bias)
+        init_classification_head(module)
+
+    def _encode(self, attention_mask: Tensor | None, **kwargs) -> tuple[SeqBoatModelOutput, Tensor]:
+        outputs = self.model(attention_mask=attention_mask, use_cache=False, return_dict=True, **kwargs)
+        hidden = outputs.last_hidden_state
+        real = real_columns(attention_mask, hidden.shape[0], hidden.shape[1], None)
+        return outputs, pool_real(hidden, real, self.config.pooling_type)
+
+    def _answer(
+        self, outputs: SeqBoatModelOutput, features: Tensor, labels: Tensor | None, num_items_in_batch=None
+    ) -> SeqBoatClassifierOutput:
+        logits = self.classifier(features)
+        loss = None if labels is None else self._loss(logits, labels, num_items_in_batch)
+        return SeqBoatClassifierOutput(
+            loss=loss,
+            logits=logits,
+            # Trainer's evaluation gathers every tensor of an output that nobody asked to leave out.
+            pooled=None if outputs.hidden_states is None else features,
+            hidden_states=outputs.hidden_states,
+            router_probs=outputs.router_probs,
+        )
+
+    def _loss(self, logits: Tensor, labels: Tensor, num_items: Tensor | int | None) -> Tensor:
+        # The losses of regression and of several labels at once are means and know no count: under gradient
+        # accumulation each mean has to be weighted by its share of the labels.
+        loss = self.loss_function(labels=labels, pooled_logits=logits.float(), config=self.config)
+        if num_items is None:
+            return loss
+        if self.config.problem_type == "single_label_classification":
+            return loss.nan_to_num(0.0) * labels.ne(-100).sum() / num_items
+        return loss * labels.numel() / num_items
+
+
+class SeqBoatForSequenceClassification(SeqBoatPooledClassifier):
+    """One label a sequence, or a pair of sequences when `pair_features` says how to join them."""
+
+    def __init__(self, config: SeqBoatConfig):
+        super().__init__(config)
+        self.main_input_name = main_input_name(config)
 
     @can_return_tuple
     def forward(
@@ -116,49 +179,119 @@ class SeqBoatForSequenceClassification(SeqBoatPreTrainedModel):
         Raises:
             ValueError: for packed rows (a pooled head has one output a row) and for a missing or unwanted pair.
         """
-        packing = [name for name in ("seq_idx", "cu_seq_lens_q", "position_ids") if kwargs.get(name) is not None]
-        if packing:
-            raise ValueError(f"a head that pools takes one sequence a row, got {', '.join(packing)}: pad instead")
+        refuse_packing(kwargs)
         wants_pair = self.config.pair_features != "none"
         if wants_pair != (pair_input_ids is not None):
             raise ValueError(
                 f"pair_features is {self.config.pair_features!r}, so pair_input_ids must "
                 + ("be given" if wants_pair else "not be given")
             )
-        asked = {
-            "output_hidden_states": output_hidden_states,
-            "output_router_probs": output_router_probs,
-            "output_attentions": output_attentions,
-        }
-        outputs, features = self._encode(input_ids, attention_mask, input_values, inputs_embeds, **asked)
+        outputs, features = self._encode(
+            attention_mask,
+            input_ids=input_ids,
+            input_values=input_values,
+            inputs_embeds=inputs_embeds,
+            output_hidden_states=output_hidden_states,
+            output_router_probs=output_router_probs,
+            output_attentions=output_attentions,
+        )
         if wants_pair:
-            _, other = self._encode(pair_input_ids, pair_attention_mask, None, None)
+            _, other = self._encode(pair_attention_mask, input_ids=pair_input_ids)
             joined = [other, features]
             if self.config.pair_features == "nli":
                 joined += [features * other, features - other]
             features = torch.cat(joined, dim=-1)
-        logits = self.classifier(features)
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
-        return SeqBoatClassifierOutput(
-            loss=loss,
-            logits=logits,
-            pooled=features,
-            hidden_states=outputs.hidden_states,
-            router_probs=outputs.router_probs,
-        )
+        return self._answer(outputs, features, labels, kwargs.get("num_items_in_batch"))
 
-    def _encode(self, input_ids, attention_mask, input_values, inputs_embeds, **asked):
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            input_values=input_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=False,
-            return_dict=True,
-            **asked,
+
+class SeqBoatForImageClassification(SeqBoatPooledClassifier):
+    """One label a picture of one channel, read as a sequence of pixels, row by row (Long Range Arena's image tasks)."""
+
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+
+    def __init__(self, config: SeqBoatConfig):
+        refuse_other_than_values(config, type(self).__name__)
+        super().__init__(config)
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_router_probs: bool = False,
+        output_attentions: bool | None = None,
+        **kwargs,
+    ) -> SeqBoatClassifierOutput:
+        """Classifies pictures.
+
+        Args:
+            pixel_values: (B, 1, H, W) float, as image processors return them; column t of the sequence is row t // W,
+                column t % W of the picture.
+            labels: as in `SeqBoatForSequenceClassification.forward`.
+
+        Raises:
+            ValueError: for more than one channel, another shape, or a mask: a picture has no padding.
+        """
+        refuse_packing(kwargs)
+        if pixel_values is None:
+            raise ValueError("give pixel_values of shape (batch, 1, height, width)")
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != 1:
+            raise ValueError(
+                f"pixel_values must be of shape (batch, 1, height, width), got {tuple(pixel_values.shape)}: each pixel "
+                "is one step of the sequence, so a picture has one channel; make it grey first, for instance by "
+                "np.asarray(image.convert('L'))"
+            )
+        if kwargs.get("attention_mask") is not None:
+            raise ValueError("a picture has no padding: attention_mask must not be given")
+        outputs, features = self._encode(
+            None,
+            input_values=pixel_values.flatten(1),
+            output_hidden_states=output_hidden_states,
+            output_router_probs=output_router_probs,
+            output_attentions=output_attentions,
         )
-        hidden = outputs.last_hidden_state
-        real = real_columns(attention_mask, hidden.shape[0], hidden.shape[1], None)
-        return outputs, pool_real(hidden, real, self.config.pooling_type)
+        return self._answer(outputs, features, labels, kwargs.get("num_items_in_batch"))
+
+
+class SeqBoatForAudioClassification(SeqBoatPooledClassifier):
+    """One label a recording, read sample by sample (the paper's raw speech task)."""
+
+    main_input_name = "input_values"
+    input_modalities = ("audio",)
+
+    def __init__(self, config: SeqBoatConfig):
+        refuse_other_than_values(config, type(self).__name__)
+        super().__init__(config)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_router_probs: bool = False,
+        output_attentions: bool | None = None,
+        **kwargs,
+    ) -> SeqBoatClassifierOutput:
+        """Classifies recordings.
+
+        Args:
+            input_values: (B, L) float samples, as feature extractors return them.
+            attention_mask: (B, L), 0 at padding; without it padding would be heard as silence.
+            labels: as in `SeqBoatForSequenceClassification.forward`.
+        """
+        refuse_packing(kwargs)
+        outputs, features = self._encode(
+            attention_mask,
+            input_values=input_values,
+            output_hidden_states=output_hidden_states,
+            output_router_probs=output_router_probs,
+            output_attentions=output_attentions,
+        )
+        return self._answer(outputs, features, labels, kwargs.get("num_items_in_batch"))
+
+
+POOLED_HEADS = (SeqBoatForSequenceClassification, SeqBoatForImageClassification, SeqBoatForAudioClassification)

@@ -39,6 +39,11 @@ AUTO_CLASSES: dict[str, str] = {
     "AutoModel": "SeqBoatModel",
     "AutoModelForCausalLM": "SeqBoatForCausalLM",
     "AutoModelForSequenceClassification": "SeqBoatForSequenceClassification",
+    "AutoModelForImageClassification": "SeqBoatForImageClassification",
+    "AutoModelForAudioClassification": "SeqBoatForAudioClassification",
+    "AutoModelForTokenClassification": "SeqBoatForTokenClassification",
+    "AutoModelForQuestionAnswering": "SeqBoatForQuestionAnswering",
+    "AutoModelForMaskedLM": "SeqBoatForMaskedLM",
 }
 
 _PAGED_ARGUMENTS = ("cache", "read_index", "write_index", "block_table")
@@ -506,11 +511,14 @@ class SeqBoatForCausalLM(SeqBoatPreTrainedModel, GenerationMixin):
 def __getattr__(name: str) -> type:
     """Classes of the other files that `AUTO_CLASSES` names, without a circular import.
 
-    Saving a model copies the files that its module imports; without this one a saved language model would name a
-    classifier in its auto_map and not bring the file.
+    Saving a model copies the files that its module imports; without this one a saved language model would name other
+    heads in its auto_map and not bring their files.
     """
-    if name == "SeqBoatForSequenceClassification":
-        from .heads_seqboat import SeqBoatForSequenceClassification
+    if name in AUTO_CLASSES.values():
+        from .heads_seqboat import POOLED_HEADS
+        from .token_heads_seqboat import TOKEN_HEADS
 
-        return SeqBoatForSequenceClassification
+        for head in POOLED_HEADS + TOKEN_HEADS:
+            if head.__name__ == name:
+                return head
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -66,7 +66,7 @@ def test_published_encoder_reproduces_its_logits(name):
         inputs = {"input_ids": tensors["input_ids"], "attention_mask": tensors["input_ids"] != 1}
     else:
         inputs = {"input_values": tensors["input_values"]}
-    out = model(**inputs, labels=tensors["labels"])
+    out = model(**inputs, labels=tensors["labels"], output_hidden_states=True)
     torch.testing.assert_close(out.pooled, tensors["pooled"], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(out.logits, tensors["logits"], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(out.loss, tensors["loss"][0], atol=1e-4, rtol=1e-4)
@@ -92,10 +92,10 @@ def test_pair_features_are_the_published_ones(kind):
     model = classifier(pair_features=kind)
     first, second = torch.randint(0, 256, (2, 20)), torch.randint(0, 256, (2, 30))
     with torch.no_grad():
-        joined = model(first, pair_input_ids=second).pooled
+        joined = model(first, pair_input_ids=second, output_hidden_states=True).pooled
         single = classifier()
         single.model.load_state_dict(model.model.state_dict())
-        a, b = single(first).pooled, single(second).pooled
+        a, b = (single(text, output_hidden_states=True).pooled for text in (first, second))
     want = [b, a] if kind == "concat" else [b, a, a * b, a - b]
     torch.testing.assert_close(joined, torch.cat(want, dim=-1), atol=1e-5, rtol=1e-5)
     with pytest.raises(ValueError, match="pair_input_ids"):

@@ -1,0 +1,238 @@
+"""Heads that give an answer a token: token classification, question answering, masked language modelling.
+
+Letters: B batch, L columns, D hidden width, C labels.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.utils import ModelOutput
+from transformers.utils.generic import can_return_tuple
+
+from .configuration_seqboat import SeqBoatConfig
+from .context_seqboat import real_columns
+from .heads_seqboat import SeqBoatClassificationHead, init_classification_head, main_input_name, refuse_packing
+from .modeling_seqboat import SeqBoatModel, SeqBoatPreTrainedModel
+
+
+@dataclass
+class SeqBoatTokenOutput(ModelOutput):
+    """loss (scalar, with labels), logits (B, L, C) or (B, L, vocab), and hidden_states and router_probs as in
+    `SeqBoatModelOutput`."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    router_probs: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class SeqBoatQuestionAnsweringOutput(ModelOutput):
+    """loss (scalar, with positions), start_logits and end_logits (B, L), and hidden_states and router_probs as in
+    `SeqBoatModelOutput`."""
+
+    loss: Tensor | None = None
+    start_logits: Tensor | None = None
+    end_logits: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    router_probs: tuple[Tensor, ...] | None = None
+
+
+def _ignore_padding(labels: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Labels at padding are -100, whatever the collator wrote there."""
+    real = real_columns(attention_mask, labels.shape[0], labels.shape[1], None)
+    return labels if real is None else labels.masked_fill(~real, -100)
+
+
+def _loss_arguments(kwargs: dict) -> dict:
+    return {name: kwargs[name] for name in ("num_items_in_batch",) if name in kwargs}
+
+
+class SeqBoatForTokenClassification(SeqBoatPreTrainedModel):
+    """One label a token."""
+
+    def __init__(self, config: SeqBoatConfig):
+        super().__init__(config)
+        self.main_input_name = main_input_name(config)
+        self.num_labels = config.num_labels
+        self.model = SeqBoatModel(config)
+        self.classifier = SeqBoatClassificationHead(config, config.hidden_size)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        init_classification_head(module)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        input_values: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_router_probs: bool = False,
+        output_attentions: bool | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        **kwargs,
+    ) -> SeqBoatTokenOutput:
+        """Classifies every token.
+
+        Args:
+            input_ids: (B, L) int64, or input_values: (B, L) float for `input_type` values, or inputs_embeds.
+            labels: (B, L) int64; -100 and padding are ignored.
+
+        The other arguments are those of `SeqBoatModel.forward`; rows may be packed.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            input_values=input_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=False,
+            output_hidden_states=output_hidden_states,
+            output_router_probs=output_router_probs,
+            output_attentions=output_attentions,
+            cu_seq_lens_q=cu_seq_lens_q,
+            seq_idx=seq_idx,
+            return_dict=True,
+        )
+        hidden = F.dropout(outputs.last_hidden_state, self.config.hidden_dropout, self.training)
+        logits = self.classifier(hidden)
+        loss = None
+        if labels is not None:
+            labels = _ignore_padding(labels, attention_mask)
+            loss = self.loss_function(logits, labels, self.config, **_loss_arguments(kwargs))
+        return SeqBoatTokenOutput(loss, logits, outputs.hidden_states, outputs.router_probs)
+
+
+class SeqBoatForQuestionAnswering(SeqBoatPreTrainedModel):
+    """The first and the last token of a row's answer."""
+
+    def __init__(self, config: SeqBoatConfig):
+        super().__init__(config)
+        self.main_input_name = main_input_name(config)
+        self.model = SeqBoatModel(config)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        input_values: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_router_probs: bool = False,
+        output_attentions: bool | None = None,
+        **kwargs,
+    ) -> SeqBoatQuestionAnsweringOutput:
+        """Scores every token as the start and the end of the answer.
+
+        Args:
+            input_ids: (B, L) int64, or input_values: (B, L) float for `input_type` values, or inputs_embeds.
+            start_positions, end_positions: (B,) int64 columns, padding counted; L or more means no answer in this row.
+
+        Returns:
+            Logits that are the least finite number at padding, so that padding takes no part in a softmax.
+
+        Raises:
+            ValueError: for packed rows (a row has one answer), and where one of the positions is missing.
+        """
+        refuse_packing(kwargs)
+        if (start_positions is None) != (end_positions is None):
+            missing = "start_positions" if start_positions is None else "end_positions"
+            raise ValueError(f"{missing} is missing: give both positions or none")
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            input_values=input_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=False,
+            output_hidden_states=output_hidden_states,
+            output_router_probs=output_router_probs,
+            output_attentions=output_attentions,
+            return_dict=True,
+        )
+        logits = self.qa_outputs(outputs.last_hidden_state)
+        real = real_columns(attention_mask, logits.shape[0], logits.shape[1], None)
+        if real is not None:
+            logits = logits.masked_fill(~real[..., None], torch.finfo(logits.dtype).min)
+        start, end = logits.unbind(-1)
+        loss = None
+        if start_positions is not None:
+            loss = self.loss_function(start.float(), end.float(), start_positions, end_positions)
+        return SeqBoatQuestionAnsweringOutput(loss, start, end, outputs.hidden_states, outputs.router_probs)
+
+
+class SeqBoatForMaskedLM(SeqBoatPreTrainedModel):
+    """A bidirectional SeqBoat with an output matrix, tied to the embeddings by default."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: SeqBoatConfig):
+        if not config.bidirectional:
+            raise ValueError("SeqBoatForMaskedLM needs bidirectional=True, got bidirectional=False")
+        if config.input_type != "tokens":
+            raise ValueError(f"SeqBoatForMaskedLM needs input_type='tokens', got input_type={config.input_type!r}")
+        super().__init__(config)
+        self.model = SeqBoatModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_router_probs: bool = False,
+        output_attentions: bool | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        **kwargs,
+    ) -> SeqBoatTokenOutput:
+        """Predicts the token at every column from both sides.
+
+        Args:
+            labels: (B, L) int64, the original ids where tokens were masked; -100 elsewhere, and padding, are ignored.
+
+        The other arguments are those of `SeqBoatModel.forward`; rows may be packed.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            use_cache=False,
+            output_hidden_states=output_hidden_states,
+            output_router_probs=output_router_probs,
+            output_attentions=output_attentions,
+            cu_seq_lens_q=cu_seq_lens_q,
+            seq_idx=seq_idx,
+            return_dict=True,
+        )
+        logits = self.lm_head(outputs.last_hidden_state)
+        loss = None
+        if labels is not None:
+            labels = _ignore_padding(labels, attention_mask)
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **_loss_arguments(kwargs)
+            )
+        return SeqBoatTokenOutput(loss, logits, outputs.hidden_states, outputs.router_probs)
+
+
+TOKEN_HEADS = (SeqBoatForTokenClassification, SeqBoatForQuestionAnswering, SeqBoatForMaskedLM)
