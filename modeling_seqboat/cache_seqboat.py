@@ -6,8 +6,9 @@ T truncation, M activated tokens of one forward.
 
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -162,7 +163,14 @@ class SeqBoatCacheLayer(CacheLayerMixin):
                     f"past_key_values holds {self.batch_size} rows, the input has {batch_size}; "
                     "they must be equal (see SeqBoatCache.batch_repeat_interleave and batch_select_indices)"
                 )
+            self._leave_inference_mode()
             return
+        # Buffers made in inference mode could not be updated outside of it.
+        with nullcontext() if torch.compiler.is_compiling() else torch.inference_mode(False):
+            self._allocate(batch_size, dtype, device)
+        self.is_initialized = True
+
+    def _allocate(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> None:
         width, states, memory, key_width, value_width = self.shapes
         self.dtype, self.device = dtype, device
         self.ssm_state = torch.zeros(batch_size, width, states, device=device)
@@ -178,7 +186,14 @@ class SeqBoatCacheLayer(CacheLayerMixin):
             if not torch.compiler.is_compiling():
                 for tensor in (*self.tensors().values(), self.seen):
                     torch._dynamo.mark_static_address(tensor)
-        self.is_initialized = True
+
+    def _leave_inference_mode(self) -> None:
+        """What was computed in inference mode becomes ordinary tensors once that mode has been left."""
+        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+            return
+        for name, tensor in self.tensors().items():
+            if tensor.is_inference():
+                setattr(self, name, tensor.clone())
 
     @property
     def batch_size(self) -> int:
@@ -346,6 +361,7 @@ class SeqBoatCacheLayer(CacheLayerMixin):
             entry = self._journal.pop()
             length = entry.update.hidden.shape[1]
             self._undo(entry)
+            self._leave_inference_mode()
             if remove < length:
                 kept = entry.update.columns(0, length - remove)
                 kept.ssm_state = self._rescan(kept)
@@ -383,6 +399,7 @@ class SeqBoatCacheLayer(CacheLayerMixin):
         if not self.static or not self.is_initialized:
             self._clear()
             return
+        self._leave_inference_mode()
         for tensor in (*self.tensors().values(), self.seen):
             tensor.zero_()
 
@@ -406,9 +423,9 @@ class SeqBoatCacheLayer(CacheLayerMixin):
     def batch_select_indices(self, indices: Tensor) -> None:
         self._map_rows(lambda tensor: tensor[indices.to(tensor.device)])
 
-    def _move(self, device: torch.device | str) -> None:
+    def _move(self, device: torch.device | str, non_blocking: bool = False) -> None:
         for name, tensor in self.tensors().items():
-            setattr(self, name, tensor.to(device))
+            setattr(self, name, tensor.to(device, non_blocking=non_blocking))
         if isinstance(self.seen, Tensor):
             self.seen = self.seen.to(device)
 
@@ -419,11 +436,15 @@ class SeqBoatCacheLayer(CacheLayerMixin):
         if self.is_initialized:
             self._move(self.device)
 
-    def to(self, device: torch.device | str) -> None:
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "SeqBoatCacheLayer":
+        """Moves the state; returns self, as Accelerate's hooks expect of whatever a module is given."""
         if self.is_initialized:
-            self._journal = []
-            self._move(device)
+            before = self.ssm_state.device
+            self._move(device, non_blocking)
             self.device = self.ssm_state.device
+            if self.device != before:
+                self._journal = []
+        return self
 
 
 class SeqBoatCache(Cache):
@@ -505,14 +526,16 @@ class SeqBoatCache(Cache):
             "seen": str(self.get_seq_length()),
             "static": str(self.layers[0].static),
         }
-        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
-        os.close(handle)
+        temporary = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
+        with open(temporary, "xb") as file:
+            mode = os.fstat(file.fileno()).st_mode
         try:
             save_file({name: tensor.contiguous() for name, tensor in self.tensors()}, temporary, metadata=meta)
+            # safetensors writes files that only their owner may read; as for any other file the umask decides.
+            os.chmod(temporary, mode)
             os.replace(temporary, path)
         finally:
-            if os.path.exists(temporary):
-                os.unlink(temporary)
+            temporary.unlink(missing_ok=True)
 
     @classmethod
     def load(
@@ -540,6 +563,8 @@ class SeqBoatCache(Cache):
             cache.signature = json.loads(meta["signature"])
             cache.check_config(config)
             names = set(file.keys())
+            if "layers.0.keys" not in names:
+                raise ValueError(f"{path} lacks layers.0.keys")
             first = file.get_tensor("layers.0.keys")
             for index, layer in enumerate(cache.layers):
                 layer.initialize(first.shape[0], first.dtype, first.device)

@@ -193,6 +193,9 @@ class SeqBoatEMA(nn.Module):
             history = state = None
             if cache is not None:
                 state, history = cache.ssm_state, cache.ssm_inputs
+                if cache.static and torch.is_grad_enabled():
+                    # The graph keeps what the cache is about to overwrite.
+                    state, history = (None if tensor is None else tensor.clone() for tensor in (state, history))
             y, state, delay_decay = self._scan(
                 x, decay[:width], input_gain[:width], output_gain[:width], self.omega.to(decay.dtype),
                 context.real, context.reset, context.plan, state, history, cache is not None,
@@ -266,8 +269,10 @@ class SeqBoatRouter(nn.Module):
             active = run > skip
             if real is not None:
                 active = active & real
-            # softmax over two logits at this temperature, the entry of the winner.
-            confidence = torch.sigmoid((run - skip) * torch.exp(-self.log_temperature.to(dtype)))
+            # Softmax over two logits at this temperature, the entry of the winner. A temperature below e^-30 would differ
+            # only where the logits are less than 1e-12 apart, and its inverse would overflow in backward.
+            sharpness = torch.exp(-self.log_temperature.to(dtype).clamp_min(-30))
+            confidence = torch.sigmoid((run - skip) * sharpness)
             return torch.where(active, confidence, 0), active
 
 
@@ -329,8 +334,12 @@ class SeqBoatAttention(nn.Module):
             return {}
         return {"bias_table": self.position_bias(), "bias_center": self.position_bias.center}
 
+    def forward(self, method: str, *args) -> tuple[Tensor, ...] | Tensor:
+        """Runs `compressed`, `fused` or `step`: hooks on the module, which load offloaded weights for one, see each."""
+        return getattr(self, method)(*args)
+
     @torch.compiler.disable
-    def forward(
+    def compressed(
         self,
         x: Tensor,
         active: Tensor,
@@ -387,7 +396,7 @@ class SeqBoatAttention(nn.Module):
         return stream.flat, out, entries
 
     def fused(self, x: Tensor, active: Tensor, slot: Tensor, context: SequenceContext) -> Tensor:
-        """`forward` without a cache and without dropout, all between the two linears in fused kernels.
+        """`compressed` without a cache and without dropout, all between the two linears in fused kernels.
 
         Args:
             x: (B, L, D); active: (B, L) bool; slot: (B * L,) int64, the place of each activated token, else -1.
@@ -507,7 +516,7 @@ class SeqBoatDecoderLayer(GradientCheckpointingLayer):
         else:
             if cache is None and self._runs_fused(m):
                 return self._finish(self._attend_fused(x, m, hidden, confidence, active, context), context), confidence
-            flat, out, entries = self.attention(m, active, context, cache)
+            flat, out, entries = self.attention("compressed", m, active, context, cache)
             out = (out * confidence.flatten()[flat, None]).to(hidden.dtype)
             hidden = hidden.flatten(0, 1).index_add(0, flat, out).view_as(hidden)
             if cache is not None:
@@ -538,7 +547,7 @@ class SeqBoatDecoderLayer(GradientCheckpointingLayer):
         """Steps 6 to 9 with one kernel before the unit's attention and one after its output: the same numbers."""
         marks = active.flatten()
         slot = torch.where(marks, marks.long().cumsum(0) - 1, -1)
-        out = self.attention.fused(m, active, slot, context)
+        out = self.attention("fused", m, active, slot, context)
         with without_autocast(x.device):
             added = run_extract_residual(
                 hidden.flatten(0, 1), x.flatten(0, 1), out, confidence.flatten().float(), slot
@@ -569,7 +578,7 @@ class SeqBoatDecoderLayer(GradientCheckpointingLayer):
         if chosen is not None and chosen.shape[0] == 0:
             key, value = cache.keys[:, 0], cache.values[:, 0]
         else:
-            out, key, value, _ = self.attention.step(m, context, cache, chosen)
+            out, key, value, _ = self.attention("step", m, context, cache, chosen)
             if chosen is None:
                 hidden = hidden + (out * confidence).to(hidden.dtype)[:, None]
             else:

@@ -1,6 +1,7 @@
 """The cache: constant size, exact rollback, row operations, files, and what it says about itself."""
 
 import copy
+import os
 import subprocess
 import sys
 
@@ -374,6 +375,66 @@ def test_moving_between_devices_changes_nothing():
     assert_same_state(cache, before, exact=True)
     assert cache.to("meta").layers[0].keys.device.type == "meta"
     SeqBoatCache(model.config).to("cpu")
+
+
+def test_moving_to_where_it_is_keeps_what_a_rollback_needs():
+    model, ids = model_of(), random_ids(2, 12)
+    cache = fed(model, ids[:, :8], ids[:, 8:], record=True)
+    for layer in cache.layers:
+        assert layer.to("cpu", non_blocking=True) is layer
+    cache.crop(-4)
+    assert_same_state(cache, state_of(fed(model, ids[:, :8])))
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_a_state_made_in_inference_mode_is_used_outside_of_it(static):
+    model, ids = model_of(truncation=5), random_ids(2, 20)
+    cache = SeqBoatCache(model.config, static=static)
+    with torch.inference_mode():
+        model(ids[:, :12], past_key_values=cache)
+        if not static:
+            cache.activate_past_recording()
+            model(ids[:, :3], past_key_values=cache)
+    if not static:
+        cache.crop(-2)
+        cache.reset()
+        with torch.inference_mode():
+            model(ids[:, :12], past_key_values=cache)
+        cache.crop(0)
+        cache.layers[0].record_past = cache.layers[1].record_past = False
+    for column in range(12, 16):
+        model(ids[:, column : column + 1], past_key_values=cache)
+    assert_same_state(cache, state_of(fed(model, ids[:, :16])))
+    with torch.enable_grad():
+        model(ids[:, 16:], past_key_values=cache, labels=ids[:, 16:]).loss.backward()
+    assert_same_state(cache, state_of(fed(model, ids)))
+
+
+@pytest.mark.parametrize("columns", [1, 10])
+@pytest.mark.parametrize("truncation", [None, 5])
+def test_gradients_with_a_static_cache_are_those_with_a_dynamic_one(truncation, columns):
+    gradients = []
+    for static in (False, True):
+        model, ids = model_of(truncation=truncation), random_ids(2, 20)
+        cache = fed(model, ids[:, :10], static=static)
+        with torch.enable_grad():
+            outputs = model(ids[:, 10 : 10 + columns], past_key_values=cache)
+            outputs.logits.square().mean().backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, msg=lambda text, n=name: f"{n}: {text}")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="file modes are POSIX")
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_the_umask_decides_who_may_read_a_saved_state(tmp_path, mask):
+    cache = fed(model_of(), random_ids(1, 5))
+    previous = os.umask(mask)
+    try:
+        cache.save(tmp_path / "state.safetensors")
+    finally:
+        os.umask(previous)
+    assert (tmp_path / "state.safetensors").stat().st_mode & 0o777 == 0o666 & ~mask
 
 
 CHILD = """

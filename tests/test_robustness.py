@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from safetensors.torch import load_file, save_file
 from small_models import SMALL, pad_left, random_ids, small_lm
 from transformers import DynamicCache, set_seed
@@ -111,7 +112,7 @@ def test_extreme_ema_parameters_stay_finite(delta, alpha, truncation):
     assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("temperature", [-15.0, 15.0])
+@pytest.mark.parametrize("temperature", [-1e3, -90.0, -15.0, 15.0, 90.0, 1e3])
 @pytest.mark.parametrize("activation", ["softmax", "relu2", "laplace"])
 def test_extreme_temperatures_and_scores_stay_finite(temperature, activation):
     model, ids = small_lm(attention_activation=activation), random_ids(2, 30)
@@ -182,6 +183,21 @@ def test_dtypes_survive_a_file(tmp_path):
     assert_same_tensors(half, model.to(torch.bfloat16))
     half.save_pretrained(tmp_path / "half")
     assert_same_tensors(SeqBoatForCausalLM.from_pretrained(tmp_path / "half", dtype="auto"), half)
+
+
+def test_weights_offloaded_by_accelerate_reach_every_part(tmp_path):
+    model, ids = small_lm(position_embedding_type="simple", intermediate_size=24), random_ids(2, 12)
+    model.save_pretrained(tmp_path / "model")
+    places = {"model.layers.0": "disk", "model.layers.1": "cpu", "model.embed_tokens": "cpu"}
+    offloaded = SeqBoatForCausalLM.from_pretrained(
+        tmp_path / "model",
+        device_map=places | {"model.final_norm": "cpu", "lm_head": "cpu"},
+        offload_folder=tmp_path / "disk",
+    )
+    assert offloaded.model.layers[0].attention.qk_scale.is_meta
+    expected = model.generate(ids, max_new_tokens=6)
+    assert torch.equal(offloaded.generate(ids, max_new_tokens=6), expected)
+    assert torch.equal(cpu_offload(model, torch.device("cpu")).generate(ids, max_new_tokens=6), expected)
 
 
 def test_a_missing_tensor_gets_its_initial_value(tmp_path):
