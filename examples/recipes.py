@@ -1,6 +1,7 @@
 """Arguments of the example scripts: a dataclass read from flags, from a YAML recipe, or from a recipe with flags after
 it that override it."""
 
+import os
 import sys
 from pathlib import Path
 from typing import TypeVar
@@ -51,3 +52,12 @@ def check_output_folder(folder: str, resuming: bool, overwrite: bool) -> Path:
             "--overwrite_output_dir True"
         )
     return path
+
+
+def check_launch(cpu: bool) -> None:
+    """Raises ValueError where `accelerate launch` was given an FSDP config for the CPU: Accelerate would not shard there."""
+    if cpu and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        raise ValueError(
+            "this launch asks for FSDP, but Accelerate shards on accelerators only: on the CPU launch with "
+            "configuration/accelerate/ddp_cpu.yaml"
+        )

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, set_seed
-from recipes import check_output_folder, parse_arguments
+from recipes import check_launch, check_output_folder, parse_arguments
 from text_data import RowOrder, StreamedBlocks, TokenBlocks, joined_tokens, load_tokenizer, read_text_file, split_text
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -278,6 +278,8 @@ def device_memory(device: torch.device) -> float | None:
 def main(argv: list[str] | None = None) -> dict:
     a = parse_arguments(TrainArguments, argv)
     check_arguments(a)
+    on_cpu = a.cpu or not torch.accelerator.is_available()
+    check_launch(on_cpu)
     overrides = json.loads(a.config_overrides) if a.config_overrides else {}
     tokenizer = load_tokenizer(a.tokenizer)
     if a.tokenizer != "byte":
@@ -292,7 +294,7 @@ def main(argv: list[str] | None = None) -> dict:
 
     accelerator = Accelerator(
         # Told to use the CPU, Accelerate connects processes over gloo; else it would leave them unconnected.
-        cpu=a.cpu or not torch.accelerator.is_available(),
+        cpu=on_cpu,
         mixed_precision=a.mixed_precision,
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=a.gradient_accumulation_steps, adjust_scheduler=False, sync_with_dataloader=False
@@ -331,6 +333,9 @@ def main(argv: list[str] | None = None) -> dict:
     result = run(a, accelerator, model, optimizer, schedule, loader, progress, saver, monitor, collapse,
                  validation, bytes_per_token)  # fmt: skip
     monitor.close()
+    # Wrapped by DDP, a model holds on to the process group, and were it the last to do so, PyTorch's gloo could deadlock.
+    del model, optimizer, schedule, saver
+    accelerator.free_memory()
     accelerator.end_training()
     accelerator.print(
         f"{parameters:,} parameters, {progress.step} steps, validation {result['validation_bits_per_byte']:.4f} "

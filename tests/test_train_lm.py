@@ -167,6 +167,12 @@ def test_bad_input_is_refused_before_training(tmp_path, examples):
         run(examples, output)
 
 
+def test_launch_with_fsdp_on_the_cpu_is_refused(tmp_path, examples, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="this launch asks for FSDP, but Accelerate shards on accelerators only"):
+        run(examples, tmp_path / "run")
+
+
 def test_checkpoint_of_another_shape_is_refused(tmp_path, examples):
     run(examples, tmp_path / "run", steps=3)
     with pytest.raises(ValueError, match="another shape: hidden_size is 32 there and 48 in this run"):

@@ -1,0 +1,114 @@
+"""Started by test_distributed.py through `accelerate launch`: trains a few steps while the processes' routers activate
+nothing, about half and everything, and compares each step with one process that sees all the data.
+
+Usage: distributed_worker.py REPORT.json
+"""
+
+import copy
+import json
+import os
+import sys
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch.distributed.fsdp import FSDPModule
+
+from modeling_seqboat import SeqBoatConfig, SeqBoatForCausalLM
+from modeling_seqboat.training_seqboat import RouterMonitor, parameter_groups
+
+# Added to the logit for skipping a token; read at every forward, so that it may differ from process to process.
+BIASES = {"none": 1e4, "half": 0.0, "all": -1e4}
+SCENARIOS = (
+    ("none", "all", "half", "all"),
+    ("half", "none", "none", "all"),
+    ("none", "none", "none", "none"),
+    ("all", "none", "all", "half"),
+)
+
+
+def full(tensor: torch.Tensor) -> torch.Tensor:
+    """A sharded tensor's whole; every process has to ask for it."""
+    tensor = tensor.detach()
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def rows(step: int, rank: int) -> torch.Tensor:
+    return torch.randint(0, 256, (2, 21), generator=torch.Generator().manual_seed(100 * step + rank))
+
+
+def make_accelerator() -> Accelerator:
+    """On the CPU Accelerate takes no notice of an FSDP config, though all that `prepare` does for FSDP2 runs there. So
+    its state is told by hand, as it tells itself on a GPU; the plugin reads what `accelerate launch` took from the yaml."""
+    accelerator = Accelerator(cpu=True)
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+        accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
+    return accelerator
+
+
+def run(path: str) -> None:
+    accelerator = make_accelerator()
+    rank, world = accelerator.process_index, accelerator.num_processes
+    torch.manual_seed(0)
+    model = SeqBoatForCausalLM(SeqBoatConfig.from_preset("tiny", intermediate_size=48)).train()
+    reference = copy.deepcopy(model)
+    monitor = RouterMonitor(model)
+    optimizer = torch.optim.SGD(parameter_groups(model, 0.01), lr=0.1, momentum=0.9)
+    reference_optimizer = torch.optim.SGD(parameter_groups(reference, 0.01), lr=0.1, momentum=0.9)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    plain = accelerator.unwrap_model(model)
+    report = {
+        "type": str(accelerator.distributed_type.value),
+        "world": world,
+        "sharded": any(hasattr(parameter, "full_tensor") for parameter in model.parameters()),
+        "sharded_layers": sum(isinstance(module, FSDPModule) for module in plain.model.layers),
+        "find_unused_parameters": getattr(model, "find_unused_parameters", False),
+        "losses": [],
+        "reference_losses": [],
+        "gradient_errors": [],
+        "rates": [],
+        "without_gradient": [],
+    }
+    for step, scenario in enumerate(SCENARIOS):
+        plain.config.activation_bias = BIASES[scenario[rank]]
+        ids = rows(step, rank).to(accelerator.device)
+        loss = model(input_ids=ids, labels=ids).loss
+        accelerator.backward(loss)
+        reference_loss = 0.0
+        for other in range(world):
+            reference.config.activation_bias = BIASES[scenario[other]]
+            part = reference(input_ids=rows(step, other), labels=rows(step, other)).loss / world
+            part.backward()
+            reference_loss += float(part.detach())
+        errors = []
+        pairs = zip(plain.named_parameters(), reference.parameters(), strict=True)
+        for (name, parameter), expected in pairs:
+            if parameter.grad is None:
+                report["without_gradient"].append(name)
+                continue
+            errors.append(float((full(parameter.grad).cpu() - expected.grad).abs().max()))
+        optimizer.step()
+        optimizer.zero_grad()
+        reference_optimizer.step()
+        reference_optimizer.zero_grad()
+        report["losses"].append(float(accelerator.reduce(loss.detach(), "mean")))
+        report["reference_losses"].append(reference_loss)
+        report["gradient_errors"].append(max(errors))
+        report["rates"].append([seen.activation_rate for seen in monitor.read().values()])
+    weights = [float((full(a).cpu() - b).abs().max()) for a, b in
+               zip(plain.parameters(), reference.parameters(), strict=True)]  # fmt: skip
+    report["weight_error"] = max(weights)
+    if accelerator.is_main_process:
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump(report, file)
+    accelerator.wait_for_everyone()
+    # Wrapped by DDP, a model holds on to the process group, and were it the last to do so, PyTorch's gloo could deadlock.
+    del model, plain, optimizer, monitor
+    accelerator.free_memory()
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    run(sys.argv[1])

@@ -1,0 +1,88 @@
+"""Several processes over gloo, started by `accelerate launch` with the shipped configs: routers at 0, 50 and 100 % finish
+under DDP and FSDP2 with the gradients of a single process."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = ROOT / "configuration/accelerate"
+slow = pytest.mark.slow
+
+
+def launch(config: str, processes: int, *command: str) -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    command_line = [
+        sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / config),
+        "--num_processes", str(processes), "--main_process_port", str(port), "--mixed_precision", "no", *command,
+    ]  # fmt: skip
+    process = subprocess.Popen(
+        command_line,
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        output, errors = process.communicate(timeout=240)
+    except subprocess.TimeoutExpired:
+        # Asked to end, and not killed, it ends the processes it started.
+        process.terminate()
+        output, errors = process.communicate(timeout=40)
+    assert process.returncode == 0, output[-3000:] + errors[-6000:]
+    return output
+
+
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=slow)])
+@pytest.mark.parametrize(("config", "kind"), [("ddp_cpu.yaml", "MULTI_CPU"), ("fsdp2.yaml", "FSDP")])
+def test_adversarial_routers_train_as_one_process_does(tmp_path, config, kind, processes):
+    report_file = tmp_path / "report.json"
+    launch(config, processes, str(ROOT / "tests/distributed_worker.py"), str(report_file))
+    report = json.loads(report_file.read_text("utf-8"))
+    assert (report["type"], report["world"]) == (kind, processes)
+    assert (report["sharded"], report["sharded_layers"]) == ((True, 2) if kind == "FSDP" else (False, 0))
+    assert report["find_unused_parameters"] is False
+    assert report["without_gradient"] == []
+    assert report["losses"] == pytest.approx(report["reference_losses"], abs=1e-5)
+    assert max(report["gradient_errors"]) < 1e-5
+    assert report["weight_error"] < 1e-5
+    if processes == 2:
+        assert report["rates"][0] == [0.5, 0.5]
+    assert report["rates"][2] == [0, 0]
+
+
+def test_pretraining_example_runs_and_resumes_exactly(tmp_path):
+    def train(output, *flags):
+        launch(
+            "ddp_cpu.yaml", 2, str(ROOT / "examples/train_lm.py"), "--preset", "tiny", "--train_file",
+            str(ROOT / "examples/data/tinyshakespeare.txt"), "--max_bytes", "6000", "--sequence_length", "32",
+            "--batch_size", "2", "--max_steps", "4", "--save_steps", "2", "--eval_steps", "4", "--eval_tokens", "200",
+            "--logging_steps", "1", "--warmup_steps", "2", "--gradient_accumulation_steps", "2", "--config_overrides",
+            '{"hidden_dropout": 0.1}', "--output_dir", str(output), *flags,
+        )  # fmt: skip
+        lines = map(json.loads, (output / "metrics.jsonl").read_text("utf-8").splitlines())
+        return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
+
+    whole = train(tmp_path / "whole")
+    resumed = train(tmp_path / "resumed", "--resume_from_checkpoint", str(tmp_path / "whole/checkpoint-2"))
+    assert sorted(whole) == [1, 2, 3, 4]
+    assert resumed == {step: whole[step] for step in (3, 4)}
+    assert (tmp_path / "whole/final/model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_configs_are_what_accelerate_reads(path):
+    from accelerate.commands.config.config_args import ClusterConfig
+
+    config = ClusterConfig.from_yaml_file(str(path))
+    text = yaml.safe_load(path.read_text("utf-8"))
+    assert config.num_processes == text["num_processes"]
+    if "fsdp_config" in text:
+        assert text["fsdp_config"]["fsdp_transformer_layer_cls_to_wrap"] == "SeqBoatDecoderLayer"
