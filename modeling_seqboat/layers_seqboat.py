@@ -4,7 +4,6 @@ Letters: B batch, L columns, D hidden width, N states a channel, Z query/key wid
 activated tokens of all rows. Step numbers in comments follow arXiv 2306.11197, section 3.
 """
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -32,7 +31,7 @@ from .ops_attention_seqboat import (
     t5_bias_table,
 )
 from .ops_layout_seqboat import ScanPlan, build_scan_plan, shift_real_tokens
-from .ops_ssm_seqboat import ema_parameters
+from .ops_ssm_seqboat import ema_parameters, without_autocast
 from .ops_stream_seqboat import build_stream
 
 
@@ -79,12 +78,6 @@ class SequenceContext:
                 }
                 moved[field.name] = replace(value, **tensors)
         return replace(self, **moved)
-
-
-def without_autocast(device: torch.device) -> AbstractContextManager:
-    """Autocast would run the float32 parts (EMA, router) in half precision."""
-    known = device.type in ("cpu", "cuda", "xpu", "mps")
-    return torch.autocast(device.type, enabled=False) if known else nullcontext()
 
 
 class SeqBoatValueEmbedding(nn.Module):

@@ -12,6 +12,8 @@ import math
 import torch
 from torch import Tensor
 
+from .ops_ssm_seqboat import without_autocast
+
 # Queries of one block share a product with their keys; the block reads W + 128 keys to use W + 1 of them.
 QUERY_BLOCK = 128
 _LAPLACE_MEAN = 0.707107
@@ -181,6 +183,11 @@ class _WindowedAttention(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_out):
+        with without_autocast(grad_out.device):
+            return _WindowedAttention._gradients(ctx, grad_out)
+
+    @staticmethod
+    def _gradients(ctx, grad_out):
         q, k, v, table, start, end, q_place, k_place = ctx.saved_tensors
         dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
         grad_q = torch.zeros_like(q)

@@ -8,6 +8,8 @@ into chunks; within a chunk the outputs are one small matrix product a channel, 
 travel. Cost and memory are linear in L. The specification, token by token, is `ema_scan_naive`.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,13 @@ from .ops_layout_seqboat import ScanPlan, build_scan_plan, to_columns, to_slots
 CHUNK_SIZE = 64
 # log(q) of a decay that rounds to 0; exp of its multiples underflows to 0 without a NaN in the gradient.
 _SMALLEST_DECAY = 1e-30
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """Autocast would run the float32 parts (EMA, router, scores) in half precision, backward too where that is called
+    under it."""
+    known = device.type in ("cpu", "cuda", "xpu", "mps")
+    return torch.autocast(device.type, enabled=False) if known else nullcontext()
 
 
 def ema_parameters(delta: Tensor, alpha: Tensor, beta: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -219,6 +228,11 @@ class _ChunkScan(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_y, grad_entry):
+        with without_autocast(grad_y.device):
+            return _ChunkScan._gradients(ctx, grad_y, grad_entry)
+
+    @staticmethod
+    def _gradients(ctx, grad_y, grad_entry):
         x, kernels, writer, reader, chunk_decay, state, first_chunk, last_chunk = ctx.saved_tensors
         chunks, batch = ctx.chunks, x.shape[0]
         width = chunk_decay.shape[0]

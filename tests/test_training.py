@@ -83,6 +83,20 @@ def test_checkpointing_gives_the_same_gradients(autocast, reentrant):
     torch.testing.assert_close(seen[0], seen[1], rtol=0, atol=0)
 
 
+def test_backward_under_autocast_gives_the_same_gradients():
+    model = make_model(intermediate_size=48).train()
+    batch = stack(rows())
+    seen = []
+    for inside in (False, True):
+        model.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = model(**batch).loss
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=inside):
+            loss.backward()
+        seen.append(gradients(model))
+    torch.testing.assert_close(seen[0], seen[1], rtol=0.02, atol=1e-3)
+
+
 @pytest.mark.parametrize("value", [-100.0, 100.0])
 def test_every_parameter_gets_a_gradient_in_every_step(value):
     """All parameters get a gradient in every step, also when nothing activates."""
