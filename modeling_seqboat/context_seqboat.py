@@ -73,6 +73,8 @@ def segment_starts(
     Returns:
         (B, L) bool, or None when no argument speaks of segments.
     """
+    if position_ids is None and seq_idx is None and cu_seq_lens_q is None:
+        return None
     filled = cache is not None and cache.is_initialized
     found: dict[str, Tensor] = {}
     known = torch.ones(batch, length, dtype=torch.bool, device=device) if real is None else real
@@ -99,13 +101,13 @@ def segment_starts(
         if batch != 1:
             raise ValueError(f"cu_seq_lens_q needs a batch of one packed row, got {batch} rows")
         borders = cu_seq_lens_q.to(device=device, dtype=torch.long).flatten()
-        if borders.device.type == "cpu" and (
+        if not torch.compiler.is_compiling() and (
             borders.numel() < 2 or borders[0] != 0 or borders[-1] != length or bool((borders.diff() < 0).any())
         ):
             raise ValueError(f"cu_seq_lens_q must rise from 0 to the row's length {length}, got {borders.tolist()}")
         index = torch.searchsorted(borders, columns, right=True)[None]
         found["cu_seq_lens_q"] = has_before & (index != previous(index))
-    if filled and (seq_idx is not None or cu_seq_lens_q is not None):
+    if filled and (seq_idx is not None or cu_seq_lens_q is not None) and cache.get_seq_length() > 0:
         given = "seq_idx" if seq_idx is not None else "cu_seq_lens_q"
         raise ValueError(
             f"{given} cannot continue a filled past_key_values: it does not say whether its first segment is new; "

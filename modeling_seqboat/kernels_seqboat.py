@@ -70,6 +70,13 @@ def choose_backend(op: str, requested: str, device: torch.device, dtype: torch.d
     return "torch"
 
 
+def expect_backend(requested: str, device: torch.device, dtype: torch.dtype, **facts) -> None:
+    """Raises ValueError, as `choose_backend` does, if any op cannot run where `triton` is requested."""
+    if requested == "triton":
+        choose_backend("ema_scan", requested, device, dtype)
+        choose_backend("windowed_attention", requested, device, dtype, **facts)
+
+
 def run_ema_scan(
     requested: str,
     x: Tensor,

@@ -3,6 +3,7 @@
 Letters: B batch, L columns, D hidden width.
 """
 
+import copy
 import math
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ from transformers.utils.generic import can_return_tuple
 from .cache_seqboat import SeqBoatCache
 from .configuration_seqboat import SeqBoatConfig
 from .context_seqboat import build_context
+from .kernels_seqboat import expect_backend, requested_backend
 from .layers_seqboat import (
     SeqBoatAbsolutePositions,
     SeqBoatAttention,
@@ -82,7 +84,10 @@ class SeqBoatCausalLMOutput(ModelOutput):
 
 def _trunc_normal(tensor: Tensor, std: float) -> None:
     """Every truncated normal of the model is cut at two standard deviations."""
-    init.trunc_normal_(tensor, mean=0.0, std=std, a=-2 * std, b=2 * std)
+    if std == 0:
+        init.zeros_(tensor)
+    else:
+        init.trunc_normal_(tensor, mean=0.0, std=std, a=-2 * std, b=2 * std)
 
 
 class SeqBoatPreTrainedModel(PreTrainedModel):
@@ -143,6 +148,39 @@ class SeqBoatPreTrainedModel(PreTrainedModel):
         elif isinstance(module, SeqBoatScaleNorm) and module.weight is not None:
             init.ones_(module.weight)
 
+    @classmethod
+    def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
+        """`PreTrainedModel.from_pretrained`, which would only warn of a checkpoint that is no SeqBoat's.
+
+        Raises:
+            ValueError: if the checkpoint holds none of the layers' tensors but others.
+        """
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        layers = {name for name in model.state_dict() if "layers." in name}
+        unexpected = sorted(info["unexpected_keys"])
+        if unexpected and layers and layers <= set(info["missing_keys"]):
+            raise ValueError(
+                f"the checkpoint holds no tensor of a SeqBoat layer: it has {unexpected[0]}, expected names such as "
+                f"{min(layers)}"
+            )
+        return (model, info) if output_loading_info else model
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
+        """`PreTrainedModel.resize_token_embeddings`.
+
+        Raises:
+            ValueError: before anything changes, if a special id of the config would have no row, or if the model reads
+                no tokens.
+        """
+        if self.config.input_type != "tokens":
+            raise ValueError(f"input_type={self.config.input_type!r} has no token embeddings to resize")
+        if new_num_tokens is not None:
+            multiple = pad_to_multiple_of or 1
+            copy.deepcopy(self.config).vocab_size = -(-new_num_tokens // multiple) * multiple
+        return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+
 
 class SeqBoatModel(SeqBoatPreTrainedModel):
     """The layers between embeddings and heads, causal or bidirectional as the config says."""
@@ -164,8 +202,8 @@ class SeqBoatModel(SeqBoatPreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.embed_tokens if self.config.input_type == "tokens" else self.embed_values
 
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.embed_tokens = value
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        setattr(self, "embed_tokens" if self.config.input_type == "tokens" else "embed_values", value)
 
     @can_return_tuple
     def forward(
@@ -181,6 +219,7 @@ class SeqBoatModel(SeqBoatPreTrainedModel):
         output_router_probs: bool = False,
         output_attentions: bool | None = None,
         cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
         seq_idx: Tensor | None = None,
         **kwargs,
     ) -> SeqBoatModelOutput:
@@ -195,7 +234,8 @@ class SeqBoatModel(SeqBoatPreTrainedModel):
             past_key_values: a `SeqBoatCache` to continue; it is updated in place.
             use_cache: whether to return a cache; by default as the config says, and never in training.
             output_hidden_states, output_router_probs: what else to return.
-            cu_seq_lens_q: (segments + 1,) borders of a single packed row; seq_idx: (B, L) segment numbers.
+            cu_seq_lens_q: (segments + 1,) borders of a single packed row (cu_seq_lens_k, if given, must be the same);
+                seq_idx: (B, L) segment numbers.
 
         Raises:
             ValueError: for arguments that contradict each other or that SeqBoat cannot honour.
@@ -210,19 +250,30 @@ class SeqBoatModel(SeqBoatPreTrainedModel):
         ]
         if len(given) != 1 or given[0] not in (own, "embeds"):
             raise ValueError(f"give exactly one of {own} and inputs_embeds (input_type is {config.input_type!r})")
-        cache = self._cache_for(past_key_values, use_cache)
-        if input_values is not None:
-            if input_values.ndim != 2 or input_values.shape[1] == 0:
+        if cu_seq_lens_k is not None and not torch.compiler.is_compiling():
+            if cu_seq_lens_q is None or cu_seq_lens_q.tolist() != cu_seq_lens_k.tolist():
                 raise ValueError(
-                    f"input_values must be of shape (batch, length >= 1), got {tuple(input_values.shape)}"
+                    "cu_seq_lens_k must be given with, and equal, cu_seq_lens_q: keys are the same tokens"
                 )
-            inputs_embeds = self.embed_values(input_values)
-        elif inputs_embeds is None:
-            if input_ids.ndim != 2 or input_ids.shape[1] == 0:
-                raise ValueError(f"input_ids must be of shape (batch, length >= 1), got {tuple(input_ids.shape)}")
-            self._check_ids(input_ids)
-            inputs_embeds = self.embed_tokens(input_ids)
+        cache = self._cache_for(past_key_values, use_cache)
+        if inputs_embeds is not None:
+            if inputs_embeds.ndim != 3 or 0 in inputs_embeds.shape or inputs_embeds.shape[2] != config.hidden_size:
+                raise ValueError(
+                    f"inputs_embeds must be of shape (batch >= 1, length >= 1, {config.hidden_size}), got "
+                    f"{tuple(inputs_embeds.shape)}"
+                )
+        else:
+            given = input_ids if input_values is None else input_values
+            if given.ndim != 2 or 0 in given.shape:
+                raise ValueError(f"{own} must be of shape (batch >= 1, length >= 1), got {tuple(given.shape)}")
+            if input_values is None:
+                self._check_ids(input_ids)
+            inputs_embeds = self.get_input_embeddings()(given)
         batch, length = inputs_embeds.shape[:2]
+        expect_backend(
+            requested_backend(config.kernel_backend), inputs_embeds.device, inputs_embeds.dtype,
+            activation=config.attention_activation, dropout_p=config.attention_dropout if self.training else 0.0,
+        )  # fmt: skip
         if cache is not None and cache.is_initialized and cache.batch_size != batch:
             raise ValueError(f"past_key_values holds {cache.batch_size} rows, the input has {batch}")
         context = build_context(
@@ -319,6 +370,32 @@ def _refuse_uneven_positions(position_ids: Tensor, attention_mask: Tensor | None
         )
 
 
+def _refuse_short_continuation(inputs: Tensor | None, kwargs: dict) -> None:
+    """Raises ValueError where `generate` would cut the inputs at the wrong column, as it does without a word when new
+    columns alone come with a filled cache and no mask tells."""
+    cache, mask, embeds = (kwargs.get(name) for name in ("past_key_values", "attention_mask", "inputs_embeds"))
+    past = cache.get_seq_length() if getattr(cache, "is_seqboat_cache", False) else 0
+    name = "input_ids" if embeds is None else "inputs_embeds"
+    given = embeds if embeds is not None else kwargs.get("input_ids") if inputs is None else inputs
+    if past == 0 or given is None:
+        return
+    width = given.shape[1]
+    if mask is not None and mask.shape[1] != width:
+        # New ids alone, behind a mask of the whole text.
+        if embeds is None and mask.shape[1] == past + width:
+            return
+        raise ValueError(
+            f"attention_mask has {mask.shape[1]} columns, {name} {width}, and past_key_values {past}: the mask must cover "
+            "the whole text"
+        )
+    if width <= past:
+        raise ValueError(
+            f"past_key_values holds {past} columns and {name} has {width}: generate() takes the whole text, cached part "
+            f"included, with at least one column that the cache lacks; new input_ids alone need an attention_mask of "
+            f"the whole text ({past + width} columns)"
+        )
+
+
 class SeqBoatForCausalLM(SeqBoatPreTrainedModel, GenerationMixin):
     """A causal SeqBoat with an output matrix, tied to the embeddings by default."""
 
@@ -348,6 +425,7 @@ class SeqBoatForCausalLM(SeqBoatPreTrainedModel, GenerationMixin):
         output_router_probs: bool = False,
         output_attentions: bool | None = None,
         cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
         seq_idx: Tensor | None = None,
         **kwargs,
     ) -> SeqBoatCausalLMOutput:
@@ -360,6 +438,12 @@ class SeqBoatForCausalLM(SeqBoatPreTrainedModel, GenerationMixin):
 
         The other arguments are those of `SeqBoatModel.forward`.
         """
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        if labels is not None and given is not None:
+            if labels.shape != given.shape[:2]:
+                raise ValueError(f"labels must be of shape {tuple(given.shape[:2])}, got {tuple(labels.shape)}")
+            if not isinstance(logits_to_keep, int) or 0 < logits_to_keep < labels.shape[1]:
+                raise ValueError(f"labels need the logits of every column: logits_to_keep=0, got {logits_to_keep}")
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -371,6 +455,7 @@ class SeqBoatForCausalLM(SeqBoatPreTrainedModel, GenerationMixin):
             output_router_probs=output_router_probs,
             output_attentions=output_attentions,
             cu_seq_lens_q=cu_seq_lens_q,
+            cu_seq_lens_k=cu_seq_lens_k,
             seq_idx=seq_idx,
             return_dict=True,
             **{name: kwargs[name] for name in _PAGED_ARGUMENTS if name in kwargs},
@@ -379,8 +464,6 @@ class SeqBoatForCausalLM(SeqBoatPreTrainedModel, GenerationMixin):
         logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
         loss = None
         if labels is not None:
-            if logits.shape[1] != labels.shape[1]:
-                raise ValueError(f"labels of {labels.shape[1]} columns need logits_to_keep=0, got {logits_to_keep}")
             shifted = self._next_labels(labels, attention_mask, position_ids, seq_idx, cu_seq_lens_q)
             passed = {name: kwargs[name] for name in ("num_items_in_batch",) if name in kwargs}
             loss = self.loss_function(
@@ -436,9 +519,11 @@ class SeqBoatForCausalLM(SeqBoatPreTrainedModel, GenerationMixin):
                 "generate() continues from the last column, which is padding in some rows: pad on the left "
                 "(tokenizer.padding_side = 'left')"
             )
-        # A draft model is handed the positions that the loop around it keeps, not the user's.
-        if kwargs.get("position_ids") is not None and not getattr(generation_config, "is_assistant", False):
-            _refuse_uneven_positions(kwargs["position_ids"], mask)
+        # A draft model is handed what the loop around it keeps, not the user's.
+        if not getattr(generation_config, "is_assistant", False):
+            if kwargs.get("position_ids") is not None:
+                _refuse_uneven_positions(kwargs["position_ids"], mask)
+            _refuse_short_continuation(inputs, kwargs)
         return super().generate(inputs, generation_config, *args, **kwargs)
 
     def generate_batch(self, *args, **kwargs):
@@ -470,6 +555,22 @@ class SeqBoatForCausalLM(SeqBoatPreTrainedModel, GenerationMixin):
                 inputs["attention_mask"] = mask[:, -length:]
             inputs.pop("position_ids", None)
         return inputs
+
+    def _prefill(self, input_ids, generation_config, model_kwargs, is_first_iteration=True):
+        """transformers cuts ids into chunks, but not embeddings."""
+        embeds, cache = model_kwargs.get("inputs_embeds"), model_kwargs.get("past_key_values")
+        size, mask = generation_config.prefill_chunk_size, model_kwargs.get("attention_mask")
+        if embeds is None or cache is None or size is None or not is_first_iteration:
+            return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
+        end = cache.get_seq_length()
+        for chunk in embeds[:, end:].split(size, dim=1):
+            end += chunk.shape[1]
+            given = {"inputs_embeds": chunk, "attention_mask": None if mask is None else mask[:, :end]}
+            inputs = self.prepare_inputs_for_generation(
+                input_ids, is_first_iteration=True, **{**model_kwargs, **given}
+            )
+            outputs = self(**inputs, return_dict=True)
+        return outputs
 
     @staticmethod
     def create_masks_for_generate(attention_mask: Tensor | None = None, **kwargs) -> Tensor | None:

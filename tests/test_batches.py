@@ -334,6 +334,24 @@ def test_position_zero_behind_a_cache_starts_a_segment(options):
         assert_same_cache(cache, expected.past_key_values)
 
 
+def test_segments_of_no_tokens_are_no_segments():
+    model, row = tiny_lm(), token_ids(1, 10)
+    expected = model(row, cu_seq_lens_q=torch.tensor([0, 4, 10])).logits
+    borders = torch.tensor([0, 0, 4, 4, 10, 10], dtype=torch.int32)
+    packed = model(row, cu_seq_lens_q=borders, cu_seq_lens_k=borders, max_length_q=6, max_length_k=6)
+    assert torch.equal(packed.logits, expected)
+
+
+@torch.no_grad()
+def test_a_static_cache_takes_packed_rows_again_once_it_is_reset():
+    model, row = tiny_lm(), token_ids(1, sum(LENGTHS))
+    cache = SeqBoatCache(model.config, static=True)
+    for form in packed_forms(LENGTHS).values():
+        cache.reset()
+        logits = model(row, past_key_values=cache, **form).logits
+        close(logits, model(row, use_cache=False, **form).logits)
+
+
 def test_packing_that_contradicts_itself_is_refused():
     model = tiny_lm()
     row = token_ids(1, sum(LENGTHS))
@@ -352,6 +370,10 @@ def test_packing_that_contradicts_itself_is_refused():
         model(row.expand(2, -1), **forms["cu_seq_lens_q"])
     with pytest.raises(ValueError, match="seq_idx must be of shape"):
         model(row, seq_idx=torch.zeros(1, 4, dtype=torch.long))
+    keys = torch.tensor([0, 8, 23])
+    for queries in ({"cu_seq_lens_q": torch.tensor([0, 9, 23])}, {}):
+        with pytest.raises(ValueError, match="cu_seq_lens_k must"):
+            model(row, cu_seq_lens_k=keys, **queries)
     cache = model(row).past_key_values
     before = cache_tensors(cache)
     for name in ("seq_idx", "cu_seq_lens_q"):

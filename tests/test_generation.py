@@ -132,6 +132,46 @@ def test_inputs_embeds(implementation):
 
 
 @pytest.mark.parametrize("implementation", [None, "static"])
+def test_inputs_embeds_in_chunks(implementation):
+    model, inputs = model_of(KINDS[0]), padded_prompts()
+    width = inputs["input_ids"].shape[1]
+    expected = greedy(model, inputs, return_dict_in_generate=True, output_logits=True)
+    given = {"inputs_embeds": model.get_input_embeddings()(inputs["input_ids"])}
+    given["attention_mask"] = inputs["attention_mask"]
+    for prompt in (given, given | {"input_ids": inputs["input_ids"]}):
+        found = greedy(
+            model, prompt, prefill_chunk_size=5, cache_implementation=implementation,
+            return_dict_in_generate=True, output_logits=True,
+        )  # fmt: skip
+        assert found.past_key_values.get_seq_length() == width + NEW - 1
+        torch.testing.assert_close(torch.stack(found.logits), torch.stack(expected.logits), atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_filled_cache_with_only_new_columns():
+    model, ids = model_of(KINDS[0]), random_ids(2, 20)
+    expected = greedy(model, {"input_ids": ids}, use_cache=False)[:, 20:]
+    embeds = model.get_input_embeddings()(ids)
+
+    def cache(columns: int) -> SeqBoatCache:
+        return model(ids[:, :columns]).past_key_values
+
+    new = {"input_ids": ids[:, 12:], "attention_mask": torch.ones_like(ids), "past_key_values": cache(12)}
+    assert torch.equal(greedy(model, new)[:, 8:], expected)
+    whole = {"inputs_embeds": embeds, "past_key_values": cache(12)}
+    assert torch.equal(greedy(model, whole), expected)
+    for given in ({"input_ids": ids[:, 12:]}, {"input_ids": ids[:, 12:], "attention_mask": torch.ones(2, 8)}):
+        with pytest.raises(ValueError, match=r"holds 12 columns and input_ids has 8.*whole text \(20 columns\)"):
+            greedy(model, given | {"past_key_values": cache(12)})
+    with pytest.raises(ValueError, match="holds 20 columns and input_ids has 20"):
+        greedy(model, {"input_ids": ids, "past_key_values": cache(20)})
+    with pytest.raises(ValueError, match="holds 12 columns and inputs_embeds has 8"):
+        greedy(model, {"inputs_embeds": embeds[:, 12:], "past_key_values": cache(12)})
+    with pytest.raises(ValueError, match="attention_mask has 15 columns, input_ids 8, and past_key_values 12"):
+        greedy(model, new | {"attention_mask": torch.ones(2, 15), "past_key_values": cache(12)})
+
+
+@pytest.mark.parametrize("implementation", [None, "static"])
 def test_continuing_from_a_returned_cache(implementation):
     model, inputs = model_of(KINDS[0]), padded_prompts()
     expected = greedy(model, inputs, use_cache=False)

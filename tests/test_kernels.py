@@ -32,6 +32,26 @@ def test_triton_on_a_cpu_is_refused_before_any_work(no_interpreter):
         model(kernel_backend="triton")(torch.zeros(1, 5, dtype=torch.long))
 
 
+@torch.no_grad()
+def test_triton_is_refused_for_a_single_token_too(no_interpreter, monkeypatch):
+    built = model().eval()
+    cache = built(torch.zeros(1, 5, dtype=torch.long)).past_key_values
+    monkeypatch.setenv("SEQBOAT_KERNEL_BACKEND", "triton")
+    with pytest.raises(ValueError, match="tensors are on cpu"):
+        built(torch.zeros(1, 1, dtype=torch.long), past_key_values=cache)
+    assert cache.get_seq_length() == 5
+
+
+@torch.no_grad()
+def test_an_attention_without_a_kernel_is_refused_before_the_first_layer(monkeypatch):
+    built = model(attention_activation="laplace").eval()
+    monkeypatch.setenv("SEQBOAT_KERNEL_BACKEND", "triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(built.model.layers[0], "forward", lambda *args, **kwargs: pytest.fail("a layer ran"))
+    with pytest.raises(ValueError, match="laplace attention has no kernel"):
+        built(torch.zeros(1, 5, dtype=torch.long))
+
+
 def test_auto_takes_torch_on_a_cpu_and_triton_on_a_gpu_where_it_can(no_interpreter):
     assert choose_backend("ema_scan", "auto", CPU, torch.float32) == "torch"
     assert choose_backend("ema_scan", "auto", CUDA, torch.float32) == "triton"

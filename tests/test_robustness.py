@@ -247,6 +247,10 @@ REFUSED = {
     "negative id": (dict(input_ids=torch.tensor([[3, -1]])), r"0\.\.39, got -1"),
     "no columns": (dict(input_ids=IDS[:, :0]), "length >= 1"),
     "one dimension": (dict(input_ids=IDS[0]), "input_ids must be of shape"),
+    "no rows": (dict(input_ids=IDS[:0]), "batch >= 1"),
+    "embeddings without columns": (dict(inputs_embeds=torch.zeros(2, 0, 16)), r"length >= 1, 16\), got \(2, 0, 16\)"),
+    "embeddings of another width": (dict(inputs_embeds=torch.zeros(2, 6, 15)), r"got \(2, 6, 15\)"),
+    "flat embeddings": (dict(inputs_embeds=torch.zeros(6, 16)), r"got \(6, 16\)"),
     "both inputs": (dict(input_ids=IDS, inputs_embeds=torch.zeros(2, 6, 16)), "exactly one"),
     "no input": ({}, "exactly one"),
     "positions": (dict(input_ids=IDS, position_ids=torch.arange(5)[None]), "position_ids must be of shape"),
@@ -274,6 +278,50 @@ def test_what_cannot_be_honoured_is_refused_before_any_work(idle_model, case):
     if "cache" not in arguments:
         with pytest.raises(ValueError, match=message):
             idle_model.model(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(labels=IDS[:, :5]), r"labels must be of shape \(2, 6\), got \(2, 5\)"),
+        (dict(labels=IDS[:1]), r"labels must be of shape \(2, 6\), got \(1, 6\)"),
+        (dict(labels=IDS, logits_to_keep=2), "logits_to_keep=0, got 2"),
+    ],
+    ids=["columns", "rows", "logits_to_keep"],
+)
+def test_labels_that_do_not_fit_are_refused_before_any_work(idle_model, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        idle_model(IDS, **arguments)
+
+
+def test_embeddings_are_not_resized_below_a_special_id():
+    model = small_lm(eos_token_id=30)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for settings in ({"new_num_tokens": 30}, {"new_num_tokens": 21, "pad_to_multiple_of": 8}):
+        with pytest.raises(ValueError, match="eos_token_id=30 contradicts vocab_size="):
+            model.resize_token_embeddings(**settings)
+    assert model.config.vocab_size == model.vocab_size == 40
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    model.resize_token_embeddings(25, pad_to_multiple_of=8)
+    assert model.config.vocab_size == model.lm_head.weight.shape[0] == 32
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    values = SeqBoatModel(SeqBoatConfig(**SMALL, bidirectional=True, input_type="values"))
+    with pytest.raises(ValueError, match="input_type='values' has no token embeddings"):
+        values.resize_token_embeddings(50)
+
+
+def test_the_checkpoint_of_another_architecture_is_refused(tmp_path):
+    model = small_lm()
+    model.config.save_pretrained(tmp_path)
+    save_file({"transformer.h.0.weight": torch.zeros(3)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    for kind in (SeqBoatForCausalLM, SeqBoatModel):
+        with pytest.raises(ValueError, match="no tensor of a SeqBoat layer: it has transformer.h.0.weight"):
+            kind.from_pretrained(tmp_path)
+
+
+def test_a_standard_deviation_of_zero_starts_linears_at_zero():
+    model = SeqBoatForCausalLM(SeqBoatConfig(**SMALL, initializer_range=0))
+    assert not model.model.layers[0].hidden_proj.weight.any()
 
 
 def test_a_mask_that_does_not_fit_a_filled_cache_is_refused():
