@@ -1,0 +1,240 @@
+"""Pathfinder on 32 x 32 pixels, by the parameters of Long Range Arena (arXiv 2011.04006): are two dots joined by a
+dashed path?
+
+Every picture holds two long snakes and some short ones, drawn as dashes; two dots mark both ends of one long snake
+(label 1) or one end of each (label 0). Snakes keep an empty pixel between each other, and the dashes of one snake lie
+so close that their pixels touch: the picture alone decides the label.
+
+Letters: B pictures, K candidate directions, P points along a dash.
+"""
+
+import itertools
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from synthetic import cached
+from tqdm.auto import tqdm
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """Lengths in pixels.
+
+    Attributes:
+        contour_length, distractor_length: dashes of a long and of a short snake.
+        distractors: short snakes a picture.
+        paddle_length: length of a dash; margin: gap between dashes, at most 1, and empty pixels between snakes.
+        thickness: of a dash, at most 1/antialias.
+        padding: pixels kept empty at the border.
+        marker_radius: of a dot.
+        continuity: a turn by an angle is drawn with a density of |sin|^-continuity: the larger, the straighter.
+        antialias: subpixels a pixel and direction.
+    """
+
+    size: int = 32
+    contour_length: int = 14
+    distractor_length: int = 4
+    distractors: int = 5
+    paddle_length: float = 2.0
+    thickness: float = 0.5
+    margin: int = 1
+    padding: int = 1
+    marker_radius: float = 1.5
+    continuity: float = 1.0
+    antialias: int = 2
+
+
+# Turns are drawn from this many directions of a half-circle, without the middle one, where the density has its pole.
+DIRECTIONS = 36
+CANDIDATES = 12
+TRIALS = 40
+BLOCK = 1024
+
+
+def _disc(radius: float, step: float) -> np.ndarray:
+    """(points, 2) offsets that fill a disc."""
+    line = np.arange(-radius, radius + step / 2, step)
+    points = np.stack(np.meshgrid(line, line, indexing="ij"), axis=-1).reshape(-1, 2)
+    return points[(points**2).sum(1) <= radius**2 + 1e-9]
+
+
+def _widen(mask: np.ndarray, pixels: int) -> np.ndarray:
+    """(B, H, W) bool, True also within `pixels` columns and rows of True."""
+    for _ in range(pixels):
+        for axis in (1, 2):
+            grown = mask.copy()
+            ahead = tuple(slice(1, None) if i == axis else slice(None) for i in range(3))
+            behind = tuple(slice(None, -1) if i == axis else slice(None) for i in range(3))
+            grown[ahead] |= mask[behind]
+            grown[behind] |= mask[ahead]
+            mask = grown
+    return mask
+
+
+class _Canvas:
+    """Which pixels of each picture are taken, and the drawing itself at the finer resolution."""
+
+    def __init__(self, count: int, drawing: Drawing):
+        self.drawing = drawing
+        self.taken = np.zeros((count, drawing.size, drawing.size), dtype=bool)
+        fine = drawing.size * drawing.antialias
+        self.ink = np.zeros((count, fine, fine), dtype=bool)
+
+    def add(self, rows: np.ndarray, points: np.ndarray) -> None:
+        """Draws (len(rows), n, 2) points, which are y and x in pixels, into the pictures `rows`."""
+        at = rows[:, None]
+        fine = np.floor(points * self.drawing.antialias).astype(int)
+        self.ink[at, fine[..., 0], fine[..., 1]] = True
+
+    def reserve(self, rows: np.ndarray, points: np.ndarray) -> None:
+        pixel = np.floor(points).astype(int)
+        mask = np.zeros((len(rows), *self.taken.shape[1:]), dtype=bool)
+        mask[np.arange(len(rows))[:, None], pixel[..., 0], pixel[..., 1]] = True
+        self.taken[rows] |= _widen(mask, self.drawing.margin)
+
+    def pictures(self) -> np.ndarray:
+        """(B, H, W) uint8, each pixel the mean of its subpixels."""
+        d = self.drawing
+        cells = self.ink.reshape(len(self.ink), d.size, d.antialias, d.size, d.antialias)
+        return np.round(cells.mean((2, 4)) * 255).astype(np.uint8)
+
+
+def _free(taken: np.ndarray, points: np.ndarray, drawing: Drawing) -> np.ndarray:
+    """Which of (B, K, P, 2) point sets lie within the borders and on free pixels only: (B, K) bool."""
+    low, high = drawing.padding, drawing.size - drawing.padding
+    inside = ((points >= low) & (points < high)).all((2, 3))
+    pixel = np.clip(np.floor(points).astype(int), 0, drawing.size - 1)
+    rows = np.arange(len(taken))[:, None, None]
+    return inside & ~taken[rows, pixel[..., 0], pixel[..., 1]].any(2)
+
+
+def _grow(rng: np.random.Generator, taken: np.ndarray, dashes: int, dots: bool, d: Drawing):
+    """One snake a picture, wherever it finds room.
+
+    Returns:
+        grown: (B,) bool; points: (B, n, 2), what to draw; ends: (B, 2, 2), where dots would go.
+    """
+    count = len(taken)
+    along = np.arange(0, d.paddle_length + 1e-9, 0.5 / d.antialias)
+    disc = _disc(d.marker_radius, 0.5 / d.antialias) if dots else np.zeros((1, 2))
+    turns = (np.arange(DIRECTIONS) + 0.5) / DIRECTIONS * np.pi - np.pi / 2
+    density = np.abs(np.sin(turns)) ** -d.continuity
+    density /= density.sum()
+    # The latest dash may touch the next one, what came before it may not.
+    own = np.zeros_like(taken)
+    rows = np.arange(count)
+    position = rng.uniform(d.padding, d.size - d.padding, (count, 2))
+    start, drawn = position.copy(), []
+    heading = rng.uniform(0, 2 * np.pi, count)
+    alive = _free(taken, (start[:, None] + disc)[:, None], d)[:, 0]
+    for dash in range(dashes):
+        if dash == 0:
+            angles = rng.uniform(0, 2 * np.pi, (count, CANDIDATES))
+        else:
+            angles = heading[:, None] + rng.choice(turns, p=density, size=(count, CANDIDATES))
+        direction = np.stack([np.sin(angles), np.cos(angles)], axis=-1)
+        first = position[:, None] + direction * (d.margin if dash else 0)
+        points = first[:, :, None] + along[:, None] * direction[:, :, None]
+        free = _free(taken | own, points, d)
+        if dash == dashes - 1 and dots:
+            tip = points[:, :, -1, None] + disc
+            apart = np.linalg.norm(points[:, :, -1] - start[:, None], axis=-1) > 2 * d.marker_radius + d.margin + 1
+            free &= _free(taken | own, tip, d) & apart
+        chosen = free.argmax(1)
+        alive &= free[rows, chosen]
+        if drawn:
+            pixel = np.clip(np.floor(drawn[-1]).astype(int), 0, d.size - 1)
+            latest = np.zeros_like(own)
+            latest[rows[:, None], pixel[..., 0], pixel[..., 1]] = True
+            own |= _widen(latest, d.margin)
+        drawn.append(points[rows, chosen])
+        heading, position = angles[rows, chosen], points[rows, chosen, -1]
+        if dash == 0 and dots:
+            # The dot at the beginning covers more than the first dash.
+            pixel = np.clip(np.floor(start[:, None] + disc).astype(int), 0, d.size - 1)
+            latest = np.zeros_like(own)
+            latest[rows[:, None], pixel[..., 0], pixel[..., 1]] = True
+            later = _widen(latest, d.margin)
+        if dash == 1 and dots:
+            own |= later
+    return alive, np.concatenate(drawn, axis=1), np.stack([start, position], axis=1)
+
+
+def draw(rng: np.random.Generator, count: int, drawing: Drawing | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Up to `count` pictures (B, H, W) uint8 and labels (B,) int64; pictures without room for all snakes are left out."""
+    d = drawing or Drawing()
+    if d.margin > 1 or d.thickness * d.antialias > 1:
+        raise ValueError(
+            f"margin must be at most 1 and thickness at most 1/antialias, got {d.margin} and {d.thickness}: dashes of "
+            "one snake would not touch, or a line be wider than a subpixel"
+        )
+    canvas, complete = _Canvas(count, d), np.ones(count, dtype=bool)
+    ends = np.zeros((count, 2, 2, 2))
+    disc = _disc(d.marker_radius, 0.5 / d.antialias)
+    plan = [(d.contour_length, 0), (d.contour_length, 1)] + [(d.distractor_length, None)] * d.distractors
+    for dashes, long in plan:
+        waiting = np.flatnonzero(complete)
+        for _ in range(TRIALS):
+            grown, points, tips = _grow(rng, canvas.taken[waiting], dashes, long is not None, d)
+            if not grown.any():
+                continue
+            rows = waiting[grown]
+            canvas.add(rows, points[grown])
+            covered = points[grown]
+            if long is not None:
+                ends[rows, long] = tips[grown]
+                dots = tips[grown][:, :, None] + disc
+                covered = np.concatenate([covered, dots.reshape(len(rows), -1, 2)], axis=1)
+            canvas.reserve(rows, covered)
+            waiting = waiting[~grown]
+            if not len(waiting):
+                break
+        complete[waiting] = False
+    labels = rng.integers(0, 2, count)
+    rows, side = np.arange(count), rng.integers(0, 2, (count, 2))
+    one = ends[rows, side[:, 0], side[:, 1]]
+    joined = ends[rows, side[:, 0], 1 - side[:, 1]]
+    apart = ends[rows, 1 - side[:, 0], rng.integers(0, 2, count)]
+    for dot in (one, np.where(labels[:, None] == 1, joined, apart)):
+        canvas.add(rows[complete], (dot[:, None] + disc)[complete])
+    return canvas.pictures()[complete], labels[complete]
+
+
+def _block(seed: int, size: int, block: int) -> tuple[np.ndarray, np.ndarray]:
+    return draw(np.random.default_rng([seed, block]), size)
+
+
+def generate(seed: int, count: int) -> dict[str, np.ndarray]:
+    """pixels (count, 1024) uint8 and labels (count,) int64, the same on any number of processor cores."""
+    # A block of random pictures is a few percent short of those without room.
+    workers = min(os.cpu_count() or 1, -(-count // BLOCK))
+    pixels, labels, made = [], [], 0
+    with ExitStack() as stack:
+        progress = stack.enter_context(tqdm(total=count, desc="Pathfinder pictures", unit="picture"))
+        make = map
+        if workers > 1:
+            # Forking a process that has used torch's threads may hang.
+            pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+            make = stack.enter_context(pool).map
+        for first in itertools.count(0, workers):
+            for drawn in make(partial(_block, seed, BLOCK), range(first, first + workers)):
+                kept = min(len(drawn[0]), count - made)
+                pixels.append(drawn[0][:kept])
+                labels.append(drawn[1][:kept])
+                made += kept
+                progress.update(kept)
+            if made == count:
+                break
+    return {"pixels": np.concatenate(pixels).reshape(count, -1), "labels": np.concatenate(labels)}
+
+
+def load(folder: Path, seed: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels and labels, generated into `folder` the first time."""
+    arrays = cached(folder / f"pathfinder32-seed{seed}-{count}.npz", lambda: generate(seed, count))
+    return arrays["pixels"], arrays["labels"]

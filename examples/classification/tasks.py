@@ -1,0 +1,407 @@
+"""The classification tasks: where their data come from, how they become sequences, and which head reads them."""
+
+import csv
+import gzip
+import io
+import json
+import lzma
+import re
+import tarfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import listops
+import numpy as np
+import pathfinder
+import torch
+from torch.utils.data import Dataset, Sampler
+from transformers import PreTrainedModel, ViTImageProcessorPil, Wav2Vec2FeatureExtractor
+from transformers.utils import is_vision_available
+
+from modeling_seqboat import (
+    SeqBoatForAudioClassification,
+    SeqBoatForImageClassification,
+    SeqBoatForSequenceClassification,
+    build_byte_tokenizer,
+)
+
+SAMPLING_RATE = 16000
+
+# How to come by what a task reads, for whoever has started it without.
+SOURCES = {
+    "text": "the archive of the Large Movie Review Dataset (aclImdb_v1.tar.gz of "
+    "https://ai.stanford.edu/~amaas/data/sentiment/, or the same packed as .tar.xz): give --data_path ARCHIVE",
+    "image": "CIFAR-10 (https://www.cs.toronto.edu/~kriz/cifar.html) as luminance: a uint8 array (pictures, 1024) and "
+    "one of labels (pictures,), the training pictures first, each saved by numpy.save, plain, .gz or .xz: give "
+    "--data_path PIXELS --labels_path LABELS",
+    "listops": "generated data: give --data_path FOLDER, where they are kept after the first run",
+    "pathfinder": "generated data: give --data_path FOLDER, where they are kept after the first run",
+    "retrieval": "any set of text pairs, a .csv, .tsv or .jsonl file with two columns of texts (plain, .gz or .xz; the "
+    "published task pairs papers of the ACL Anthology Network, which its owners give out on request): give --data_path "
+    "FILE, and --first_column, --second_column and --label_column where the first two columns are not meant",
+    "speech": "recordings of Speech Commands v0.02 (https://arxiv.org/abs/1804.03209), packed by numpy.savez as `audio` "
+    "(recordings, samples) int16 at 16 kHz, `label`, `is_test` and `words` (plain, .gz or .xz): give --data_path FILE",
+}
+
+
+@dataclass
+class DataArguments:
+    """What the tasks' loaders read of the command line."""
+
+    data_path: str | None = field(default=None, metadata={"help": "file or folder of the task's data"})
+    labels_path: str | None = field(default=None, metadata={"help": "task image: the labels' file"})
+    first_column: str | None = field(default=None, metadata={"help": "task retrieval: default, the first column"})
+    second_column: str | None = field(default=None, metadata={"help": "task retrieval: default, the second column"})
+    label_column: str | None = field(
+        default=None,
+        metadata={"help": "task retrieval: 0 or 1; default, rows are pairs, and as many are made at random"},
+    )
+    max_length: int = field(default=4000, metadata={"help": "texts are cut here, in bytes"})
+    train_size: int | None = field(default=None, metadata={"help": "use this many rows; generated data need it"})
+    validation_size: int = field(default=1000, metadata={"help": "rows that choose the best checkpoint"})
+    test_size: int | None = field(default=None, metadata={"help": "use this many rows; generated data need it"})
+    data_seed: int = field(default=0, metadata={"help": "of splits, random pairs and generated data"})
+
+
+class Rows(Dataset):
+    """Rows by number; each is made when it is asked for."""
+
+    def __init__(self, make: Callable[[int], dict], indices: np.ndarray):
+        self.make, self.indices = make, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> dict:
+        return self.make(int(self.indices[index]))
+
+
+class LengthOrder(Sampler[int]):
+    """Row numbers such that each batch has rows of like length, and little padding. Batches come in random order.
+
+    The order depends on the seed and the epoch alone, so a resumed run reads what an uninterrupted one would have read.
+    """
+
+    POOL = 50
+
+    def __init__(self, lengths: list[int], batch_size: int, seed: int):
+        self.lengths, self.batch_size, self.seed, self.epoch = torch.tensor(lengths), batch_size, seed, 0
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(len(self), generator=generator)
+        pools = [pool[self.lengths[pool].argsort()] for pool in order.split(self.POOL * self.batch_size)]
+        batches = [batch for pool in pools for batch in pool.split(self.batch_size)]
+        # A batch that is not full would shift the borders of those behind it.
+        whole = [batch for batch in batches if len(batch) == self.batch_size]
+        rest = [batch for batch in batches if len(batch) < self.batch_size]
+        for index in torch.randperm(len(whole), generator=generator).tolist():
+            yield from whole[index].tolist()
+        for batch in rest:
+            yield from batch.tolist()
+
+
+@dataclass
+class TaskData:
+    """Attributes:
+    model_class: the head that reads the rows.
+    collate: rows -> tensors of a batch.
+    processor: saved beside the model, so that pipelines read what it was trained on; or None.
+    labels: names of the classes, where the preset's do not fit.
+    vocab_size: ids that occur, 0 for real numbers.
+    shape: height and width of a picture, or None.
+    """
+
+    model_class: type[PreTrainedModel]
+    train: Rows
+    validation: Rows
+    test: Rows
+    collate: Callable[[list[dict]], dict[str, torch.Tensor]]
+    processor: object = None
+    labels: list[str] | None = None
+    vocab_size: int = 0
+    shape: tuple[int, int] | None = None
+
+
+def pad_tokens(rows: list[dict], pad_id: int) -> dict[str, torch.Tensor]:
+    """Ids padded on the right to the longest row, with masks; `pair_` inputs likewise."""
+    batch = {"labels": torch.tensor([row["labels"] for row in rows])}
+    for name in [name for name in rows[0] if name.endswith("input_ids")]:
+        width = max(len(row[name]) for row in rows)
+        ids = torch.full((len(rows), width), pad_id)
+        mask = torch.zeros(len(rows), width, dtype=torch.long)
+        for index, row in enumerate(rows):
+            length = len(row[name])
+            ids[index, :length] = torch.from_numpy(row[name].astype(np.int64))
+            mask[index, :length] = 1
+        batch[name], batch[name.replace("input_ids", "attention_mask")] = ids, mask
+    return batch
+
+
+def stack_values(rows: list[dict]) -> dict[str, torch.Tensor]:
+    """Rows of equal shape as one float32 batch."""
+    name = next(key for key in rows[0] if key != "labels")
+    values = torch.from_numpy(np.stack([row[name] for row in rows])).float()
+    return {name: values, "labels": torch.tensor([row["labels"] for row in rows])}
+
+
+def load_task(task: str, a: DataArguments, pad_id: int | None) -> TaskData:
+    """The data of one task. Raises ValueError and FileNotFoundError that say what is wrong and where data come from."""
+    loaders = {
+        "text": load_text, "image": load_image, "listops": load_listops, "pathfinder": load_pathfinder,
+        "retrieval": load_retrieval, "speech": load_speech,
+    }  # fmt: skip
+    if task not in loaders:
+        raise ValueError(f"task must be one of {', '.join(loaders)}, got {task!r}")
+    for name in ("train_size", "validation_size", "test_size", "max_length"):
+        if getattr(a, name) is not None and getattr(a, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(a, name)}")
+    return loaders[task](a, pad_id or 0)
+
+
+def _need(task: str, path: str | None, folder: bool = False) -> Path:
+    """The path, if there is something. Raises FileNotFoundError that says how to come by the data."""
+    if path is None or not (folder or Path(path).is_file()):
+        found = "no data path was given" if path is None else f"there is no file {path!r}"
+        raise FileNotFoundError(f"task {task!r}: {found}. It reads {SOURCES[task]}.")
+    if folder and Path(path).exists() and not Path(path).is_dir():
+        raise ValueError(f"task {task!r}: data_path {path!r} is a file; generated data are kept in a folder")
+    return Path(path)
+
+
+def _read(path: Path) -> bytes:
+    openers = {".gz": gzip.open, ".xz": lzma.open}
+    with openers.get(path.suffix, open)(path, "rb") as stream:
+        return stream.read()
+
+
+def _arrays(task: str, path: Path):
+    """What numpy.load finds in a plain or compressed file."""
+    try:
+        return np.load(io.BytesIO(_read(path)), allow_pickle=False)
+    except (ValueError, OSError, EOFError, lzma.LZMAError) as error:
+        raise ValueError(f"task {task!r}: {str(path)!r} holds no numpy arrays ({error})") from error
+
+
+def _split(make, known: np.ndarray, test: np.ndarray | None, a: DataArguments) -> dict[str, Rows]:
+    """Training and validation rows at random out of `known`; so are the test rows, if there are none yet."""
+    rng = np.random.default_rng(a.data_seed)
+    known = rng.permutation(known)
+    if test is None:
+        size = a.test_size or a.validation_size
+        test, known = known[:size], known[size:]
+    elif a.test_size is not None:
+        test = rng.permutation(test)[: a.test_size]
+    validation, train = known[: a.validation_size], known[a.validation_size :][: a.train_size]
+    if not len(train) or not len(test):
+        raise ValueError(
+            f"validation_size {a.validation_size} and test_size {a.test_size} leave {len(train)} training rows and "
+            f"{len(test)} test rows"
+        )
+    return {"train": Rows(make, train), "validation": Rows(make, validation), "test": Rows(make, test)}
+
+
+def _pad_with(pad_id: int) -> Callable:
+    return lambda rows: pad_tokens(rows, pad_id)
+
+
+def load_text(a: DataArguments, pad_id: int) -> TaskData:
+    """Movie reviews read as bytes: is one positive?"""
+    archive = _need("text", a.data_path)
+    member = re.compile(r"(?:^|/)(train|test)/(neg|pos)/[^/]+\.txt$")
+    texts, labels, parts = [], [], []
+    try:
+        with tarfile.open(archive) as tar:
+            for entry in tar:
+                match = member.search(entry.name)
+                if match and entry.isfile():
+                    texts.append(np.frombuffer(tar.extractfile(entry).read(a.max_length), dtype=np.uint8))
+                    parts.append(match[1] == "test")
+                    labels.append(int(match[2] == "pos"))
+    except (tarfile.TarError, EOFError, OSError, lzma.LZMAError) as error:
+        raise ValueError(f"task 'text': {str(archive)!r} is no tar archive ({error})") from error
+    if not texts:
+        raise ValueError(
+            f"task 'text': {str(archive)!r} has no reviews under train/neg, train/pos, test/neg, test/pos"
+        )
+    parts = np.array(parts)
+
+    def make(index: int) -> dict:
+        return {"input_ids": texts[index], "labels": labels[index]}
+
+    splits = _split(make, np.flatnonzero(~parts), np.flatnonzero(parts), a)
+    return TaskData(
+        SeqBoatForSequenceClassification, collate=_pad_with(pad_id), processor=build_byte_tokenizer(), vocab_size=256,
+        **splits,
+    )  # fmt: skip
+
+
+def load_listops(a: DataArguments, pad_id: int) -> TaskData:
+    """Values of nested operations on digits."""
+    folder = _need("listops", a.data_path, folder=True)
+    count = _generated_rows("listops", a)
+    trees, labels = listops.load(folder, a.data_seed, count)
+
+    def make(index: int) -> dict:
+        return {"input_ids": trees[index], "labels": int(labels[index])}
+
+    return TaskData(
+        SeqBoatForSequenceClassification, collate=_pad_with(pad_id), vocab_size=len(listops.TOKENS),
+        **_split(make, np.arange(count), None, a),
+    )  # fmt: skip
+
+
+def _generated_rows(task: str, a: DataArguments) -> int:
+    if a.train_size is None or a.test_size is None:
+        raise ValueError(f"task {task!r} generates its data: give train_size and test_size")
+    return a.train_size + a.validation_size + a.test_size
+
+
+def _pictures(pixels: np.ndarray, labels: np.ndarray, mean: float, std: float, **splits) -> TaskData:
+    side = int(pixels.shape[1] ** 0.5)
+    processor = None
+    if is_vision_available():
+        processor = ViTImageProcessorPil(
+            size={"height": side, "width": side}, image_mean=[mean], image_std=[std], do_convert_rgb=False
+        )
+    return TaskData(
+        SeqBoatForImageClassification, collate=stack_values, processor=processor, shape=(side, side), **splits
+    )
+
+
+def _pixel_rows(pixels: np.ndarray, labels: np.ndarray, mean: float, std: float) -> Callable[[int], dict]:
+    side = int(pixels.shape[1] ** 0.5)
+
+    def make(index: int) -> dict:
+        grey = (pixels[index].reshape(1, side, side).astype(np.float32) / 255 - mean) / std
+        return {"pixel_values": grey, "labels": int(labels[index])}
+
+    return make
+
+
+def load_image(a: DataArguments, pad_id: int) -> TaskData:
+    """CIFAR-10 in grey; of every six pictures in the file the last one's share is the test set."""
+    pixels_path, labels_path = _need("image", a.data_path), _need("image", a.labels_path)
+    pixels, labels = _arrays("image", pixels_path), _arrays("image", labels_path)
+    if pixels.ndim != 2 or int(pixels.shape[1] ** 0.5) ** 2 != pixels.shape[1] or pixels.dtype != np.uint8:
+        raise ValueError(
+            f"task 'image': pixels must be uint8 (pictures, height * width) of square pictures, got {pixels.dtype} "
+            f"{pixels.shape}"
+        )
+    if labels.shape != pixels.shape[:1]:
+        raise ValueError(f"task 'image': {len(pixels)} pictures do not go with labels of shape {labels.shape}")
+    known = len(pixels) * 5 // 6
+    make = _pixel_rows(pixels, labels, 0.48, 0.24)
+    splits = _split(make, np.arange(known), np.arange(known, len(pixels)), a)
+    return _pictures(pixels, labels, 0.48, 0.24, **splits)
+
+
+def load_pathfinder(a: DataArguments, pad_id: int) -> TaskData:
+    """Are two dots joined by a dashed path?"""
+    folder = _need("pathfinder", a.data_path, folder=True)
+    count = _generated_rows("pathfinder", a)
+    pixels, labels = pathfinder.load(folder, a.data_seed, count)
+    splits = _split(_pixel_rows(pixels, labels, 0.5, 0.5), np.arange(count), None, a)
+    return _pictures(pixels, labels, 0.5, 0.5, **splits)
+
+
+def read_pairs(path: Path, a: DataArguments) -> tuple[list[tuple[str, str]], list[int] | None]:
+    """Text pairs of a .csv, .tsv or .jsonl file, and their labels if `label_column` is given."""
+    kind = Path(path.stem).suffix if path.suffix in (".gz", ".xz") else path.suffix
+    text = _read(path).decode("utf-8")
+    if kind == ".jsonl":
+        rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+    elif kind in (".csv", ".tsv"):
+        # Long documents are what this task is about.
+        csv.field_size_limit(1 << 30)
+        rows = list(csv.DictReader(io.StringIO(text, newline=""), delimiter="," if kind == ".csv" else "\t"))
+    else:
+        raise ValueError(f"task 'retrieval': {str(path)!r} must end in .csv, .tsv or .jsonl (and .gz or .xz)")
+    if not rows:
+        raise ValueError(f"task 'retrieval': {str(path)!r} has no rows")
+    names = list(rows[0])
+    if len(names) < 2:
+        raise ValueError(f"task 'retrieval': {str(path)!r} has the column {', '.join(names)} only, two are needed")
+    columns = [a.first_column or names[0], a.second_column or names[1]]
+    if a.label_column:
+        columns.append(a.label_column)
+    for column in columns:
+        if column not in names:
+            raise ValueError(f"task 'retrieval': {str(path)!r} has no column {column!r}; it has {', '.join(names)}")
+    pairs = [(row[columns[0]], row[columns[1]]) for row in rows]
+    empty = next((i for i, pair in enumerate(pairs) if not all(pair)), None)
+    if empty is not None:
+        raise ValueError(f"task 'retrieval': a text of row {empty + 1} of {str(path)!r} is empty")
+    if not a.label_column:
+        return pairs, None
+    labels = [str(row[a.label_column]).strip() for row in rows]
+    wrong = next((label for label in labels if label not in ("0", "1")), None)
+    if wrong is not None:
+        raise ValueError(f"task 'retrieval': labels must be 0 or 1, {a.label_column!r} has {wrong!r}")
+    return pairs, [int(label) for label in labels]
+
+
+def load_retrieval(a: DataArguments, pad_id: int) -> TaskData:
+    """Do two texts belong together? Without labels each row of the file is one pair that does, and its first text with
+    another row's second one, of the same split, is one that does not."""
+    pairs, labels = read_pairs(_need("retrieval", a.data_path), a)
+    encoded = [tuple(np.frombuffer(text.encode()[: a.max_length], dtype=np.uint8) for text in pair) for pair in pairs]
+
+    def make(index: int) -> dict:
+        first, second = encoded[index]
+        return {"input_ids": first, "pair_input_ids": second, "labels": labels[index]}
+
+    splits = _split(make, np.arange(len(pairs)), None, a)
+    if labels is None:
+        rng = np.random.default_rng([a.data_seed, 1])
+        splits = {name: _with_random_pairs(rows.indices, encoded, rng) for name, rows in splits.items()}
+    return TaskData(
+        SeqBoatForSequenceClassification, collate=_pad_with(pad_id), processor=build_byte_tokenizer(), vocab_size=256,
+        **splits,
+    )  # fmt: skip
+
+
+def _with_random_pairs(rows: np.ndarray, encoded: list[tuple], rng: np.random.Generator) -> Rows:
+    if len(rows) < 2:
+        raise ValueError(
+            "task 'retrieval': random pairs need at least 2 rows for each of training, validation and test"
+        )
+    others = rows[(np.arange(len(rows)) + rng.integers(1, len(rows), len(rows))) % len(rows)]
+
+    def make(index: int) -> dict:
+        place, random = divmod(index, 2)
+        second = others[place] if random else rows[place]
+        return {
+            "input_ids": encoded[rows[place]][0], "pair_input_ids": encoded[second][1], "labels": 1 - random,
+        }  # fmt: skip
+
+    return Rows(make, np.arange(2 * len(rows)))
+
+
+def load_speech(a: DataArguments, pad_id: int) -> TaskData:
+    """Spoken words, sample by sample, each recording scaled to mean 0 and variance 1."""
+    path = _need("speech", a.data_path)
+    arrays = _arrays("speech", path)
+    names = ("audio", "label", "is_test", "words")
+    missing = [name for name in names if not hasattr(arrays, "files") or name not in arrays.files]
+    if missing:
+        raise ValueError(f"task 'speech': {str(path)!r} lacks {', '.join(missing)}. It reads {SOURCES['speech']}.")
+    audio, label, is_test, words = (arrays[name] for name in names)
+    extractor = Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True, sampling_rate=SAMPLING_RATE)
+
+    def make(index: int) -> dict:
+        heard = extractor(audio[index].astype(np.float32), sampling_rate=SAMPLING_RATE)
+        return {"input_values": heard["input_values"][0], "labels": int(label[index])}
+
+    is_test = is_test.astype(bool)
+    return TaskData(
+        SeqBoatForAudioClassification, collate=stack_values, processor=extractor, labels=[str(word) for word in words],
+        **_split(make, np.flatnonzero(~is_test), np.flatnonzero(is_test), a),
+    )  # fmt: skip

@@ -1,0 +1,298 @@
+"""Trains a bidirectional SeqBoat on a classification task: Long Range Arena's, or raw speech.
+
+    python examples/classification/train.py configuration/recipes/classification/lra-text.yaml \
+        --data_path aclImdb_v1.tar.gz --output_dir outputs/lra-text
+
+Writes to `output_dir`: `checkpoint-N/` to resume from, `best/` (the model with the highest validation accuracy, ready
+for pipelines), `results.json`, `confusion_matrix.png` and `activations.png`. Interrupted, it goes on from the last
+checkpoint with `--resume_from_checkpoint latest`.
+"""
+
+import json
+import platform
+import shlex
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from pictures import write_activations, write_confusion_matrix
+from tasks import DataArguments, LengthOrder, TaskData, load_task
+from tqdm.auto import tqdm
+from transformers import TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+import modeling_seqboat
+from modeling_seqboat import SeqBoatConfig
+from modeling_seqboat.training_seqboat import RouterCallback, SeqBoatTrainer, parameter_groups
+
+# The examples share this module, which lies one folder up.
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+from recipes import check_output_folder, parse_arguments  # noqa: E402
+
+
+@dataclass
+class ClassificationArguments(DataArguments):
+    task: str = field(default="", metadata={"help": "text, image, listops, pathfinder, retrieval or speech"})
+    preset: str = field(default="", metadata={"help": "a preset of configuration/"})
+    output_dir: str = field(default="", metadata={"help": "must be new or empty, unless resuming"})
+    config_overrides: str | None = field(default=None, metadata={"help": "JSON of config fields to change"})
+    batch_size: int = field(default=32, metadata={"help": "rows a process and micro-batch"})
+    eval_batch_size: int | None = field(default=None, metadata={"help": "default: batch_size"})
+    gradient_accumulation_steps: int = field(default=1)
+    max_steps: int = field(default=1000)
+    learning_rate: float = field(default=4e-3)
+    router_learning_rate: float | None = field(default=None, metadata={"help": "peak rate of the routers"})
+    beta1: float = field(default=0.9)
+    beta2: float = field(default=0.98)
+    weight_decay: float = field(default=0.01)
+    warmup_steps: int = field(default=100)
+    max_grad_norm: float = field(default=1.0)
+    mixed_precision: str | None = field(default=None, metadata={"help": "no, bf16 or fp16"})
+    group_by_length: bool = field(default=False, metadata={"help": "batches of rows of like length"})
+    gradient_checkpointing: bool = field(default=False)
+    num_workers: int = field(default=0, metadata={"help": "processes that make batches"})
+    use_cpu: bool = field(default=False)
+    eval_steps: int = field(default=500, metadata={"help": "steps between validations, and between checkpoints"})
+    save_total_limit: int = field(default=2)
+    logging_steps: int = field(default=50)
+    resume_from_checkpoint: str | None = field(default=None, metadata={"help": "a checkpoint folder, or 'latest'"})
+    overwrite_output_dir: bool = field(default=False)
+    seed: int = field(default=0)
+
+
+class ClassificationTrainer(SeqBoatTrainer):
+    """Counts the real tokens it trains on and the time spent in evaluations; routers may learn at a rate of their own."""
+
+    def __init__(self, *args, router_learning_rate: float | None, group_by_length: bool, **kwargs):
+        self.router_learning_rate, self.group_by_length = router_learning_rate, group_by_length
+        self.tokens: torch.Tensor | int = 0
+        self.evaluation_seconds = 0.0
+        super().__init__(*args, **kwargs)
+
+    def create_optimizer(self, model=None):
+        if self.optimizer is None:
+            groups = parameter_groups(
+                self.model, self.args.weight_decay, router_learning_rate=self.router_learning_rate
+            )
+            betas = (self.args.adam_beta1, self.args.adam_beta2)
+            self.optimizer = torch.optim.AdamW(groups, lr=self.args.learning_rate, betas=betas)
+        return self.optimizer
+
+    def _get_train_sampler(self, train_dataset=None):
+        if not self.group_by_length:
+            return super()._get_train_sampler(train_dataset)
+        rows = self.train_dataset
+        # Of all processes together, which take turns at batches.
+        size = self.args.train_batch_size * self.args.world_size
+        return LengthOrder([len(row["input_ids"]) for row in rows], size, self.args.seed)
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        self.tokens = self.tokens + real_tokens(inputs)
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    def evaluate(self, *args, **kwargs):
+        start = time.perf_counter()
+        try:
+            return super().evaluate(*args, **kwargs)
+        finally:
+            self.evaluation_seconds += time.perf_counter() - start
+
+
+def real_tokens(inputs: dict[str, torch.Tensor]) -> torch.Tensor | int:
+    """Tokens of a batch that are not padding; on the batch's device, so that nothing waits for it."""
+    masks = [value for name, value in inputs.items() if name.endswith("attention_mask")]
+    if masks:
+        return sum(mask.sum() for mask in masks)
+    return next(value.numel() for name, value in inputs.items() if name in ("pixel_values", "input_values"))
+
+
+def accuracy(prediction) -> dict[str, float]:
+    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+
+
+def check_arguments(a: ClassificationArguments) -> None:
+    """Raises ValueError for values that no run can use, naming them."""
+    for name in ("task", "preset", "output_dir"):
+        if not getattr(a, name):
+            raise ValueError(f"{name} is missing: give it by --{name} or in a recipe")
+    for name in ("batch_size", "gradient_accumulation_steps", "max_steps", "eval_steps", "logging_steps"):
+        if getattr(a, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(a, name)}")
+    if a.mixed_precision not in (None, "no", "bf16", "fp16"):
+        raise ValueError(f"mixed_precision must be one of no, bf16, fp16, got {a.mixed_precision!r}")
+
+
+def build_config(a: ClassificationArguments) -> SeqBoatConfig:
+    overrides = json.loads(a.config_overrides or "{}")
+    if not isinstance(overrides, dict):
+        raise ValueError(f"config_overrides must be a JSON object, got {a.config_overrides!r}")
+    return SeqBoatConfig.from_preset(a.preset, **overrides)
+
+
+def fit_config(config: SeqBoatConfig, data: TaskData, a: ClassificationArguments) -> None:
+    """Takes over the task's class names. Raises ValueError where the preset cannot read the task's data."""
+    if data.labels is not None:
+        config.id2label = dict(enumerate(data.labels))
+        config.label2id = {name: index for index, name in enumerate(data.labels)}
+    wanted = "tokens" if data.vocab_size else "values"
+    if config.input_type != wanted:
+        raise ValueError(f"task {a.task!r} needs input_type={wanted!r}, the preset has {config.input_type!r}")
+    if data.vocab_size > config.vocab_size:
+        raise ValueError(f"task {a.task!r} has {data.vocab_size} ids, the preset's vocab_size is {config.vocab_size}")
+    pairs = "pair_input_ids" in data.train[0]
+    if a.group_by_length and "input_ids" not in data.train[0]:
+        raise ValueError(f"group_by_length is for texts; all rows of task {a.task!r} have one length")
+    if pairs != (config.pair_features != "none"):
+        raise ValueError(
+            f"task {a.task!r} reads {'two texts' if pairs else 'one input'} a row, the preset has "
+            f"pair_features={config.pair_features!r}"
+        )
+
+
+@torch.no_grad()
+def run_test(trainer: ClassificationTrainer, data: TaskData) -> dict:
+    """Predictions and activations on the test rows, in one pass.
+
+    Returns:
+        labels, predictions: (rows,) int64; rates: one number a layer; confidence (layers, L) or (layers, H, W) and
+        sequence (L,) or (H, W) of the first row.
+    """
+    model, accelerator = trainer.model, trainer.accelerator
+    model.eval()
+    predictions, labels, sums, first = [], [], 0, None
+    loader = trainer.get_test_dataloader(data.test)
+    for batch in tqdm(loader, desc="Test", disable=not accelerator.is_local_main_process):
+        batch = trainer._prepare_inputs(batch)
+        true = batch.pop("labels")
+        with trainer.compute_loss_context_manager():
+            output = model(**batch, output_router_probs=True)
+        probs = torch.stack(output.router_probs).float()
+        mask = batch.get("attention_mask")
+        count = probs[0].numel() if mask is None else mask.sum()
+        active = torch.stack([(layer > 0).sum() for layer in probs])
+        sums = sums + torch.cat([active, active.new_tensor([int(count)])])
+        if first is None:
+            name = next(key for key in ("input_ids", "pixel_values", "input_values") if key in batch)
+            length = probs.shape[2] if mask is None else int(mask[0].sum())
+            first = probs[:, 0, :length].cpu().numpy(), batch[name][0].flatten()[:length].float().cpu().numpy()
+        found = accelerator.gather_for_metrics((output.logits.argmax(-1), true))
+        predictions.append(found[0].cpu())
+        labels.append(found[1].cpu())
+    *active, total = accelerator.reduce(sums, reduction="sum").tolist()
+    confidence, sequence = first
+    if data.shape is not None:
+        confidence, sequence = confidence.reshape(-1, *data.shape), sequence.reshape(data.shape)
+    return {
+        "predictions": torch.cat(predictions).numpy(),
+        "labels": torch.cat(labels).numpy(),
+        "rates": [count / max(total, 1) for count in active],
+        "confidence": confidence,
+        "sequence": sequence,
+    }
+
+
+def last_checkpoint(a: ClassificationArguments) -> str | None:
+    if a.resume_from_checkpoint is None:
+        return None
+    if a.resume_from_checkpoint != "latest":
+        if not (Path(a.resume_from_checkpoint) / "trainer_state.json").is_file():
+            raise ValueError(f"resume_from_checkpoint {a.resume_from_checkpoint!r} is no checkpoint folder")
+        return a.resume_from_checkpoint
+    found = get_last_checkpoint(a.output_dir) if Path(a.output_dir).is_dir() else None
+    if found is None:
+        raise ValueError(f"there is no checkpoint in output_dir {a.output_dir!r} to resume from")
+    return found
+
+
+def build_trainer(a: ClassificationArguments, config: SeqBoatConfig, data: TaskData) -> ClassificationTrainer:
+    set_seed(a.seed)
+    model = data.model_class(config)
+    if a.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    steps = min(a.eval_steps, a.max_steps)
+    trainer = ClassificationTrainer(
+        model=model, router_learning_rate=a.router_learning_rate, group_by_length=a.group_by_length,
+        compute_metrics=accuracy, data_collator=data.collate,
+        train_dataset=data.train, eval_dataset=data.validation,
+        args=TrainingArguments(
+            output_dir=a.output_dir, per_device_train_batch_size=a.batch_size,
+            per_device_eval_batch_size=a.eval_batch_size or a.batch_size,
+            gradient_accumulation_steps=a.gradient_accumulation_steps, max_steps=a.max_steps,
+            learning_rate=a.learning_rate, adam_beta1=a.beta1, adam_beta2=a.beta2, weight_decay=a.weight_decay,
+            warmup_steps=a.warmup_steps, lr_scheduler_type="linear", max_grad_norm=a.max_grad_norm,
+            bf16=a.mixed_precision == "bf16", fp16=a.mixed_precision == "fp16",
+            dataloader_num_workers=a.num_workers,
+            use_cpu=a.use_cpu,
+            eval_strategy="steps", eval_steps=steps, save_strategy="steps", save_steps=steps,
+            save_total_limit=a.save_total_limit, load_best_model_at_end=True, metric_for_best_model="accuracy",
+            greater_is_better=True, logging_steps=a.logging_steps, report_to="none", seed=a.seed,
+        ),
+    )  # fmt: skip
+    RouterCallback.attach(trainer)
+    return trainer
+
+
+def main(argv: list[str] | None = None) -> dict:
+    a = parse_arguments(ClassificationArguments, argv)
+    check_arguments(a)
+    checkpoint = last_checkpoint(a)
+    output = check_output_folder(a.output_dir, checkpoint is not None, a.overwrite_output_dir)
+    config = build_config(a)
+    data = load_task(a.task, a, config.pad_token_id)
+    fit_config(config, data, a)
+    trainer = build_trainer(a, config, data)
+    start = time.perf_counter()
+    trainer.train(resume_from_checkpoint=checkpoint)
+    seconds = time.perf_counter() - start - trainer.evaluation_seconds
+    tokens = int(trainer.accelerator.reduce(torch.as_tensor(trainer.tokens, device=trainer.args.device)))
+    test = run_test(trainer, data)
+    trainer.save_model(str(output / "best"))
+    if not trainer.is_world_process_zero():
+        return {}
+    if data.processor is not None:
+        data.processor.save_pretrained(output / "best")
+    names = [config.id2label[index] for index in range(config.num_labels)]
+    matrix = np.zeros((len(names), len(names)), dtype=int)
+    np.add.at(matrix, (test["labels"], test["predictions"]), 1)
+    write_confusion_matrix(matrix, names, output / "confusion_matrix.png")
+    write_activations(test["rates"], test["confidence"], test["sequence"], output / "activations.png")
+    device = trainer.args.device
+    results = {
+        "task": a.task,
+        "test_accuracy": float((test["labels"] == test["predictions"]).mean()),
+        "validation_accuracy": trainer.state.best_metric,
+        "best_step": trainer.state.best_global_step,
+        "steps": trainer.state.global_step,
+        "rows": {"train": len(data.train), "validation": len(data.validation), "test": len(data.test)},
+        "activation_rate": float(np.mean(test["rates"])),
+        "activation_rate_by_layer": test["rates"],
+        "confusion_matrix": matrix.tolist(),
+        # Of this call; a resumed run counts what came after its checkpoint.
+        "trained_tokens": tokens,
+        "training_seconds": seconds,
+        "tokens_per_second": tokens / seconds,
+        "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine() + " CPU",
+        "command": shlex.join(["python", *sys.argv] if argv is None else ["train.py", *argv]),
+        "arguments": asdict(a),
+        "versions": {
+            "modeling_seqboat": modeling_seqboat.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+    (output / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    rates = ", ".join(f"{rate:.0%}" for rate in test["rates"])
+    print(f"test accuracy: {results['test_accuracy']:.2%} (best step {results['best_step']})")
+    print(f"activated tokens by layer: {rates}")
+    print(f"speed: {results['tokens_per_second']:,.0f} tokens/s")
+    print(f"results: {output}")
+    return results
+
+
+if __name__ == "__main__":
+    main()

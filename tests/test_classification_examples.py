@@ -1,0 +1,421 @@
+"""Classification example: generated data follow their rules, every recipe runs on a slice in its file format, a
+resumed run repeats an uninterrupted one, and missing data are named."""
+
+import importlib
+import io
+import json
+import lzma
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLE = ROOT / "examples/classification"
+RECIPES = sorted((ROOT / "configuration/recipes/classification").glob("*.yaml"))
+MODULES = [path.stem for path in EXAMPLE.glob("*.py")]
+TINY = {
+    "num_hidden_layers": 2, "hidden_size": 8, "v_head_dim": 8, "qk_head_dim": 4, "state_size": 2, "memory_size": 8,
+    "classifier_hidden_size": 8,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _importable():
+    """The example's modules, which find each other in the script's folder; this process forgets them afterwards."""
+    before = list(sys.path)
+    sys.path.insert(0, str(EXAMPLE))
+    yield
+    sys.path[:] = before
+    for name in [*MODULES, "recipes"]:
+        sys.modules.pop(name, None)
+
+
+def module(name):
+    return importlib.import_module(name)
+
+
+@pytest.mark.parametrize(
+    ("tree", "value"),
+    [
+        ("[MIN 4 7 ]", 4),
+        ("[MAX 4 7 3 ]", 7),
+        ("[SM 9 8 7 ]", 4),
+        ("[MED 1 9 5 ]", 5),
+        ("[MED 1 2 ]", 1),
+        ("[MED 2 9 4 7 ]", 5),
+        ("[MED 0 1 9 9 ]", 5),
+        ("[MAX 2 9 [MIN 4 7 ] 0 ]", 9),
+        ("[MAX 2 6 [MED [SM 3 2 2 ] 8 [MIN 4 3 ] ] 0 [MIN 5 8 6 ] ]", 7),
+        ("[SM [SM [SM 9 9 ] 9 ] [MAX 0 1 ] ]", 8),
+    ],
+)
+def test_listops_evaluator_on_trees_made_by_hand(tree, value):
+    listops = module("listops")
+    assert listops.evaluate(listops.encode(tree)) == value
+
+
+@pytest.mark.parametrize("tree", ["", "3", "[MIN 4", "[MIN ]", "4 [MIN 5 ]", "[MIN 4 7 ] 3", "]", "<pad>"])
+def test_listops_evaluator_refuses_what_is_no_tree(tree):
+    listops = module("listops")
+    with pytest.raises(ValueError, match="misplaced|not closed"):
+        listops.evaluate(listops.encode(tree))
+
+
+def tree_facts(listops, ids):
+    """Depth of the deepest node and the numbers of arguments, read off the brackets."""
+    depth, deepest, counts, arguments = 0, 0, [], []
+    for place, token in enumerate(ids):
+        if token == listops.CLOSE:
+            arguments.append(counts.pop())
+            depth -= 1
+            continue
+        assert counts or place == 0
+        if counts:
+            counts[-1] += 1
+        deepest = max(deepest, depth + 1)
+        if token in listops.OPERATORS:
+            counts.append(0)
+            depth += 1
+        else:
+            assert listops.ZERO <= token < listops.ZERO + 10
+    assert not counts
+    return deepest, arguments
+
+
+def test_listops_generator_follows_the_published_rules(tmp_path):
+    listops = module("listops")
+    trees, labels = listops.load(tmp_path, seed=1, count=60)
+    assert len({tree.tobytes() for tree in trees}) == 60 == len(labels)
+    shares, arguments, deepest = [], [], 0
+    for tree, label in zip(trees, labels, strict=True):
+        assert 500 < len(tree) < 2000 and tree[0] in listops.OPERATORS
+        assert listops.evaluate(tree) == label
+        depth, counts = tree_facts(listops, tree.tolist())
+        deepest = max(deepest, depth)
+        arguments += counts
+        shares += np.isin(tree[tree != listops.CLOSE], listops.OPERATORS).tolist()
+    assert deepest == 10
+    assert set(arguments) == set(range(2, 11)) and 5.7 < np.mean(arguments) < 6.5
+    operators = np.concatenate(trees)
+    assert all((operators == operator).any() for operator in listops.OPERATORS)
+    again, _ = listops.load(tmp_path, seed=1, count=60)
+    assert all(np.array_equal(a, b) for a, b in zip(trees, again, strict=True))
+    assert len(list(tmp_path.iterdir())) == 1
+    other, _ = listops.load(tmp_path, seed=2, count=5)
+    assert not np.array_equal(other[0], trees[0])
+
+
+def components(lit):
+    """Numbers of the connected areas (8 neighbours) of an (H, W) bool picture, 0 where dark, and how many there are."""
+    found, count = np.zeros(lit.shape, dtype=int), 0
+    for place in map(tuple, np.argwhere(lit)):
+        if found[place]:
+            continue
+        count += 1
+        found[place], waiting = count, [place]
+        while waiting:
+            y, x = waiting.pop()
+            for near in np.ndindex(3, 3):
+                at = (y + near[0] - 1, x + near[1] - 1)
+                if 0 <= min(at) and max(at) < len(lit) and lit[at] and not found[at]:
+                    found[at] = count
+                    waiting.append(at)
+    return found, count
+
+
+def dots(picture):
+    """One pixel of each dot: where a 3 x 3 neighbourhood is nearly all bright, which no line is."""
+    padded = np.pad(picture.astype(float) / 255, 1)
+    around = sum(padded[y : y + 32, x : x + 32] for y in range(3) for x in range(3))
+    found, count = components(around > 5.0)
+    return [tuple(np.argwhere(found == index)[0]) for index in range(1, count + 1)]
+
+
+def test_pathfinder_labels_are_what_the_picture_shows():
+    pathfinder = module("pathfinder")
+    pictures, labels = pathfinder.draw(np.random.default_rng(3), 150)
+    assert len(pictures) > 120 and 0.3 < labels.mean() < 0.7
+    for picture, label in zip(pictures, labels, strict=True):
+        areas, count = components(picture > 0)
+        # Two long snakes and five short ones.
+        assert count == 7
+        first, second = dots(picture)
+        assert (areas[first] == areas[second]) == bool(label)
+        assert not picture[[0, -1]].any() and not picture[:, [0, -1]].any()
+        sizes = sorted(int((areas == index).sum()) for index in range(1, 8))
+        assert sizes[5] > 2 * sizes[4]
+
+
+def test_pathfinder_is_kept_and_depends_on_the_seed_alone(tmp_path, monkeypatch):
+    pathfinder = module("pathfinder")
+    monkeypatch.setattr(pathfinder, "BLOCK", 16)
+    monkeypatch.setattr(pathfinder.os, "cpu_count", lambda: 1)
+    pixels, labels = pathfinder.load(tmp_path, seed=0, count=40)
+    assert pixels.shape == (40, 1024) and pixels.dtype == np.uint8 and labels.shape == (40,)
+    again = pathfinder.load(tmp_path, seed=0, count=40)
+    assert np.array_equal(pixels, again[0]) and np.array_equal(labels, again[1])
+    assert not np.array_equal(pathfinder.load(tmp_path, seed=1, count=40)[0], pixels)
+    monkeypatch.setattr(pathfinder.os, "cpu_count", lambda: 2)
+    parallel = pathfinder.generate(0, 40)
+    assert np.array_equal(pixels, parallel["pixels"]) and np.array_equal(labels, parallel["labels"])
+    (tmp_path / "pathfinder32-seed2-40.npz").write_bytes(b"PK no archive")
+    with pytest.raises(ValueError, match="damaged.*delete it"):
+        pathfinder.load(tmp_path, seed=2, count=40)
+
+
+def write_reviews(folder):
+    """The archive's layout; a positive review has other letters than a negative one."""
+    rng = np.random.default_rng(0)
+    path = folder / "reviews.tar.xz"
+    with tarfile.open(path, "w:xz") as tar:
+        for part, count in (("train", 14), ("test", 6)):
+            for index in range(count):
+                side = ("neg", "pos")[index % 2]
+                text = bytes(rng.choice(list(b"abc" if side == "neg" else b"xyz"), size=rng.integers(20, 60)))
+                entry = tarfile.TarInfo(f"aclImdb/{part}/{side}/{index}_7.txt")
+                entry.size = len(text)
+                tar.addfile(entry, io.BytesIO(text))
+            tar.addfile(tarfile.TarInfo(f"aclImdb/{part}/unsup/0_0.txt"))
+    return {"data_path": path, "max_length": 40}
+
+
+def write_xz(path, save):
+    buffer = io.BytesIO()
+    save(buffer)
+    path.write_bytes(lzma.compress(buffer.getvalue()))
+    return path
+
+
+def write_gray_pictures(folder):
+    rng = np.random.default_rng(0)
+    pixels = write_xz(folder / "pixels.npy.xz", lambda f: np.save(f, rng.integers(0, 256, (30, 64), dtype=np.uint8)))
+    np.save(folder / "labels.npy", rng.integers(0, 10, 30, dtype=np.uint8))
+    return {"data_path": pixels, "labels_path": folder / "labels.npy"}
+
+
+def write_pairs(folder):
+    rows = [{"question": "abc"[i % 3] * (10 + i), "answer": "xyz"[i % 3] * (12 + i)} for i in range(12)]
+    path = folder / "pairs.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)), "utf-8")
+    return {"data_path": path, "max_length": 24}
+
+
+def write_recordings(folder):
+    rng = np.random.default_rng(0)
+    arrays = {
+        "audio": rng.integers(-(2**15), 2**15, (20, 200)).astype(np.int16),
+        "label": (np.arange(20) % 4).astype(np.uint8),
+        "is_test": (np.arange(20) >= 14).astype(np.uint8),
+        "words": np.array(["yes", "no", "up", "down"]),
+    }
+    return {"data_path": write_xz(folder / "words.npz.xz", lambda f: np.savez(f, **arrays))}
+
+
+def write_generated(folder):
+    return {"data_path": folder / "generated", "train_size": 8, "test_size": 4}
+
+
+WRITERS = {
+    "lra-text": write_reviews,
+    "lra-image": write_gray_pictures,
+    "lra-listops": write_generated,
+    "lra-pathfinder": write_generated,
+    "lra-retrieval": write_pairs,
+    "speech-commands": write_recordings,
+}
+
+
+def run(recipe, output, overrides=None, **settings):
+    settings = {
+        "output_dir": output, "config_overrides": json.dumps(TINY | (overrides or {})), "max_steps": 2, "eval_steps": 1,
+        "batch_size": 4, "eval_batch_size": 4, "gradient_accumulation_steps": 1, "validation_size": 4,
+        "warmup_steps": 1, "logging_steps": 1, "use_cpu": True, **settings,
+    }  # fmt: skip
+    argv = [part for name, value in settings.items() if value is not None for part in (f"--{name}", str(value))]
+    recipe_file = ROOT / f"configuration/recipes/classification/{recipe}.yaml"
+    return module("train").main([str(recipe_file), *argv])
+
+
+def png_size(path):
+    data = path.read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    return int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
+
+
+@pytest.mark.parametrize("recipe", [path.stem for path in RECIPES])
+def test_every_recipe_runs_on_a_slice(recipe, tmp_path, monkeypatch, capsys):
+    listops = module("listops")
+    monkeypatch.setattr(listops, "LENGTHS", (20, 80))
+    monkeypatch.setattr(listops, "BLOCK", 50)
+    monkeypatch.setattr(module("pathfinder"), "BLOCK", 24)
+    output = tmp_path / "run"
+    run(recipe, output, **WRITERS[recipe](tmp_path))
+    results = json.loads((output / "results.json").read_text("utf-8"))
+    assert 0 <= results["test_accuracy"] <= 1 and 0 <= results["validation_accuracy"] <= 1
+    assert results["steps"] == 2 and results["best_step"] in (1, 2)
+    assert len(results["activation_rate_by_layer"]) == 2
+    assert all(0 <= rate <= 1 for rate in results["activation_rate_by_layer"])
+    assert results["tokens_per_second"] > 0
+    assert np.sum(results["confusion_matrix"]) == results["rows"]["test"] > 0
+    assert min(png_size(output / "confusion_matrix.png") + png_size(output / "activations.png")) > 200
+    printed = capsys.readouterr()
+    assert "test accuracy" in printed.out and "100%" in printed.err
+    config = transformers.AutoConfig.from_pretrained(output / "best")
+    task = config.architectures[0].removeprefix("SeqBoatFor")
+    model = getattr(transformers, f"AutoModelFor{task}").from_pretrained(output / "best")
+    if task == "AudioClassification":
+        assert list(model.config.id2label.values()) == ["yes", "no", "up", "down"]
+        wave = np.random.default_rng(0).normal(size=200)
+        assert len(transformers.pipeline("audio-classification", model=str(output / "best"))(wave)) == 4
+    elif task == "ImageClassification":
+        grey = np.zeros((1, 8, 8), dtype=np.uint8)
+        assert len(transformers.pipeline("image-classification", model=str(output / "best"))(grey, top_k=2)) == 2
+    elif recipe == "lra-text":
+        assert transformers.pipeline("text-classification", model=str(output / "best"))("xyz")[0]["score"] >= 0.5
+
+
+def test_text_run_learns_and_resumes_exactly(tmp_path, capsys):
+    data = write_reviews(tmp_path)
+    settings = {**data, "max_steps": 60, "eval_steps": 20, "learning_rate": 1e-2, "save_total_limit": 5}
+    whole = run("lra-text", tmp_path / "whole", **settings)
+    assert whole["test_accuracy"] == 1.0 and whole["validation_accuracy"] == 1.0
+    resumed = run(
+        "lra-text", tmp_path / "resumed", resume_from_checkpoint=tmp_path / "whole/checkpoint-20", **settings
+    )
+    first, second = (tmp_path / name / "checkpoint-60/model.safetensors" for name in ("whole", "resumed"))
+    torch.testing.assert_close(load_file(first), load_file(second), rtol=0, atol=0)
+    assert resumed["confusion_matrix"] == whole["confusion_matrix"]
+    assert resumed["trained_tokens"] < whole["trained_tokens"]
+    again = run("lra-text", tmp_path / "whole", resume_from_checkpoint="latest", **(settings | {"max_steps": 61}))
+    assert again["steps"] == 61
+
+
+def test_pairs_with_labels_and_without(tmp_path):
+    tasks = module("tasks")
+    path = tmp_path / "pairs.tsv"
+    path.write_text("id\ta\tb\tsame\n" + "".join(f"{i}\ta{i}\tb{i}\t{i % 2}\n" for i in range(10)), "utf-8")
+    arguments = tasks.DataArguments(
+        data_path=str(path), first_column="a", second_column="b", validation_size=2, test_size=2
+    )
+    found = tasks.load_task("retrieval", arguments, 256)
+    rows = [found.train[i] for i in range(len(found.train))]
+    texts = [tuple(bytes(row[name]).decode() for name in ("input_ids", "pair_input_ids")) for row in rows]
+    assert len(rows) == 12
+    for (first, second), row in zip(texts, rows, strict=True):
+        assert (first[1:] == second[1:]) == bool(row["labels"]) and (first[0], second[0]) == ("a", "b")
+    batch = found.collate(rows[:3])
+    assert batch["input_ids"].shape == batch["attention_mask"].shape and "pair_attention_mask" in batch
+    held_out = {bytes(row["input_ids"]) for part in (found.validation, found.test) for row in (part[0], part[2])}
+    assert not held_out & {bytes(row[name]) for row in rows for name in row if name != "labels"}
+    arguments.label_column = "same"
+    found = tasks.load_task("retrieval", arguments, 256)
+    rows = [found.train[i] for i in range(len(found.train))]
+    assert len(rows) == 6
+    assert all(int(bytes(row["input_ids"])[1:]) % 2 == row["labels"] for row in rows)
+
+
+def test_padding_goes_to_the_right_and_under_a_mask():
+    rows = [{"input_ids": np.arange(n, dtype=np.uint8), "labels": n} for n in (3, 1)]
+    batch = module("tasks").pad_tokens(rows, 9)
+    assert batch["input_ids"].tolist() == [[0, 1, 2], [0, 9, 9]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch["labels"].tolist() == [3, 1]
+
+
+def test_rows_of_like_length_come_together_in_an_order_of_seed_and_epoch():
+    tasks = module("tasks")
+    lengths = np.random.default_rng(0).integers(1, 1000, 430).tolist()
+
+    def epoch(number, seed=0):
+        order = tasks.LengthOrder(lengths, 8, seed)
+        order.set_epoch(number)
+        return list(order)
+
+    rows = epoch(0)
+    assert sorted(rows) == list(range(430)) and rows == epoch(0)
+    assert rows != epoch(1) and rows != epoch(0, seed=1)
+    spans = [np.ptp([lengths[row] for row in rows[at : at + 8]]) for at in range(0, 424, 8)]
+    assert np.mean(spans) < 100
+    means = [np.mean([lengths[row] for row in rows[at : at + 8]]) for at in range(0, 424, 8)]
+    assert means != sorted(means)
+
+
+def test_missing_data_say_where_to_get_them(tmp_path):
+    words = {
+        "lra-text": "aclImdb.*--data_path",
+        "lra-image": "CIFAR-10.*--data_path PIXELS --labels_path",
+        "lra-listops": "no data path was given.*--data_path FOLDER",
+        "lra-pathfinder": "--data_path FOLDER",
+        "lra-retrieval": "text pairs.*--data_path",
+        "speech-commands": "Speech Commands.*--data_path",
+    }
+    assert set(words) == {path.stem for path in RECIPES}
+    for recipe, message in words.items():
+        with pytest.raises(FileNotFoundError, match=message):
+            run(recipe, tmp_path / "run")
+    with pytest.raises(FileNotFoundError, match="there is no file 'nowhere.tar'"):
+        run("lra-text", tmp_path / "run", data_path="nowhere.tar")
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_input_is_refused_before_training(tmp_path):
+    reviews, pictures, pairs = write_reviews(tmp_path), write_gray_pictures(tmp_path), write_pairs(tmp_path)
+    (tmp_path / "broken.tar.xz").write_bytes(b"no archive")
+    cases = [
+        ("lra-text", reviews | {"data_path": tmp_path / "broken.tar.xz"}, "is no tar archive"),
+        ("lra-text", reviews | {"task": "sums"}, "task must be one of text, image.*'sums'"),
+        ("lra-text", reviews | {"preset": "lra-image"}, "needs input_type='tokens'"),
+        ("lra-text", reviews | {"preset": "lra-listops"}, "256 ids, the preset's vocab_size is 19"),
+        ("lra-text", reviews | {"preset": "lra-retrieval"}, "one input a row.*pair_features='nli'"),
+        ("lra-text", reviews | {"validation_size": 14}, "leave 0 training rows"),
+        ("lra-image", pictures | {"group_by_length": True}, "group_by_length is for texts"),
+        ("lra-text", reviews | {"max_steps": 0}, "max_steps must be at least 1"),
+        ("lra-text", reviews | {"resume_from_checkpoint": "latest"}, "there is no checkpoint"),
+        ("lra-text", reviews | {"mixed_precision": "fp8"}, "mixed_precision"),
+        ("lra-image", pictures | {"data_path": pictures["labels_path"]}, "pixels must be uint8"),
+        ("lra-image", pictures | {"data_path": reviews["data_path"]}, "holds no numpy arrays"),
+        ("speech-commands", {"data_path": pictures["data_path"]}, "lacks audio, label, is_test, words"),
+        ("lra-retrieval", pairs | {"first_column": "title"}, "no column 'title'; it has question, answer"),
+        ("lra-retrieval", pairs | {"label_column": "answer"}, "labels must be 0 or 1"),
+        ("lra-listops", {"data_path": tmp_path / "broken.tar.xz"}, "is a file"),
+    ]  # fmt: skip
+    for recipe, settings, message in cases:
+        with pytest.raises(ValueError, match=message):
+            run(recipe, tmp_path / "run", **settings)
+    assert not (tmp_path / "run").exists()
+
+
+def test_retrieval_runs_on_real_texts(tmp_path):
+    """Word problems and their solutions, and solutions of other problems."""
+    path = ROOT / "tests/data/gsm8k_excerpt.jsonl"
+    results = run(
+        "lra-retrieval", tmp_path / "run", data_path=path, max_length=300, validation_size=6, test_size=6,
+        first_column="question", second_column="answer",
+    )  # fmt: skip
+    assert results["rows"] == {"train": 56, "validation": 12, "test": 12}
+    assert (tmp_path / "run/results.json").is_file()
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_shipped_recipes_hold_the_published_settings(path):
+    train = module("train")
+    arguments = module("recipes").parse_arguments(train.ClassificationArguments, [str(path), "--output_dir", "out"])
+    train.check_arguments(arguments)
+    config = train.build_config(arguments)
+    assert config.bidirectional and arguments.preset.split("-")[1] in path.stem
+    published = {
+        "lra-listops": (4e-3, 1e-3, 64, 90_000, 27_000), "lra-text": (4e-3, 0.01, 50, 25_000, 10_000),
+        "lra-retrieval": (3e-3, 0.04, 64, 91_960, 10_000), "lra-image": (0.01, 0.02, 50, 180_000, 9_000),
+        "lra-pathfinder": (0.01, 0.01, 128, 250_000, 50_000), "speech-commands": (0.01, 0.01, 20, 250_000, 10_000),
+    }  # fmt: skip
+    rows = arguments.batch_size * arguments.gradient_accumulation_steps
+    assert published[path.stem] == (
+        arguments.learning_rate, arguments.weight_decay, rows, arguments.max_steps, arguments.warmup_steps,
+    )  # fmt: skip
+    assert (arguments.beta1, arguments.beta2, arguments.max_grad_norm) == (0.9, 0.98, 1.0)
