@@ -123,7 +123,8 @@ class SeqBoatCacheLayer(CacheLayerMixin):
         positions: (B, W) int64, the places of those tokens among their segment's real tokens.
         activated_count: (B,) int64, activated tokens of the current segment; min(activated_count, W) slots are valid.
         token_count: (B,) int64, real tokens of the current segment.
-        ssm_inputs: (B, T, D), the last T real SSM inputs, oldest first; only with `ssm_truncation`.
+        ssm_inputs: (B, T, D), the last T real SSM inputs of the current segment, the n-th in slot n % T; only with
+            `ssm_truncation`.
     """
 
     is_sliding = False
@@ -204,6 +205,15 @@ class SeqBoatCacheLayer(CacheLayerMixin):
         names = ("ssm_state", "keys", "values", "positions", "activated_count", "token_count", "ssm_inputs")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
+    def recent_inputs(self, count: int | None = None) -> Tensor | None:
+        """The last T real SSM inputs (B, T, D), oldest first, zeros where there were fewer, or the first `count` of them;
+        None without truncation."""
+        if self.ssm_inputs is None:
+            return None
+        span = self.truncation if count is None else min(count, self.truncation)
+        slots = (self.token_count[:, None] + torch.arange(span, device=self.token_count.device)) % self.truncation
+        return self.ssm_inputs.gather(1, slots[:, :, None].expand(-1, -1, self.ssm_inputs.shape[2]))
+
     def _store(self, name: str, value: Tensor) -> None:
         """A static cache keeps its addresses (CUDA graphs replay them); a dynamic one takes the new tensor."""
         if self.static:
@@ -225,6 +235,8 @@ class SeqBoatCacheLayer(CacheLayerMixin):
             update = update.columns(extra, length)
         if self.record_past:
             self._record(update)
+        else:
+            self._journal = []
         self._apply(update)
 
     @torch.no_grad()
@@ -245,8 +257,12 @@ class SeqBoatCacheLayer(CacheLayerMixin):
             hidden: (B, 1, D); real, reset: (B, 1) bool or None; ssm_state: (B, D, N).
             active: (B,) bool; key: (B, Z); value: (B, V); position: (B,) int64.
         """
+        if self._journal:
+            self._journal = []
         if reset is not None:
             starts = reset[:, 0] if real is None else (reset & real)[:, 0]
+            if self.ssm_inputs is not None:
+                self.ssm_inputs.masked_fill_(starts[:, None, None], 0)
             self.keys.masked_fill_(starts[:, None, None], 0)
             self.values.masked_fill_(starts[:, None, None], 0)
             self.positions.masked_fill_(starts[:, None], 0)
@@ -254,16 +270,18 @@ class SeqBoatCacheLayer(CacheLayerMixin):
             self.token_count.masked_fill_(starts, 0)
         slot = (self.activated_count % self.keys.shape[1])[:, None]
         chosen = active[:, None]
-        for buffer, new in ((self.keys, key), (self.values, value)):
-            index = slot[:, :, None].expand(-1, -1, buffer.shape[2])
+        writes = [(self.keys, slot, chosen, key), (self.values, slot, chosen, value)]
+        if self.ssm_inputs is not None:
+            known = torch.ones_like(chosen) if real is None else real
+            writes.append((self.ssm_inputs, (self.token_count % self.truncation)[:, None], known, hidden[:, 0]))
+        for buffer, at, written, new in writes:
+            index = at[:, :, None].expand(-1, -1, buffer.shape[2])
             old = buffer.gather(1, index)
-            buffer.scatter_(1, index, torch.where(chosen[:, :, None], new[:, None].to(buffer.dtype), old))
+            buffer.scatter_(1, index, torch.where(written[:, :, None], new[:, None].to(buffer.dtype), old))
         old = self.positions.gather(1, slot)
         self.positions.scatter_(1, slot, torch.where(chosen, position[:, None], old))
         self.activated_count.add_(active.long())
         self.token_count.add_(1 if real is None else real[:, 0].long())
-        if self.ssm_inputs is not None:
-            self._store("ssm_inputs", last_real_tokens(hidden, self.truncation, real, reset, self.ssm_inputs))
         self._store("ssm_state", ssm_state)
         self._advance(1)
 
@@ -278,6 +296,7 @@ class SeqBoatCacheLayer(CacheLayerMixin):
         counted = torch.zeros_like(self.activated_count)
         counted.scatter_add_(0, update.row, update.current.long())
         length = update.hidden.shape[1]
+        inputs = self.recent_inputs()
         if update.reset is None:
             self.token_count += length if update.real is None else update.real.sum(1)
             self.activated_count += counted
@@ -298,16 +317,19 @@ class SeqBoatCacheLayer(CacheLayerMixin):
         self.keys[row, slot] = update.keys[kept].to(self.keys.dtype)
         self.values[row, slot] = update.values[kept].to(self.values.dtype)
         self.positions[row, slot] = update.positions[kept]
-        if self.ssm_inputs is not None:
-            inputs = last_real_tokens(update.hidden, self.truncation, update.real, update.reset, self.ssm_inputs)
-            self._store("ssm_inputs", inputs)
+        if inputs is not None:
+            inputs = last_real_tokens(update.hidden, self.truncation, update.real, update.reset, inputs)
+            # From oldest first to the slots that the new counts give.
+            order = (torch.arange(self.truncation, device=inputs.device) - self.token_count[:, None]) % self.truncation
+            self._store("ssm_inputs", inputs.gather(1, order[:, :, None].expand_as(inputs)))
         self._store("ssm_state", update.ssm_state.detach().to(self.ssm_state.dtype))
         self._advance(length)
 
     def _rescan(self, update: CacheUpdate) -> Tensor:
         delayed = None
         if update.delay_decay is not None:
-            delayed = shift_real_tokens(update.hidden, self.truncation, update.real, update.reset, self.ssm_inputs)
+            history = self.recent_inputs(update.hidden.shape[1])
+            delayed = shift_real_tokens(update.hidden, self.truncation, update.real, update.reset, history)
         return ema_scan(
             update.hidden,
             update.decay,

@@ -185,10 +185,10 @@ class SeqBoatEMA(nn.Module):
             width = self.hidden_size
             history = state = None
             if cache is not None:
-                state, history = cache.ssm_state, cache.ssm_inputs
+                state, history = cache.ssm_state, cache.recent_inputs(x.shape[1])
                 if cache.static and torch.is_grad_enabled():
                     # The graph keeps what the cache is about to overwrite.
-                    state, history = (None if tensor is None else tensor.clone() for tensor in (state, history))
+                    state = state.clone()
             y, state, delay_decay = self._scan(
                 x, decay[:width], input_gain[:width], output_gain[:width], self.omega.to(decay.dtype),
                 context.real, context.reset, context.plan, state, history, cache is not None,

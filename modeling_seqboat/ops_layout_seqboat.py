@@ -130,18 +130,22 @@ def shift_real_tokens(
         x: (B, L, D); values at pads are not read.
         lag: T >= 1.
         real, reset: as in `build_scan_plan`.
-        history: (B, T, D), the last T real tokens before column 0, oldest first, zeros where there were fewer, or None.
+        history: (B, T, D), the last T real tokens before column 0, oldest first, zeros where there were fewer, or None;
+            the first L of them do where L < T.
 
     Returns:
         (B, L, D): at a real token the value T real tokens before it, 0 where its segment is younger than that;
         0 at pads.
     """
     batch, length, width = x.shape
+    held = min(lag, length)
     if history is None:
-        history = x.new_zeros(batch, lag, width)
-    extended = torch.cat([history.to(x.dtype), x], dim=1)
+        history = x.new_zeros(batch, held, width)
+    history = history[:, :held].to(x.dtype)
     if real is None and reset is None:
-        return extended[:, :length]
+        return history if length <= lag else torch.cat([history, x[:, : length - lag]], dim=1)
+    # A row of at most T columns hears of tokens before it alone.
+    extended = history if length <= lag else torch.cat([history, x], dim=1)
     device = x.device
     columns = torch.arange(length, device=device)
     real_columns = real if real is not None else torch.ones(batch, length, dtype=torch.bool, device=device)
@@ -151,7 +155,7 @@ def shift_real_tokens(
     nth.scatter_(1, torch.where(real_columns, order, length), columns.expand(batch, -1))
     wanted = order - lag
     source = torch.where(wanted < 0, wanted + lag, nth.gather(1, wanted.clamp_min(0)) + lag)
-    source = source.clamp(0, lag + length - 1)
+    source = source.clamp(0, extended.shape[1] - 1)
     known = real_columns
     if reset is not None:
         starts = reset & real_columns
@@ -173,10 +177,11 @@ def last_real_tokens(x: Tensor, count: int, real: Tensor | None, reset: Tensor |
         (B, T, D) of `history`'s dtype, oldest first, zeros where the segment is shorter.
     """
     batch, length, width = x.shape
-    extended = torch.cat([history, x.to(history.dtype)], dim=1)
     if real is None and reset is None:
+        newest = x[:, max(0, length - count) :].to(history.dtype)
         # A window would keep the whole forward's inputs alive; `contiguous` leaves that of a single row as it is.
-        return extended[:, length:].clone()
+        return torch.cat([history[:, length:], newest], dim=1) if length < count else newest.clone()
+    extended = torch.cat([history, x.to(history.dtype)], dim=1)
     device = x.device
     real_columns = real if real is not None else torch.ones(batch, length, dtype=torch.bool, device=device)
     order = real_columns.long().cumsum(1) - 1

@@ -221,6 +221,19 @@ def test_crop_of_everything_leaves_an_empty_state():
     torch.testing.assert_close(model(more, past_key_values=cache).logits, model(more).logits)
 
 
+@pytest.mark.parametrize("columns", [1, 4])
+def test_a_forward_that_is_not_recorded_ends_what_can_be_taken_back(columns):
+    model, ids = model_of(), random_ids(2, 12)
+    cache = fed(model, ids[:, :8], record=True)
+    for layer in cache.layers:
+        layer.record_past = False
+    model(ids[:, 8 : 8 + columns], past_key_values=cache)
+    before = state_of(cache)
+    with pytest.raises(RuntimeError, match="0 are recorded"):
+        cache.crop(-1)
+    assert_same_state(cache, before, exact=True)
+
+
 def test_a_crop_too_far_is_an_error_and_changes_nothing():
     model, ids = model_of(), random_ids(2, 30)
     cache = fed(model, ids[:, :20])

@@ -109,7 +109,7 @@ def test_nothing_is_read_under_pads(length, truncation):
     assert torch.equal(found[1]["y"][~marks["real"]], torch.zeros(int((~marks["real"]).sum()), WIDTH))
 
 
-@pytest.mark.parametrize("split", [1, 30, 64, 100])
+@pytest.mark.parametrize("split", [1, 4, 30, 64, 100])
 def test_state_continues_a_scan(split):
     leaves, marks = scan_inputs(130, torch.float64, pads=True, resets=True, truncation=7)
     gains = [leaves[name] for name in ("decay", "input_gain", "output_gain", "skip")]
@@ -117,6 +117,8 @@ def test_state_continues_a_scan(split):
     for part in (slice(0, split), slice(split, 130)):
         x, cut = leaves["x"][:, part], {name: mark[:, part] for name, mark in marks.items()}
         delayed = shift_real_tokens(x, 7, cut["real"], cut["reset"], history)
+        needed = shift_real_tokens(x, 7, cut["real"], cut["reset"], history[:, : x.shape[1]])
+        assert torch.equal(needed, delayed)
         y, state = ema_scan(x, *gains, **cut, state=state, delayed=delayed, delay_decay=leaves["decay"] ** 7)
         history = last_real_tokens(x, 7, cut["real"], cut["reset"], history)
         ys.append(y)
