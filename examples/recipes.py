@@ -9,6 +9,8 @@ from typing import TypeVar
 import yaml
 from transformers import HfArgumentParser
 
+from modeling_seqboat import SeqBoatConfig
+
 Arguments = TypeVar("Arguments")
 
 
@@ -52,6 +54,22 @@ def check_output_folder(folder: str, resuming: bool, overwrite: bool) -> Path:
             "--overwrite_output_dir True"
         )
     return path
+
+
+def check_same_shape(folder: Path, config: SeqBoatConfig) -> None:
+    """Raises ValueError if `folder` is no checkpoint of these scripts, or one of a model that `config` does not describe."""
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{str(folder)!r} is no checkpoint folder of this script: it has no config.json")
+    saved, ours = SeqBoatConfig.from_pretrained(folder).to_dict(), config.to_dict()
+    fields = set(SeqBoatConfig.__dataclass_fields__) & set(ours)
+    # The Trainer turns use_cache off for the time of the training.
+    ignored = {"dtype", "transformers_version", "architectures", "kernel_backend", "use_cache"}
+    for name in sorted(fields - ignored):
+        if saved.get(name) != ours[name]:
+            raise ValueError(
+                f"checkpoint {str(folder)!r} is of another shape: {name} is {saved.get(name)!r} there and "
+                f"{ours[name]!r} in this run"
+            )
 
 
 def check_launch(cpu: bool) -> None:

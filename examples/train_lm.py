@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, set_seed
-from recipes import check_launch, check_output_folder, parse_arguments
+from recipes import check_launch, check_output_folder, check_same_shape, parse_arguments
 from text_data import RowOrder, StreamedBlocks, TokenBlocks, joined_tokens, load_tokenizer, read_text_file, split_text
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -225,17 +225,7 @@ def find_checkpoint(a: TrainArguments, config: SeqBoatConfig) -> Path | None:
         if not folders:
             raise ValueError(f"there is no checkpoint in output_dir {a.output_dir!r} to resume from")
         folder = folders[-1]
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{str(folder)!r} is no checkpoint folder of this script: it has no config.json")
-    saved = SeqBoatConfig.from_pretrained(folder).to_dict()
-    ours = config.to_dict()
-    fields = set(SeqBoatConfig.__dataclass_fields__) & set(ours)
-    for name in sorted(fields - {"dtype", "transformers_version", "architectures", "kernel_backend"}):
-        if saved.get(name) != ours[name]:
-            raise ValueError(
-                f"checkpoint {str(folder)!r} is of another shape: {name} is {saved.get(name)!r} there and "
-                f"{ours[name]!r} in this run"
-            )
+    check_same_shape(folder, config)
     return folder
 
 

@@ -20,7 +20,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = ROOT / "examples/data/tinyshakespeare.txt"
-RECIPES = sorted((ROOT / "configuration/recipes").glob("*.yaml"))
+RECIPES = [
+    path for path in sorted((ROOT / "configuration/recipes").glob("*.yaml")) if "preset:" in path.read_text("utf-8")
+]
 
 
 def _forget_accelerator():

@@ -1,0 +1,183 @@
+"""Fine-tunes a saved causal SeqBoat with transformers' Trainer, on a text or on an instruction set.
+
+    python examples/finetune_trainer.py configuration/recipes/gsm8k.yaml \
+        --model outputs/lm/final --output_dir outputs/gsm8k
+
+Every argument of TrainingArguments is one here. Examples of a batch are packed into one row without padding, state and
+attention stopping at their borders. Writes checkpoints, `final/` and `report.json` to `output_dir`.
+"""
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from instruction_data import Instructions, read_instructions
+from recipes import check_launch, check_output_folder, check_same_shape, parse_arguments
+from text_data import TokenBlocks, load_tokenizer, read_text_file, split_text
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+from transformers import (
+    AutoModelForCausalLM,
+    DataCollatorWithFlattening,
+    EvalPrediction,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+)
+
+import modeling_seqboat
+from modeling_seqboat.training_seqboat import RouterCallback, SeqBoatTrainer, parameter_groups
+
+
+@dataclass
+class FinetuneArguments(TrainingArguments):
+    model: str | None = field(default=None, metadata={"help": "folder or Hub name of a causal SeqBoat"})
+    tokenizer: str | None = field(default=None, metadata={"help": "'byte' or for AutoTokenizer; default: the model's"})
+    train_file: str | None = field(default=None, metadata={"help": ".jsonl of instructions, or a text (.gz, .xz too)"})
+    eval_file: str | None = field(
+        default=None, metadata={"help": "the same for evaluation; default: a part of train_file"}
+    )
+    prompt_column: str = field(default="prompt", metadata={"help": "of a .jsonl without 'messages'"})
+    completion_column: str = field(default="completion", metadata={"help": "of a .jsonl without 'messages'"})
+    validation_fraction: float = field(default=0.1, metadata={"help": "end of train_file kept, without eval_file"})
+    max_bytes: int | None = field(default=None, metadata={"help": "use this much of a text"})
+    sequence_length: int = field(default=1024, metadata={"help": "tokens of an example at most; of a text's rows"})
+    packing: bool = field(default=True, metadata={"help": "join a batch into one row instead of padding it"})
+    router_learning_rate: float | None = field(default=None, metadata={"help": "peak rate of the routers, with AdamW"})
+    overwrite_output_dir: bool = field(default=False)
+
+
+class LeftPadding:
+    """Rows of different lengths -> one batch, padded on the left; without labels every token is its own."""
+
+    def __init__(self, pad_token_id: int):
+        self.pad_token_id = pad_token_id
+
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        length = max(len(row["input_ids"]) for row in rows)
+
+        def stack(name: str, value: int) -> torch.Tensor:
+            tensors = [row.get(name, row["input_ids"]) for row in rows]
+            return torch.stack([F.pad(tensor, (length - len(tensor), 0), value=value) for tensor in tensors])
+
+        mask = [torch.arange(length) >= length - len(row["input_ids"]) for row in rows]
+        return {
+            "input_ids": stack("input_ids", self.pad_token_id),
+            "labels": stack("labels", -100),
+            "attention_mask": torch.stack(mask).long(),
+        }
+
+
+def load_data(a: FinetuneArguments, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, Dataset]:
+    """Training and evaluation examples. Raises FileNotFoundError and ValueError that name what is wrong."""
+    if a.train_file is None:
+        raise ValueError("train_file is missing")
+    if not 0 < a.validation_fraction < 1:
+        raise ValueError(f"validation_fraction must lie between 0 and 1, got {a.validation_fraction}")
+    if a.train_file.endswith(".jsonl"):
+        columns = (a.prompt_column, a.completion_column)
+        train = read_instructions(a.train_file, *columns)
+        if a.eval_file is not None:
+            held_out = read_instructions(a.eval_file, *columns)
+        else:
+            border = len(train) - max(1, int(len(train) * a.validation_fraction))
+            train, held_out = train[:border], train[border:]
+            if not train:
+                raise ValueError(f"instruction file {a.train_file!r} has 1 example; evaluation needs another")
+        return Instructions(train, tokenizer, a.sequence_length), Instructions(held_out, tokenizer, a.sequence_length)
+    splits = split_text(read_text_file(a.train_file), tokenizer, a.validation_fraction, a.max_bytes)
+    validation = splits.validation
+    if a.eval_file is not None:
+        validation = split_text(read_text_file(a.eval_file), tokenizer, 0.0, a.max_bytes).train
+    if len(validation) < 2:
+        raise ValueError(f"there are {len(validation)} validation tokens; at least 2 are needed")
+    return TokenBlocks(splits.train, a.sequence_length), TokenBlocks(
+        validation, min(a.sequence_length, len(validation))
+    )
+
+
+def token_scores(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """(B, L, vocabulary) logits and (B, L) labels -> (B, L - 1, 2): whether the likeliest token is right, and -log p of
+    the label; -100 where there is no label, as in the Trainer's own padding."""
+    targets = labels[:, 1:]
+    losses = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), targets, reduction="none")
+    hits = (logits[:, :-1].argmax(-1) == targets).float()
+    return torch.stack([hits, losses], dim=-1).masked_fill((targets == -100)[..., None], -100.0)
+
+
+def metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """Means over all labelled tokens, whatever batch they came in."""
+    scores = prediction.predictions[prediction.predictions[..., 0] >= 0]
+    accuracy, loss = scores.mean(axis=0, dtype="float64").tolist()
+    return {"token_loss": loss, "perplexity": math.exp(min(loss, 700.0)), "accuracy": accuracy}
+
+
+def find_checkpoint(a: FinetuneArguments, config) -> str | None:
+    """The folder to resume from. Raises ValueError where there is none, or one of another shape."""
+    if a.resume_from_checkpoint is None:
+        return None
+    folder = Path(a.resume_from_checkpoint)
+    if a.resume_from_checkpoint == "latest":
+        folders = sorted(Path(a.output_dir).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+        if not folders:
+            raise ValueError(f"there is no checkpoint in output_dir {a.output_dir!r} to resume from")
+        folder = folders[-1]
+    check_same_shape(folder, config)
+    return str(folder)
+
+
+def main(argv: list[str] | None = None) -> dict:
+    a = parse_arguments(FinetuneArguments, argv)
+    check_launch(a.use_cpu or not torch.accelerator.is_available())
+    if a.model is None:
+        raise ValueError("model is missing: the folder or Hub name of a causal SeqBoat")
+    output = check_output_folder(a.output_dir, a.resume_from_checkpoint is not None, a.overwrite_output_dir)
+    tokenizer = load_tokenizer(a.tokenizer or a.model)
+    train, validation = load_data(a, tokenizer)
+    model = AutoModelForCausalLM.from_pretrained(a.model)
+    if model.config.model_type != modeling_seqboat.SeqBoatConfig.model_type:
+        raise ValueError(f"model {a.model!r} is a {model.config.model_type!r} model, not a SeqBoat")
+    if len(tokenizer) > model.config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} ids, the model's vocabulary {model.config.vocab_size}: they do not belong "
+            "together"
+        )
+    checkpoint = find_checkpoint(a, model.config)
+    use_cache = model.config.use_cache
+    optimizer = None
+    if a.router_learning_rate is not None:
+        groups = parameter_groups(model, a.weight_decay, router_learning_rate=a.router_learning_rate)
+        betas = (a.adam_beta1, a.adam_beta2)
+        optimizer = torch.optim.AdamW(groups, lr=a.learning_rate, betas=betas, eps=a.adam_epsilon)
+    trainer = SeqBoatTrainer(
+        model=model, args=a, train_dataset=train, eval_dataset=validation, processing_class=tokenizer,
+        data_collator=DataCollatorWithFlattening() if a.packing else LeftPadding(tokenizer.pad_token_id),
+        compute_metrics=metrics, preprocess_logits_for_metrics=token_scores, optimizers=(optimizer, None),
+    )  # fmt: skip
+    RouterCallback.attach(trainer)
+    before = trainer.evaluate()
+    trained = trainer.train(resume_from_checkpoint=checkpoint)
+    after = trainer.evaluate()
+    # Off for the training; the model that is kept shall generate with its cache.
+    model.config.use_cache = use_cache
+    trainer.save_model(str(output / "final"))
+    names = ("eval_token_loss", "eval_perplexity", "eval_accuracy")
+    report = {
+        "examples": len(train), "cut_examples": getattr(train, "cut", 0),
+        "dropped_examples": getattr(train, "dropped", 0), "steps": trainer.state.global_step,
+        "train_loss": trained.training_loss, **{f"before_{name}": before[name] for name in names},
+        **{name: after[name] for name in names},
+    }  # fmt: skip
+    if trainer.is_world_process_zero():
+        (output / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        counts = f"{report['cut_examples']} cut, {report['dropped_examples']} dropped"
+        print(f"{len(train)} examples to train on ({counts}), {len(validation)} to evaluate on")
+        print(f"{report['steps']} steps, {trained.metrics['train_runtime']:.0f} s")
+        for name in names:
+            print(f"{name.removeprefix('eval_')}: {before[name]:.4f} before, {after[name]:.4f} after")
+    return report
+
+
+if __name__ == "__main__":
+    main()
