@@ -288,7 +288,11 @@ class SeqBoatModel(SeqBoatPreTrainedModel):
         wants_hidden = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         states, probs = [hidden], []
         for layer in self.layers:
-            hidden, confidence = layer(hidden, context, past_key_values=cache)
+            if cache is not None and layer.training and layer.gradient_checkpointing:
+                # Nothing is computed twice without gradients, but the wrapper drops a cache that it knows by name.
+                hidden, confidence = layer(hidden, context, cache)
+            else:
+                hidden, confidence = layer(hidden, context, past_key_values=cache)
             states.append(hidden if wants_hidden else None)
             probs.append(confidence)
         if self.final_norm is not None:
@@ -327,8 +331,13 @@ class SeqBoatModel(SeqBoatPreTrainedModel):
                 f"past_key_values must be a SeqBoatCache, got {type(past_key_values).__name__}, which has no place for "
                 "the state of an EMA; use SeqBoatCache(model.config)"
             )
-        checkpointing = self.training and self.gradient_checkpointing
-        if checkpointing:
+        # Without gradients, as in generate(), nothing is computed twice and a cache is as good as ever.
+        if self.training and self.gradient_checkpointing and torch.is_grad_enabled():
+            if past_key_values is not None and past_key_values.get_seq_length() > 0:
+                raise ValueError(
+                    "a filled past_key_values cannot be continued under gradient checkpointing, which runs every layer "
+                    "twice: use torch.no_grad(), model.eval() or model.gradient_checkpointing_disable()"
+                )
             if past_key_values is not None or use_cache:
                 logger.warning_once("no cache is kept under gradient checkpointing")
             return None

@@ -1,6 +1,7 @@
 """Training: gradients under checkpointing, Trainer, Accelerate, accumulation, weight decay groups, router reports."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -81,6 +82,24 @@ def test_checkpointing_gives_the_same_gradients(autocast, reentrant):
         loss.backward()
         seen.append((loss.detach(), gradients(model)))
     torch.testing.assert_close(seen[0], seen[1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_does_not_stand_in_the_way_of_generation(reentrant):
+    model = make_model()
+    ids = stack(rows())["input_ids"]
+    options = dict(max_new_tokens=6, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    expected = model.eval().generate(ids, use_cache=False, **options).logits
+    model.train().gradient_checkpointing_enable({"use_reentrant": reentrant})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = model.generate(ids, **options).logits
+        with torch.no_grad():
+            cache = model(ids, use_cache=True).past_key_values
+    torch.testing.assert_close(torch.stack(found), torch.stack(expected), atol=1e-4, rtol=1e-4)
+    assert cache.get_seq_length() == ids.shape[1]
+    with pytest.raises(ValueError, match="under gradient checkpointing"):
+        model(ids, past_key_values=cache, labels=ids)
 
 
 def test_backward_under_autocast_gives_the_same_gradients():
