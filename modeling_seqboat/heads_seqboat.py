@@ -136,14 +136,13 @@ class SeqBoatPooledClassifier(SeqBoatPreTrainedModel):
         )
 
     def _loss(self, logits: Tensor, labels: Tensor, num_items: Tensor | int | None) -> Tensor:
-        # The losses of regression and of several labels at once are means and know no count: under gradient
-        # accumulation each mean has to be weighted by its share of the labels.
-        loss = self.loss_function(labels=labels, pooled_logits=logits.float(), config=self.config)
-        if num_items is None:
-            return loss
-        if self.config.problem_type == "single_label_classification":
-            return loss.nan_to_num(0.0) * labels.ne(-100).sum() / num_items
-        return loss * labels.numel() / num_items
+        counted = {} if num_items is None else {"num_items_in_batch": num_items}
+        loss = self.loss_function(labels=labels, pooled_logits=logits.float(), config=self.config, **counted)
+        if counted and self.config.problem_type != "single_label_classification":
+            # The losses of regression and of several labels at once are means and know no count: under gradient
+            # accumulation each has to be weighted by its share of the labels.
+            loss = loss * labels.numel() / num_items
+        return loss
 
 
 class SeqBoatForSequenceClassification(SeqBoatPooledClassifier):
