@@ -87,9 +87,33 @@ def ema_scan(
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     if x.shape[1] == 1:
         return _ema_step(x, decay, input_gain, output_gain, skip, real, reset, state, delayed, delay_decay, dtype)
-    batch, length, width = x.shape
     if plan is None:
-        plan = build_scan_plan(batch, length, chunk_size_for(length), x.device, real, reset)
+        plan = build_scan_plan(x.shape[0], x.shape[1], chunk_size_for(x.shape[1]), x.device, real, reset)
+    return _ema_chunks(
+        x, decay, input_gain, output_gain, skip, real, state, delayed, delay_decay, plan, need_state, dtype
+    )
+
+
+@torch.compiler.disable
+def _ema_chunks(
+    x: Tensor,
+    decay: Tensor,
+    input_gain: Tensor,
+    output_gain: Tensor,
+    skip: Tensor | None,
+    real: Tensor | None,
+    state: Tensor | None,
+    delayed: Tensor | None,
+    delay_decay: Tensor | None,
+    plan: ScanPlan,
+    need_state: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor | None]:
+    """`ema_scan` of several columns, chunk by chunk.
+
+    Not traced: torch 2.11 compiles the in-place border scan to wrong gradients.
+    """
+    _, length, width = x.shape
     size, chunks = plan.chunk_size, plan.num_chunks
     steps = torch.arange(size, device=x.device, dtype=dtype)
     log_decay = decay.to(dtype).clamp_min(_SMALLEST_DECAY).log()
