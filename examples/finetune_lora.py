@@ -1,7 +1,7 @@
 """LoRA on a saved causal SeqBoat: trains an adapter on a text, saves it, reloads it, merges it, and prints what that
 cost and brought.
 
-    python examples/finetune_lora.py --model outputs/lm --train_file examples/data/tinyshakespeare.txt \
+    python examples/finetune_lora.py --model outputs/lm/final --train_file examples/data/tinyshakespeare.txt \
         --output_dir outputs/adapter
 """
 
@@ -12,11 +12,10 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from recipes import check_output_folder, parse_arguments
+from recipes import check_launch, check_model, check_model_folder, check_output_folder, parse_arguments
 from text_data import TokenBlocks, load_tokenizer, read_text_file, split_text
 from transformers import AutoModelForCausalLM, TrainingArguments
 
-import modeling_seqboat
 from modeling_seqboat.training_seqboat import RouterCallback, SeqBoatTrainer
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configuration/peft/seqboat_lora.json"
@@ -53,7 +52,7 @@ class LoraArguments:
 
 
 def load_base(arguments: LoraArguments) -> torch.nn.Module:
-    """The base model, its linear layers quantised if asked for. Raises ValueError for a foreign model or setting."""
+    """The base model, its linear layers quantised if asked for. Raises ValueError for an unknown setting."""
     if arguments.quantization not in ("none", "int8", "int4"):
         raise ValueError(f"quantization must be none, int8 or int4, got {arguments.quantization!r}")
     settings = {}
@@ -66,10 +65,7 @@ def load_base(arguments: LoraArguments) -> torch.nn.Module:
         else:
             kind = IntxWeightOnlyConfig(torch.int4, PerGroup(arguments.int4_group_size))
             settings["quantization_config"] = TorchAoConfig(kind)
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, **settings)
-    if model.config.model_type != modeling_seqboat.SeqBoatConfig.model_type:
-        raise ValueError(f"model {arguments.model!r} is a {model.config.model_type!r} model, not a SeqBoat")
-    return model
+    return AutoModelForCausalLM.from_pretrained(arguments.model, **settings)
 
 
 def lora_config(arguments: LoraArguments) -> LoraConfig:
@@ -96,14 +92,21 @@ def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
 def main(argv: list[str] | None = None) -> dict:
     arguments = parse_arguments(LoraArguments, argv)
     output = check_output_folder(arguments.output_dir, False, arguments.overwrite_output_dir)
+    check_launch(arguments.use_cpu or not torch.accelerator.is_available())
+    check_model_folder(arguments.model)
     config = lora_config(arguments)
-    splits = split_text(
-        read_text_file(arguments.train_file), load_tokenizer(arguments.tokenizer), arguments.validation_fraction,
-        arguments.max_bytes,
-    )  # fmt: skip
+    tokenizer = load_tokenizer(arguments.tokenizer)
+    if not 0 < arguments.validation_fraction < 1:
+        raise ValueError(f"validation_fraction must lie between 0 and 1, got {arguments.validation_fraction}")
+    text = read_text_file(arguments.train_file)
+    splits = split_text(text, tokenizer, arguments.validation_fraction, arguments.max_bytes)
+    if len(splits.validation) < 2:
+        raise ValueError(f"there are {len(splits.validation)} validation tokens; at least 2 are needed")
     train = TokenBlocks(splits.train, arguments.sequence_length)
-    validation = TokenBlocks(splits.validation, min(arguments.sequence_length, max(2, len(splits.validation))))
-    model = get_peft_model(load_base(arguments), config)
+    validation = TokenBlocks(splits.validation, min(arguments.sequence_length, len(splits.validation)))
+    base = load_base(arguments)
+    check_model(arguments.model, base.config, tokenizer)
+    model = get_peft_model(base, config)
     trainable, total = model.get_nb_trainable_parameters()
     trainer = SeqBoatTrainer(
         model=model,
@@ -142,7 +145,7 @@ def main(argv: list[str] | None = None) -> dict:
         report["merged_difference"] = float((_logits(merged, ids) - adapted).abs().max())
         if arguments.save_merged:
             merged.save_pretrained(output / "merged")
-            load_tokenizer(arguments.tokenizer).save_pretrained(output / "merged")
+            tokenizer.save_pretrained(output / "merged")
     (output / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     print(f"trainable: {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
     print(f"speed: {report['tokens_per_second']:,.0f} tokens/s")

@@ -14,7 +14,14 @@ from pathlib import Path
 
 import torch
 from instruction_data import Instructions, read_instructions
-from recipes import check_launch, check_output_folder, check_same_shape, parse_arguments
+from recipes import (
+    check_launch,
+    check_model,
+    check_model_folder,
+    check_output_folder,
+    check_same_shape,
+    parse_arguments,
+)
 from text_data import TokenBlocks, load_tokenizer, read_text_file, split_text
 from torch.nn import functional as F
 from torch.utils.data import Dataset
@@ -26,7 +33,6 @@ from transformers import (
     TrainingArguments,
 )
 
-import modeling_seqboat
 from modeling_seqboat.training_seqboat import RouterCallback, SeqBoatTrainer, parameter_groups
 
 
@@ -132,17 +138,12 @@ def main(argv: list[str] | None = None) -> dict:
     check_launch(a.use_cpu or not torch.accelerator.is_available())
     if a.model is None:
         raise ValueError("model is missing: the folder or Hub name of a causal SeqBoat")
+    check_model_folder(a.model)
     output = check_output_folder(a.output_dir, a.resume_from_checkpoint is not None, a.overwrite_output_dir)
     tokenizer = load_tokenizer(a.tokenizer or a.model)
     train, validation = load_data(a, tokenizer)
     model = AutoModelForCausalLM.from_pretrained(a.model)
-    if model.config.model_type != modeling_seqboat.SeqBoatConfig.model_type:
-        raise ValueError(f"model {a.model!r} is a {model.config.model_type!r} model, not a SeqBoat")
-    if len(tokenizer) > model.config.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {len(tokenizer)} ids, the model's vocabulary {model.config.vocab_size}: they do not belong "
-            "together"
-        )
+    check_model(a.model, model.config, tokenizer)
     checkpoint = find_checkpoint(a, model.config)
     use_cache = model.config.use_cache
     optimizer = None

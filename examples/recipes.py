@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import yaml
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, PreTrainedConfig, PreTrainedTokenizerBase
 
 from modeling_seqboat import SeqBoatConfig
 
@@ -70,6 +70,27 @@ def check_same_shape(folder: Path, config: SeqBoatConfig) -> None:
                 f"checkpoint {str(folder)!r} is of another shape: {name} is {saved.get(name)!r} there and "
                 f"{ours[name]!r} in this run"
             )
+
+
+def check_model_folder(name: str) -> None:
+    """Raises FileNotFoundError if `name` means a local folder, rather than a repository of the Hub, and no model is there."""
+    folder = Path(name)
+    beside_others = len(folder.parts) > 1 and Path(folder.parts[0]).is_dir()
+    if folder.exists() or folder.is_absolute() or name.startswith(".") or beside_others:
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(
+                f"there is no model in {name!r}: it has no config.json (train_lm.py writes models to best/ and final/)"
+            )
+
+
+def check_model(name: str, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises ValueError if the model `name` is no SeqBoat, or has fewer ids than the tokenizer may give it."""
+    if config.model_type != SeqBoatConfig.model_type:
+        raise ValueError(f"model {name!r} is a {config.model_type!r} model, not a SeqBoat")
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} ids, the model's vocabulary {config.vocab_size}: they do not belong together"
+        )
 
 
 def check_launch(cpu: bool) -> None:

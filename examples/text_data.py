@@ -125,6 +125,13 @@ class RowOrder(Sampler[int]):
             epoch, first = epoch + 1, 0
 
 
+def text_of(example: dict, column: str) -> str:
+    """A column of a dataset's row. Raises ValueError if the row does not have it."""
+    if column not in example:
+        raise ValueError(f"the dataset has no column {column!r}; it has {', '.join(example)}")
+    return example[column]
+
+
 class StreamedBlocks(IterableDataset):
     """Rows of `length` tokens from an iterable of examples, for ever, joined by the tokenizer's end-of-text id; one
     process gets its batches of `batch_size` rows out of those of all, from batch `start` on."""
@@ -149,9 +156,7 @@ class StreamedBlocks(IterableDataset):
         while True:
             size = 0
             for example in self.examples:
-                if self.column not in example:
-                    raise ValueError(f"the dataset has no column {self.column!r}; it has {', '.join(example)}")
-                ids = self.encode(example[self.column].encode("utf-8")).tolist() + self.end
+                ids = self.encode(text_of(example, self.column).encode("utf-8")).tolist() + self.end
                 size += len(ids)
                 buffer += ids
                 while len(buffer) >= self.length:
@@ -168,9 +173,7 @@ def joined_tokens(examples: Iterable[dict], column: str, tokenizer, limit: int) 
     ids: list[int] = []
     size = 0
     for example in examples:
-        if column not in example:
-            raise ValueError(f"the dataset has no column {column!r}; it has {', '.join(example)}")
-        text = example[column].encode("utf-8")
+        text = text_of(example, column).encode("utf-8")
         ids += encode(text).tolist() + end
         size += len(text) + 1
         if len(ids) >= limit:

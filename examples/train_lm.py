@@ -19,7 +19,16 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, set_seed
 from recipes import check_launch, check_output_folder, check_same_shape, parse_arguments
-from text_data import RowOrder, StreamedBlocks, TokenBlocks, joined_tokens, load_tokenizer, read_text_file, split_text
+from text_data import (
+    RowOrder,
+    StreamedBlocks,
+    TokenBlocks,
+    joined_tokens,
+    load_tokenizer,
+    read_text_file,
+    split_text,
+    text_of,
+)
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -114,13 +123,19 @@ def load_data(a: TrainArguments, tokenizer):
         splits = split_text(text, tokenizer, a.validation_fraction, a.max_bytes)
         return TokenBlocks(splits.train, a.sequence_length), splits.validation, splits.bytes_per_token
     from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
 
     def load(split: str):
         return load_dataset(
             a.dataset_name, a.dataset_config, data_files=a.dataset_files, split=split, streaming=a.streaming
         )
 
-    train = load(a.dataset_split)
+    try:
+        train = load(a.dataset_split)
+    except DatasetGenerationError as error:
+        raise ValueError(f"dataset {a.dataset_name!r} cannot be read or is empty: {error.__cause__}") from error
+    if next(iter(train), None) is None:
+        raise ValueError(f"split {a.dataset_split!r} of dataset {a.dataset_name!r} is empty")
     if a.validation_split is not None:
         held_out = load(a.validation_split)
     else:
@@ -129,11 +144,13 @@ def load_data(a: TrainArguments, tokenizer):
         size = 0
         for example in train:
             kept += 1
-            size += len(example.get(a.text_column, "").encode("utf-8"))
+            size += len(text_of(example, a.text_column).encode("utf-8"))
             if size >= a.eval_tokens:
                 break
         if not a.streaming:
             kept = min(kept, max(1, int(len(train) * a.validation_fraction)))
+        if next(iter(train.skip(kept)), None) is None if a.streaming else kept == len(train):
+            raise ValueError(f"dataset {a.dataset_name!r} is too small: validation takes all of its {kept} rows")
         held_out, train = train.take(kept), train.skip(kept)
     limit = a.eval_tokens + a.sequence_length
     validation, bytes_per_token = joined_tokens(held_out, a.text_column, tokenizer, limit)

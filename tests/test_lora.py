@@ -162,9 +162,35 @@ def test_example_trains_saves_and_merges(tmp_path, example, capsys):
     loaded = PeftModel.from_pretrained(SeqBoatForCausalLM.from_pretrained(tmp_path / "model"), tmp_path / "adapter")
     torch.testing.assert_close(logits(merged), logits(loaded), rtol=1e-4, atol=1e-4)
     assert "validation loss" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="is not empty"):
-        example.main([*flags, "--output_dir", str(tmp_path / "adapter")])
-    with pytest.raises(ValueError, match="quantization must be none, int8 or int4, got 'int2'"):
-        example.main([*flags, "--output_dir", str(tmp_path / "other"), "--quantization", "int2"])
-    with pytest.raises(FileNotFoundError, match="there is no PEFT config"):
-        example.main([*flags, "--output_dir", str(tmp_path / "other"), "--peft_config", "missing.json"])
+
+
+def test_bad_input_is_refused_before_training(tmp_path, example, monkeypatch):
+    make_model().save_pretrained(tmp_path / "model")
+    full, empty = tmp_path / "full", tmp_path / "empty.txt"
+    full.mkdir()
+    (full / "notes.txt").touch()
+    empty.touch()
+    SeqBoatForCausalLM(SeqBoatConfig.from_preset("tiny", vocab_size=263)).save_pretrained(tmp_path / "small")
+    monkeypatch.chdir(tmp_path)
+    cases = [
+        (FileNotFoundError, "there is no text file", dict(train_file="missing.txt")),
+        (ValueError, "is empty", dict(train_file="empty.txt")),
+        (ValueError, "sequence_length 5000 is longer than the training data, which has 3600 tokens",
+         dict(sequence_length=5000)),
+        (ValueError, "validation_fraction must lie between 0 and 1, got 0.0", dict(validation_fraction=0.0)),
+        (ValueError, "there are 0 validation tokens", dict(validation_fraction=1e-9)),
+        (ValueError, "is not empty", dict(output_dir="full")),
+        (ValueError, "quantization must be none, int8 or int4, got 'int2'", dict(quantization="int2")),
+        (FileNotFoundError, "there is no PEFT config", dict(peft_config="missing.json")),
+        (FileNotFoundError, "there is no model in './nowhere'", dict(model="./nowhere")),
+        (FileNotFoundError, "there is no model in 'full/final'", dict(model="full/final")),
+        (ValueError, "has 264 ids, the model's vocabulary 263", dict(model="small")),
+    ]  # fmt: skip
+    for error, message, change in cases:
+        settings = {
+            "model": "model", "train_file": ROOT / "examples/data/tinyshakespeare.txt", "max_bytes": 4000,
+            "sequence_length": 64, "use_cpu": True, "output_dir": "run", **change,
+        }  # fmt: skip
+        with pytest.raises(error, match=message):
+            example.main([part for name, value in settings.items() for part in (f"--{name}", str(value))])
+        assert not (tmp_path / "run").exists()

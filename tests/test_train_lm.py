@@ -139,6 +139,12 @@ def test_datasets_dataset_trains_and_resumes_exactly(tmp_path, examples, streami
     assert [second[step]["train/loss"] for step in (4, 5, 6)] == [first[step]["train/loss"] for step in (4, 5, 6)]
     with pytest.raises(ValueError, match="has no column 'words'; it has text"):
         run(examples, tmp_path / "other", **options, text_column="words")
+    file.write_text("one line\n", "utf-8")
+    with pytest.raises(ValueError, match="is too small: validation takes all of its 1 rows"):
+        run(examples, tmp_path / "other", **options)
+    file.write_text("", "utf-8")
+    with pytest.raises(ValueError, match="dataset 'text' (cannot be read or )?is empty"):
+        run(examples, tmp_path / "other", **options)
 
 
 def test_bad_input_is_refused_before_training(tmp_path, examples):
