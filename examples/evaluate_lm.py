@@ -1,0 +1,141 @@
+"""Bits per byte of a causal language model on a text, read once from front to back.
+
+    python examples/evaluate_lm.py outputs/quickstart --data examples/data/tinyshakespeare.txt --split validation
+
+Protocol: the text is tokenised without special tokens and fed in chunks through the cache, so that every token but the
+first is scored once, with everything before it as context (`--context N`: the state starts afresh every N tokens, whose
+first is not scored). Bits per byte = sum of -log2 p over the scored tokens / bytes that those tokens stand for. The
+result is printed, and written as the JSON that `python -m hub_upload build --evaluation` reads.
+"""
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from text_data import ENWIK8_BYTES, ENWIK8_SPLIT, read_text_file, text_encoder
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from modeling_seqboat import SeqBoatCache, SeqBoatForCausalLM
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="folder of a SeqBoat language model with its tokenizer, or a Hub name")
+    parser.add_argument("--data", required=True, help="text file, plain, .gz or .xz")
+    parser.add_argument(
+        "--split",
+        choices=("all", "validation", "test"),
+        default="all",
+        help="enwik8, known by its length: bytes 90-95 M or 95-100 M; any other text: its last tenth for both",
+    )
+    parser.add_argument("--max-bytes", type=int, help="read only the first bytes of the split")
+    parser.add_argument("--context", type=int, help="tokens after which the state starts afresh; by default never")
+    parser.add_argument("--chunk-size", type=int, default=4096, help="tokens a forward reads; the result is the same")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    arguments = parser.parse_args(argv)
+    for name in ("max_bytes", "context", "chunk_size"):
+        value = getattr(arguments, name)
+        if value is not None and value < 2:
+            parser.error(f"--{name.replace('_', '-')} must be at least 2, got {value}")
+    if arguments.output is not None and arguments.output.exists():
+        parser.error(f"--output {arguments.output} exists already")
+    return arguments
+
+
+def cut_split(text: bytes, split: str) -> bytes:
+    """The part of a text that `split` names."""
+    if split == "all":
+        return text
+    if len(text) == ENWIK8_BYTES:
+        first, second = ENWIK8_SPLIT
+        return text[first:second] if split == "validation" else text[second:]
+    return text[len(text) - len(text) // 10 :]
+
+
+@torch.no_grad()
+def score(
+    model: SeqBoatForCausalLM, tokens: np.ndarray, chunk_size: int, context: int | None
+) -> tuple[float, int, list[float]]:
+    """Reads `tokens` once.
+
+    Args:
+        tokens: (T,) integers, T >= 2.
+        chunk_size: tokens a forward.
+        context: tokens after which the cache is emptied, or None for never.
+
+    Returns:
+        The sum of -log2 p over the scored tokens, their number, and the share of activated tokens a layer.
+    """
+    length = context or len(tokens)
+    bits, scored = 0.0, 0
+    activated = torch.zeros(model.config.num_hidden_layers, dtype=torch.float64)
+    for start in range(0, len(tokens), length):
+        piece = tokens[start : start + length]
+        cache = SeqBoatCache(model.config)
+        last = None
+        steps = range(0, len(piece), chunk_size)
+        for first in tqdm(steps, desc="bits per byte", disable=len(steps) < 2, leave=False):
+            ids = torch.as_tensor(piece[first : first + chunk_size].astype("int64"), device=model.device)[None]
+            out = model(ids, past_key_values=cache, output_router_probs=True)
+            logits = out.logits[0].float()
+            # The chunk's first token is predicted by the chunk before it.
+            ahead = logits[:-1] if last is None else torch.cat([last, logits[:-1]])
+            targets = ids[0, 1:] if last is None else ids[0]
+            losses = torch.nn.functional.cross_entropy(ahead, targets, reduction="sum")
+            bits += float(losses) / math.log(2)
+            scored += len(targets)
+            last = logits[-1:]
+            activated += torch.stack([(probs > 0).sum().double().cpu() for probs in out.router_probs])
+    return bits, scored, (activated / len(tokens)).tolist()
+
+
+def main(argv: list[str] | None = None) -> dict:
+    arguments = parse_arguments(argv)
+    text = cut_split(read_text_file(arguments.data), arguments.split)[: arguments.max_bytes]
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype)).eval()
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    tokens = text_encoder(tokenizer)(text)
+    if len(tokens) < 2:
+        raise ValueError(f"the split has {len(tokens)} tokens; at least 2 are needed to score one")
+    start = time.perf_counter()
+    bits, scored, rates = score(model, tokens, arguments.chunk_size, arguments.context)
+    seconds = time.perf_counter() - start
+    value = bits / scored * len(tokens) / len(text)
+    context = "everything before it" if arguments.context is None else f"up to {arguments.context - 1} tokens"
+    print(
+        f"{value:.4f} bits per byte over {scored:,} tokens, context: {context}; {len(tokens) / seconds:,.0f} tokens/s"
+    )
+    for layer, rate in enumerate(rates):
+        print(f"layer {layer}: {rate:.1%} of the tokens activate attention")
+    name = Path(arguments.data).name.split(".")[0]
+    result = {
+        "results": [
+            {
+                "task": "text-generation",
+                "dataset": {"name": name, "type": name, "split": arguments.split},
+                "metrics": [{"type": "bits_per_byte", "name": "Bits per byte", "value": round(value, 4)}],
+            }
+        ],
+        "activation_rates": [round(rate, 4) for rate in rates],
+        "protocol": {
+            "scored_tokens": scored,
+            "bytes": len(text),
+            "context": arguments.context,
+            "dtype": arguments.dtype,
+        },
+    }
+    if arguments.output is not None:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.write_text(json.dumps(result, indent=2) + "\n", "utf-8")
+    return result
+
+
+if __name__ == "__main__":
+    main()
