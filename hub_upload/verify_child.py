@@ -91,26 +91,39 @@ def load(folder):
     return config, auto, model, tokenizer
 
 
-def example_batch(config, tokenizer):
-    """One input that any model of this kind accepts, with labels."""
+def example_batch(config, tokenizer, auto):
+    """One input that a model of this kind accepts, and its labels, both by argument name."""
     generator = torch.Generator().manual_seed(0)
-    if config.input_type == "values":
+    if auto == "AutoModelForImageClassification":
+        batch = {"pixel_values": torch.randn(1, 1, 4, SEQUENCE // 4, generator=generator)}
+    elif config.input_type == "values":
         batch = {"input_values": torch.randn(1, SEQUENCE, generator=generator)}
     elif tokenizer is not None:
         batch = {"input_ids": tokenizer(PROMPT, return_tensors="pt")["input_ids"]}
     else:
         batch = {"input_ids": torch.randint(4, max(5, config.vocab_size), (1, SEQUENCE), generator=generator)}
-    if config.bidirectional and config.pair_features != "none":
-        name = next(iter(batch))
+    name = next(iter(batch))
+    if auto in ("AutoModelForCausalLM", "AutoModelForMaskedLM"):
+        labels = {"labels": batch[name].clone()}
+    elif auto == "AutoModelForTokenClassification":
+        labels = {"labels": torch.zeros_like(batch[name], dtype=torch.long)}
+    elif auto == "AutoModelForQuestionAnswering":
+        labels = {"start_positions": torch.tensor([1]), "end_positions": torch.tensor([2])}
+    else:
+        labels = {"labels": torch.zeros(1, dtype=torch.long)}
+    if auto == "AutoModelForSequenceClassification" and config.pair_features != "none":
         batch[f"pair_{name}"] = batch[name].clone()
-    labels = torch.zeros(1, dtype=torch.long) if config.bidirectional else batch["input_ids"].clone()
     return batch, labels
+
+
+def answers(output):
+    """The tensor by which outputs of a head are compared."""
+    return next(output[name] for name in ("logits", "start_logits", "last_hidden_state") if name in output)
 
 
 def check_outputs(model, batch):
     with torch.no_grad():
-        output = model(**batch)
-    logits = output.logits if "logits" in output else output.last_hidden_state
+        logits = answers(model(**batch))
     _require(torch.isfinite(logits).all(), "the outputs are not finite")
     report("forward", f"shape {tuple(logits.shape)}, finite")
     return logits
@@ -139,7 +152,7 @@ def check_lora(folder, auto, batch, labels):
     optimizer = torch.optim.AdamW(trained, lr=1e-3)
     before = [parameter.detach().clone() for parameter in trained]
     adapted.train()
-    loss = adapted(**batch, labels=labels).loss
+    loss = adapted(**batch, **labels).loss
     loss.backward()
     _require(torch.isfinite(loss), f"the loss is {loss.item()}")
     optimizer.step()
@@ -157,18 +170,14 @@ def check_saved_again(model, auto, tokenizer, batch, logits, target):
     for name, tensor in model.state_dict().items():
         _require(torch.equal(tensor, saved[name]), f"{name} differs after save and reload")
     with torch.no_grad():
-        output = again(**batch)
-    _require(
-        torch.equal(logits, output.logits if "logits" in output else output.last_hidden_state),
-        "the outputs differ after save and reload",
-    )
+        _require(torch.equal(logits, answers(again(**batch))), "the outputs differ after save and reload")
     report("save and reload", f"{len(saved)} tensors bit for bit, equal outputs")
 
 
 def main(folder, target, stage):
     torch.manual_seed(0)
     config, auto, model, tokenizer = load(folder)
-    batch, labels = example_batch(config, tokenizer)
+    batch, labels = example_batch(config, tokenizer, auto)
     logits = check_outputs(model, batch)
     if auto == "AutoModelForCausalLM":
         check_generation(model, batch, tokenizer)
