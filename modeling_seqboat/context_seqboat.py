@@ -36,7 +36,9 @@ def real_columns(attention_mask: Tensor | None, batch: int, length: int, cache: 
         raise ValueError(
             f"attention_mask of shape {tuple(attention_mask.shape)} does not fit {batch} rows of {length} new columns"
         )
-    if width != length and not stepping:
+    # Only a static cache, whose count of columns is on the device, has to be believed.
+    unknown = torch.compiler.is_compiling() or (stepping and cache.layers[0].static)
+    if width != length and not unknown:
         past = 0 if cache is None else cache.get_seq_length()
         if width != past + length:
             raise ValueError(

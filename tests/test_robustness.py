@@ -330,6 +330,8 @@ def test_a_mask_that_does_not_fit_a_filled_cache_is_refused():
     before = {name: tensor.clone() for name, tensor in cache.tensors()}
     with pytest.raises(ValueError, match="9 columns; expected 2 .* or 8"):
         model(IDS[:, :2], attention_mask=torch.ones(2, 9), past_key_values=cache)
+    with pytest.raises(ValueError, match="6 columns; expected 1 .* or 7"):
+        model(IDS[:, :1], attention_mask=torch.ones(2, 6), past_key_values=cache)
     for name, tensor in cache.tensors():
         assert torch.equal(tensor, before[name])
     assert cache.get_seq_length() == 6
