@@ -49,6 +49,7 @@ setup(
     install_requires=[
         "huggingface_hub>=1.0",
         "numpy>=1.26",
+        "packaging>=24.0",
         "safetensors>=0.5",
         "tokenizers>=0.22",
         "torch>=2.11",
