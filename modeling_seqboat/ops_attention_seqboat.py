@@ -48,7 +48,8 @@ def rotary_tables(positions: Tensor, width: int, theta: float) -> tuple[Tensor, 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates channels 2i and 2i+1 of x (..., Z) as one complex number; cos, sin (..., Z/2) float32."""
-    even, odd = x[..., 0::2].float(), x[..., 1::2].float()
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    even, odd = x[..., 0::2].to(dtype), x[..., 1::2].to(dtype)
     rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
     return rotated.flatten(-2).to(x.dtype)
 

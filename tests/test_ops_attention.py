@@ -216,3 +216,10 @@ def test_t5_buckets():
     assert (causal[:128].diff() <= 0).all()
     assert both[128 - 7 : 129].flip(0).tolist() == list(range(8))
     assert both[129:136].tolist() == list(range(17, 24)) and both[0] == 15 and both[256] == 31
+
+
+def test_rotary_keeps_double_precision():
+    x = torch.randn(5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    cos, sin = rotary_tables(torch.arange(5), 8, 10000.0)
+    turned = torch.view_as_complex(x.unflatten(-1, (-1, 2))) * torch.complex(cos.double(), sin.double())
+    torch.testing.assert_close(apply_rotary(x, cos, sin), torch.view_as_real(turned).flatten(-2), atol=1e-14, rtol=0)
