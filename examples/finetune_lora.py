@@ -6,13 +6,14 @@ cost and brought.
 """
 
 import json
+import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from recipes import check_launch, check_model, check_model_folder, check_output_folder, parse_arguments
+from recipes import check_model, check_model_folder, check_output_folder, parse_arguments
 from text_data import TokenBlocks, load_tokenizer, read_text_file, split_text
 from transformers import AutoModelForCausalLM, TrainingArguments
 
@@ -92,7 +93,8 @@ def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
 def main(argv: list[str] | None = None) -> dict:
     arguments = parse_arguments(LoraArguments, argv)
     output = check_output_folder(arguments.output_dir, False, arguments.overwrite_output_dir)
-    check_launch(arguments.use_cpu or not torch.accelerator.is_available())
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("finetune_lora.py runs in one process; examples/finetune_trainer.py runs in several")
     check_model_folder(arguments.model)
     config = lora_config(arguments)
     tokenizer = load_tokenizer(arguments.tokenizer)

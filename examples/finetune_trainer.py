@@ -53,6 +53,16 @@ class FinetuneArguments(TrainingArguments):
     router_learning_rate: float | None = field(default=None, metadata={"help": "peak rate of the routers, with AdamW"})
     overwrite_output_dir: bool = field(default=False)
 
+    def __post_init__(self):
+        # Told to use the CPU, Accelerate connects processes over gloo; else it would leave them unconnected.
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        check_launch(self.use_cpu)
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False
+        # Trainer.evaluate() ahead of train() would leave the model unwrapped by DDP, without an error.
+        self.eval_on_start = True
+        super().__post_init__()
+
 
 class LeftPadding:
     """Rows of different lengths -> one batch, padded on the left; without labels every token is its own."""
@@ -135,7 +145,6 @@ def find_checkpoint(a: FinetuneArguments, config) -> str | None:
 
 def main(argv: list[str] | None = None) -> dict:
     a = parse_arguments(FinetuneArguments, argv)
-    check_launch(a.use_cpu or not torch.accelerator.is_available())
     if a.model is None:
         raise ValueError("model is missing: the folder or Hub name of a causal SeqBoat")
     check_model_folder(a.model)
@@ -157,8 +166,8 @@ def main(argv: list[str] | None = None) -> dict:
         compute_metrics=metrics, preprocess_logits_for_metrics=token_scores, optimizers=(optimizer, None),
     )  # fmt: skip
     RouterCallback.attach(trainer)
-    before = trainer.evaluate()
     trained = trainer.train(resume_from_checkpoint=checkpoint)
+    before = next(entry for entry in trainer.state.log_history if "eval_token_loss" in entry)
     after = trainer.evaluate()
     # Off for the training; the model that is kept shall generate with its cache.
     model.config.use_cache = use_cache
@@ -167,7 +176,7 @@ def main(argv: list[str] | None = None) -> dict:
     report = {
         "examples": len(train), "cut_examples": getattr(train, "cut", 0),
         "dropped_examples": getattr(train, "dropped", 0), "steps": trainer.state.global_step,
-        "train_loss": trained.training_loss, **{f"before_{name}": before[name] for name in names},
+        **{f"before_{name}": before[name] for name in names},
         **{name: after[name] for name in names},
     }  # fmt: skip
     if trainer.is_world_process_zero():

@@ -9,7 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+
+from modeling_seqboat import SeqBoatConfig, SeqBoatForCausalLM, build_byte_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configuration/accelerate"
@@ -75,6 +78,27 @@ def test_pretraining_example_runs_and_resumes_exactly(tmp_path):
     assert sorted(whole) == [1, 2, 3, 4]
     assert resumed == {step: whole[step] for step in (3, 4)}
     assert (tmp_path / "whole/final/model.safetensors").is_file()
+
+
+@slow
+def test_fine_tuning_with_trainer_shares_the_work(tmp_path):
+    """Two processes with 2 rows each take the steps that one process takes with 4."""
+    model = tmp_path / "model"
+    torch.manual_seed(0)
+    SeqBoatForCausalLM(SeqBoatConfig.from_preset("tiny")).save_pretrained(model)
+    build_byte_tokenizer().save_pretrained(model)
+    reports = []
+    for config, processes in (("cpu.yaml", 1), ("ddp_cpu.yaml", 2)):
+        output = tmp_path / config
+        launch(
+            config, processes, str(ROOT / "examples/finetune_trainer.py"), str(ROOT / "configuration/recipes/gsm8k.yaml"),
+            "--model", str(model), "--max_steps", "3", "--per_device_train_batch_size", str(4 // processes),
+            "--sequence_length", "300", "--validation_fraction", "0.02", "--eval_strategy", "no", "--save_strategy",
+            "no", "--lr_scheduler_type", "constant", "--warmup_steps", "0", "--output_dir", str(output),
+        )  # fmt: skip
+        reports.append(json.loads((output / "report.json").read_text("utf-8")))
+    assert reports[1]["eval_token_loss"] == pytest.approx(reports[0]["eval_token_loss"], rel=1e-5)
+    assert reports[1]["eval_token_loss"] < reports[1]["before_eval_token_loss"]
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
