@@ -47,7 +47,11 @@ _FORMAT = "seqboat-cache-1"
 
 
 def _signature(config: SeqBoatConfig) -> dict[str, Any]:
-    return {name: getattr(config, name) for name in _SIGNATURE}
+    names = _SIGNATURE
+    if config.router_type == "random":
+        # They decide which tokens the memory holds, as a learned router's parameters do.
+        names += ("router_random_rate", "router_random_seed")
+    return {name: getattr(config, name) for name in names}
 
 
 @dataclass

@@ -47,8 +47,12 @@ def _integer(minimum: int, optional: bool = False) -> Check:
     return check
 
 
-def _real(expected: str, accepts: Callable[[float], bool] = lambda value: True) -> Check:
-    def check(name: str, value: Any) -> float:
+def _real(expected: str, accepts: Callable[[float], bool] = lambda value: True, optional: bool = False) -> Check:
+    expected += " or None" if optional else ""
+
+    def check(name: str, value: Any) -> float | None:
+        if value is None and optional:
+            return None
         if not isinstance(value, numbers.Real) or isinstance(value, bool):
             _refuse(name, value, expected)
         try:
@@ -94,6 +98,9 @@ def _token_id(several: bool = False) -> Check:
     return check
 
 
+# Router types with parameters; the others decide without looking at the token.
+LEARNED_ROUTERS = ("tempered_softmax", "gumbel", "gumbel_straight_through")
+
 _POSITIVE_INTEGER = _integer(1)
 _POSITIVE = _real("a finite number above 0", lambda value: value > 0)
 _NOT_NEGATIVE = _real("a finite number of at least 0", lambda value: value >= 0)
@@ -123,8 +130,12 @@ FIELD_CHECKS: dict[str, Check] = {
     "norm_affine": _boolean,
     "final_norm_affine": _boolean,
     "norm_eps": _POSITIVE,
-    "router_type": _one_of("tempered_softmax", "always"),
+    "router_type": _one_of(*LEARNED_ROUTERS, "always", "never", "random"),
     "router_temperature_init": _POSITIVE,
+    "router_random_rate": _real("a number above 0, up to 1", lambda value: 0 < value <= 1),
+    "router_random_seed": _integer(0),
+    "router_target_rate": _real("a number from 0 to 1", lambda value: 0 <= value <= 1, optional=True),
+    "router_target_weight": _NOT_NEGATIVE,
     "activation_bias": _real("a finite number"),
     "scale_embeddings": _boolean,
     "add_absolute_positions": _boolean,
@@ -179,6 +190,11 @@ def _contradictions(config: Mapping[str, Any]) -> Iterator[str]:
                 f"{pair('add_absolute_positions', 'bidirectional')}: absolute positions belong to encoders; use "
                 "add_absolute_positions=False, or bidirectional=True."
             )
+    if config["router_target_rate"] is not None and config["router_type"] not in LEARNED_ROUTERS:
+        yield (
+            f"{pair('router_target_rate', 'router_type')}: this router has no parameters that a target could move; use "
+            "router_target_rate=None or one of " + ", ".join(map(repr, LEARNED_ROUTERS)) + "."
+        )
     if config["position_embedding_type"] == "rotary" and config["qk_head_dim"] % 2:
         yield (
             f"{pair('position_embedding_type', 'qk_head_dim')}: rotary turns pairs of channels; use an even "
@@ -231,8 +247,21 @@ class SeqBoatConfig(PreTrainedConfig):
         norm_affine: learned scale and shift in the layers' norms.
         final_norm_affine: the same for the norm after the last layer, which exists with `norm_first` only.
         norm_eps: added to variances.
-        router_type: `tempered_softmax` (learned) or `always` (every token is activated, no router parameters).
+        router_type: how tokens are chosen. Learned: `tempered_softmax` (the larger of two logits), `gumbel` (in training
+            with Gumbel noise on both, so that a token is drawn with probability sigmoid(u_1 - u_0)) and
+            `gumbel_straight_through` (the same, the attention's output enters with weight 1 instead of the soft
+            probability, and with the gradient of it). Without router parameters: `always`, `never`, and `random` (at
+            `router_random_rate`, whatever the token is).
         router_temperature_init: the router's temperature starts at this times sqrt(D).
+        router_random_rate: share of tokens in (0, 1] that a `random` router activates.
+        router_random_seed: of the `random` router. Its draw is a function of seed, layer and the token's place in its
+            text, so the same tokens are drawn each time.
+        router_target_rate: share of activated tokens in [0, 1] that learned routers are pulled to in training, or None.
+            With labels, the loss of every head then has the term
+            router_target_weight * mean over layers of (r - router_target_rate)^2, also returned as `router_penalty`; r
+            is the share of the batch's real tokens that the layer activates, with the gradient of the mean soft
+            probability sigmoid((u_1 - u_0) / temperature), the temperature held fixed.
+        router_target_weight: see `router_target_rate`.
         activation_bias: added to the logit for skipping a token; positive means fewer activations. Read at every
             forward.
         scale_embeddings: multiply embeddings by sqrt(D); None means `not bidirectional`.
@@ -251,7 +280,7 @@ class SeqBoatConfig(PreTrainedConfig):
     """
 
     model_type = "seqboat"
-    keys_to_ignore_at_inference = ["past_key_values", "router_probs"]
+    keys_to_ignore_at_inference = ["past_key_values", "router_probs", "router_penalty"]
 
     # Fields are set in this order: those that others take their default from come first.
     bidirectional: bool = False
@@ -278,6 +307,10 @@ class SeqBoatConfig(PreTrainedConfig):
     norm_eps: float = 1e-5
     router_type: str = "tempered_softmax"
     router_temperature_init: float = 1.0
+    router_random_rate: float = 0.5
+    router_random_seed: int = 0
+    router_target_rate: float | None = None
+    router_target_weight: float = 1.0
     activation_bias: float = 0.0
     scale_embeddings: bool | None = None
     add_absolute_positions: bool = False

@@ -147,23 +147,23 @@ def build_context(
     if reset is not None and not stepping and not bool(reset.any()):
         reset = None
     segment = None if reset is None else reset.long().cumsum(1)
-    if position_ids is None:
-        positions = (
-            torch.arange(length, device=device).expand(batch, -1) if real is None else real.long().cumsum(1) - 1
-        )
+    counts_places = for_layers and config.router_type == "random"
+    places = None
+    if position_ids is None or counts_places:
+        places = torch.arange(length, device=device).expand(batch, -1) if real is None else real.long().cumsum(1) - 1
         if reset is not None:
-            first = torch.where(reset, positions, 0).cummax(1).values
-            positions = positions - first
+            first = torch.where(reset, places, 0).cummax(1).values
+            places = places - first
         if cache is not None and cache.is_initialized:
             offset = cache.layers[0].token_count.to(device)[:, None]
-            positions = positions + (offset if segment is None else torch.where(segment == 0, offset, 0))
-    else:
-        positions = position_ids
-    context = SequenceContext(real, reset, segment, positions)
+            places = places + (offset if segment is None else torch.where(segment == 0, offset, 0))
+    context = SequenceContext(real, reset, segment, places if position_ids is None else position_ids)
     if not for_layers:
         return context
+    if counts_places:
+        context.places = places
     if config.position_embedding_type == "rotary":
-        context.cos, context.sin = rotary_tables(positions, config.qk_head_dim, config.rope_theta)
+        context.cos, context.sin = rotary_tables(context.positions, config.qk_head_dim, config.rope_theta)
     if length > 1:
         size = chunk_size_for(length)
         context.plan = build_scan_plan(batch, length, size, device, real, reset)

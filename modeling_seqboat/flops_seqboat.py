@@ -6,7 +6,7 @@ Letters: D hidden width, N states a channel, Z query/key width, V value width, F
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from .configuration_seqboat import SeqBoatConfig
+from .configuration_seqboat import LEARNED_ROUTERS, SeqBoatConfig
 
 # FLOPs of one real token in each channel and direction, of N states; truncation subtracts what leaves the window.
 _SSM_FLOPS: dict[str, Callable[[SeqBoatConfig], int]] = {
@@ -55,7 +55,7 @@ def layer_flops(config: SeqBoatConfig, tokens: int, activated: int, pairs: int, 
         raise ValueError(f"no FLOP formula for ssm_type={config.ssm_type!r}; known are {', '.join(_SSM_FLOPS)}")
     width, query, value = config.hidden_size, config.qk_head_dim, config.v_head_dim
     directions = 2 if config.bidirectional else 1
-    decides = router and config.router_type != "always"
+    decides = router and config.router_type in LEARNED_ROUTERS
     return LayerFlops(
         ssm=tokens * width * (directions * _SSM_FLOPS[config.ssm_type](config) + 2),
         hidden_proj=tokens * 2 * width**2,

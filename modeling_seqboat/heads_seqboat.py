@@ -20,14 +20,15 @@ from .modeling_seqboat import SeqBoatModel, SeqBoatModelOutput, SeqBoatPreTraine
 
 @dataclass
 class SeqBoatClassifierOutput(ModelOutput):
-    """loss (scalar, with labels), logits (B, C), and the first text's hidden_states and router_probs as in
-    `SeqBoatModelOutput`; with `output_hidden_states` also pooled (B, features), what the classifier reads."""
+    """loss (scalar, with labels), logits (B, C), and the first text's hidden_states, router_probs and
+    router_penalty (of a pair: the mean of both texts') as in `SeqBoatModelOutput`; with `output_hidden_states` also pooled (B, features), what the classifier reads."""
 
     loss: Tensor | None = None
     logits: Tensor | None = None
     pooled: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     router_probs: tuple[Tensor, ...] | None = None
+    router_penalty: Tensor | None = None
 
 
 def pool_real(hidden: Tensor, real: Tensor | None, pooling_type: str) -> Tensor:
@@ -125,7 +126,10 @@ class SeqBoatPooledClassifier(SeqBoatPreTrainedModel):
         self, outputs: SeqBoatModelOutput, features: Tensor, labels: Tensor | None, num_items_in_batch=None
     ) -> SeqBoatClassifierOutput:
         logits = self.classifier(features)
-        loss = None if labels is None else self._loss(logits, labels, num_items_in_batch)
+        loss = None
+        if labels is not None:
+            loss = self._loss(logits, labels, num_items_in_batch)
+            loss = self._with_router_penalty(loss, outputs.router_penalty, labels, num_items_in_batch)
         return SeqBoatClassifierOutput(
             loss=loss,
             logits=logits,
@@ -133,6 +137,7 @@ class SeqBoatPooledClassifier(SeqBoatPreTrainedModel):
             pooled=None if outputs.hidden_states is None else features,
             hidden_states=outputs.hidden_states,
             router_probs=outputs.router_probs,
+            router_penalty=outputs.router_penalty,
         )
 
     def _loss(self, logits: Tensor, labels: Tensor, num_items: Tensor | int | None) -> Tensor:
@@ -195,7 +200,9 @@ class SeqBoatForSequenceClassification(SeqBoatPooledClassifier):
             output_attentions=output_attentions,
         )
         if wants_pair:
-            _, other = self._encode(pair_attention_mask, input_ids=pair_input_ids)
+            paired, other = self._encode(pair_attention_mask, input_ids=pair_input_ids)
+            if paired.router_penalty is not None:
+                outputs.router_penalty = (outputs.router_penalty + paired.router_penalty) / 2
             joined = [other, features]
             if self.config.pair_features == "nli":
                 joined += [features * other, features - other]

@@ -33,6 +33,7 @@ from .ops_attention_seqboat import (
 from .ops_layout_seqboat import ScanPlan, build_scan_plan, shift_real_tokens
 from .ops_ssm_seqboat import ema_parameters, without_autocast
 from .ops_stream_seqboat import build_stream
+from .router_seqboat import SeqBoatRouter
 
 
 @dataclass
@@ -45,6 +46,7 @@ class SequenceContext:
         segment: (B, L) int64, segments started in the row up to each column; None with `reset`.
         positions: (B, L) int64, places among the segment's real tokens, or the caller's `position_ids`.
         cos, sin: (B, L, Z/2) float32 rotary tables, or None.
+        places: (B, L) int64, real tokens of the segment before each, where a router asks for them; else None.
         plan, reverse_plan: layouts of the EMA scan and of the one that runs backwards, or None.
     """
 
@@ -54,6 +56,7 @@ class SequenceContext:
     positions: Tensor
     cos: Tensor | None = None
     sin: Tensor | None = None
+    places: Tensor | None = None
     plan: ScanPlan | None = None
     reverse_plan: ScanPlan | None = None
 
@@ -234,39 +237,6 @@ def _reversed_marks(context: SequenceContext) -> tuple[Tensor | None, Tensor | N
     before = F.pad(latest[:, :-1], (1, 0), value=-1)
     previous = segment.gather(1, before.clamp_min(0))
     return real, real & (before >= 0) & (segment != previous)
-
-
-class SeqBoatRouter(nn.Module):
-    """The latent configurator (steps 4 and 5): float32 logits from plain parameters, so that no adapter or quantiser
-    takes it for a linear layer."""
-
-    def __init__(self, config: SeqBoatConfig):
-        super().__init__()
-        self.config = config
-        self.learned = config.router_type != "always"
-        if self.learned:
-            self.weight = nn.Parameter(torch.empty(2, config.hidden_size))
-            self.bias = nn.Parameter(torch.empty(2))
-            self.log_temperature = nn.Parameter(torch.empty(1))
-
-    def forward(self, x: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor]:
-        """x (B, L, D) -> confidence (B, L) float32, 0 where skipped or a pad; active (B, L) bool."""
-        if not self.learned:
-            active = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if real is None else real
-            return active.float(), active
-        with without_autocast(x.device):
-            dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-            logits = F.linear(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
-            # A bias of 0 is added too: a branch on it would be a second graph for the compiler.
-            skip, run = logits[..., 0] + self.config.activation_bias, logits[..., 1]
-            active = run > skip
-            if real is not None:
-                active = active & real
-            # Softmax over two logits at this temperature, the entry of the winner. A temperature below e^-30 would differ
-            # only where the logits are less than 1e-12 apart, and its inverse would overflow in backward.
-            sharpness = torch.exp(-self.log_temperature.to(dtype).clamp_min(-30))
-            confidence = torch.sigmoid((run - skip) * sharpness)
-            return torch.where(active, confidence, 0), active
 
 
 class SeqBoatPositionBias(nn.Module):
@@ -485,13 +455,16 @@ class SeqBoatDecoderLayer(GradientCheckpointingLayer):
         self.norm = build_norm(config, config.norm_affine)
         self.ssm = SeqBoatEMA(config)
         self.hidden_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.router = SeqBoatRouter(config)
+        self.router = SeqBoatRouter(config, layer_idx)
         self.attention = SeqBoatAttention(config)
         self.ffn = SeqBoatFFN(config) if config.intermediate_size > 0 else None
         self.activation = ACT2FN[config.hidden_act]
 
-    def forward(self, hidden_states: Tensor, context: SequenceContext, past_key_values=None) -> tuple[Tensor, Tensor]:
-        """hidden_states (B, L, D) -> the same shape, and the router's confidence (B, L) float32."""
+    def forward(
+        self, hidden_states: Tensor, context: SequenceContext, past_key_values=None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """hidden_states (B, L, D) -> the same shape, the router's confidence (B, L) float32, and with
+        `router_target_rate` its squared distance from it (a scalar), else None."""
         config, x = self.config, hidden_states
         cache = None
         if past_key_values is not None:
@@ -503,12 +476,13 @@ class SeqBoatDecoderLayer(GradientCheckpointingLayer):
         m, scanned = self.ssm(h, context, cache)
         m = F.dropout(m, config.hidden_dropout, self.training)
         hidden = self.hidden_proj(m)
-        confidence, active = self.router(m, context.real)
+        confidence, active, miss = self.router(m, context.real, context.places)
         if cache is not None and x.shape[1] == 1 and self._steps_in_place(cache):
             hidden = self._step(h, m, hidden, confidence, active, context, cache, scanned)
         else:
             if cache is None and self._runs_fused(m):
-                return self._finish(self._attend_fused(x, m, hidden, confidence, active, context), context), confidence
+                x = self._attend_fused(x, m, hidden, confidence, active, context)
+                return self._finish(x, context), confidence, miss
             flat, out, entries = self.attention("compressed", m, active, context, cache)
             out = (out * confidence.flatten()[flat, None]).to(hidden.dtype)
             hidden = hidden.flatten(0, 1).index_add(0, flat, out).view_as(hidden)
@@ -516,7 +490,7 @@ class SeqBoatDecoderLayer(GradientCheckpointingLayer):
                 self._commit(cache, h, context, scanned, entries)
         if not config.bidirectional:
             hidden = F.dropout(hidden, config.hidden_dropout, self.training)
-        return self._finish(self.activation(hidden + x), context), confidence
+        return self._finish(self.activation(hidden + x), context), confidence, miss
 
     def _finish(self, x: Tensor, context: SequenceContext) -> Tensor:
         if not self.config.norm_first:

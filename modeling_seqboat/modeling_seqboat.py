@@ -28,11 +28,11 @@ from .layers_seqboat import (
     SeqBoatDecoderLayer,
     SeqBoatEMA,
     SeqBoatPositionBias,
-    SeqBoatRouter,
     SeqBoatScaleNorm,
     SeqBoatValueEmbedding,
     build_norm,
 )
+from .router_seqboat import SeqBoatRouter
 
 logger = logging.get_logger(__name__)
 
@@ -62,12 +62,14 @@ class SeqBoatModelOutput(ModelOutput):
             normalised.
         router_probs: one (B, L) float32 a layer, the confidence of activated tokens and 0 elsewhere, with
             `output_router_probs`.
+        router_penalty: scalar, with `router_target_rate`: the term that heads add to a training loss, weight included.
     """
 
     last_hidden_state: Tensor | None = None
     past_key_values: SeqBoatCache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     router_probs: tuple[Tensor, ...] | None = None
+    router_penalty: Tensor | None = None
 
 
 @dataclass
@@ -80,6 +82,7 @@ class SeqBoatCausalLMOutput(ModelOutput):
     past_key_values: SeqBoatCache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     router_probs: tuple[Tensor, ...] | None = None
+    router_penalty: Tensor | None = None
 
 
 def _trunc_normal(tensor: Tensor, std: float) -> None:
@@ -147,6 +150,21 @@ class SeqBoatPreTrainedModel(PreTrainedModel):
             init.constant_(module.scale, self.config.hidden_size**-0.5)
         elif isinstance(module, SeqBoatScaleNorm) and module.weight is not None:
             init.ones_(module.weight)
+
+    def _with_router_penalty(
+        self, loss: Tensor, penalty: Tensor | None, labels: Tensor, num_items: Tensor | int | None
+    ) -> Tensor:
+        """Adds the pull to `router_target_rate` to a training loss; in eval mode the loss stays the task's alone.
+
+        Args:
+            labels: what `loss` was made of, -100 where ignored.
+            num_items: how many labels all the batches have whose gradients are summed, or None. As in the loss, this
+                batch then counts by its share of them.
+        """
+        if penalty is None or not self.training:
+            return loss
+        share = 1 if num_items is None else (labels != -100).sum() / num_items
+        return loss + share * penalty.to(loss.device)
 
     @classmethod
     def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
@@ -286,23 +304,28 @@ class SeqBoatModel(SeqBoatPreTrainedModel):
         if context.real is not None:
             hidden = hidden.masked_fill(~context.real[..., None], 0)
         wants_hidden = config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        states, probs = [hidden], []
+        states, probs, misses = [hidden], [], []
         for layer in self.layers:
             if cache is not None and layer.training and layer.gradient_checkpointing:
                 # Nothing is computed twice without gradients, but the wrapper drops a cache that it knows by name.
-                hidden, confidence = layer(hidden, context, cache)
+                hidden, confidence, miss = layer(hidden, context, cache)
             else:
-                hidden, confidence = layer(hidden, context, past_key_values=cache)
+                hidden, confidence, miss = layer(hidden, context, past_key_values=cache)
             states.append(hidden if wants_hidden else None)
             probs.append(confidence)
+            misses.append(miss)
         if self.final_norm is not None:
             hidden = self.final_norm(hidden, context.real)
             states[-1] = hidden
+        penalty = None
+        if config.router_target_rate is not None:
+            penalty = config.router_target_weight * torch.stack([miss.to(hidden.device) for miss in misses]).mean()
         return SeqBoatModelOutput(
             last_hidden_state=hidden,
             past_key_values=cache,
             hidden_states=tuple(states) if wants_hidden else None,
             router_probs=tuple(probs) if output_router_probs else None,
+            router_penalty=penalty,
         )
 
     def _refuse_unsupported(self, kwargs: dict, output_attentions: bool | None) -> None:
@@ -478,12 +501,14 @@ class SeqBoatForCausalLM(SeqBoatPreTrainedModel, GenerationMixin):
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.vocab_size, shift_labels=shifted, **passed
             )
+            loss = self._with_router_penalty(loss, outputs.router_penalty, shifted, kwargs.get("num_items_in_batch"))
         return SeqBoatCausalLMOutput(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             router_probs=outputs.router_probs,
+            router_penalty=outputs.router_penalty,
         )
 
     def _next_labels(

@@ -19,25 +19,27 @@ from .modeling_seqboat import SeqBoatModel, SeqBoatPreTrainedModel
 
 @dataclass
 class SeqBoatTokenOutput(ModelOutput):
-    """loss (scalar, with labels), logits (B, L, C) or (B, L, vocab), and hidden_states and router_probs as in
-    `SeqBoatModelOutput`."""
+    """loss (scalar, with labels), logits (B, L, C) or (B, L, vocab), and hidden_states, router_probs and
+    router_penalty as in `SeqBoatModelOutput`."""
 
     loss: Tensor | None = None
     logits: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     router_probs: tuple[Tensor, ...] | None = None
+    router_penalty: Tensor | None = None
 
 
 @dataclass
 class SeqBoatQuestionAnsweringOutput(ModelOutput):
-    """loss (scalar, with positions), start_logits and end_logits (B, L), and hidden_states and router_probs as in
-    `SeqBoatModelOutput`."""
+    """loss (scalar, with positions), start_logits and end_logits (B, L), and hidden_states, router_probs and
+    router_penalty as in `SeqBoatModelOutput`."""
 
     loss: Tensor | None = None
     start_logits: Tensor | None = None
     end_logits: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     router_probs: tuple[Tensor, ...] | None = None
+    router_penalty: Tensor | None = None
 
 
 def _ignore_padding(labels: Tensor, attention_mask: Tensor | None) -> Tensor:
@@ -110,7 +112,8 @@ class SeqBoatForTokenClassification(SeqBoatPreTrainedModel):
         if labels is not None:
             labels = _ignore_padding(labels, attention_mask)
             loss = self.loss_function(logits, labels, self.config, **_loss_arguments(kwargs))
-        return SeqBoatTokenOutput(loss, logits, outputs.hidden_states, outputs.router_probs)
+            loss = self._with_router_penalty(loss, outputs.router_penalty, labels, kwargs.get("num_items_in_batch"))
+        return SeqBoatTokenOutput(loss, logits, outputs.hidden_states, outputs.router_probs, outputs.router_penalty)
 
 
 class SeqBoatForQuestionAnswering(SeqBoatPreTrainedModel):
@@ -172,7 +175,10 @@ class SeqBoatForQuestionAnswering(SeqBoatPreTrainedModel):
         loss = None
         if start_positions is not None:
             loss = self.loss_function(start.float(), end.float(), start_positions, end_positions)
-        return SeqBoatQuestionAnsweringOutput(loss, start, end, outputs.hidden_states, outputs.router_probs)
+            loss = self._with_router_penalty(loss, outputs.router_penalty, start_positions, None)
+        return SeqBoatQuestionAnsweringOutput(
+            loss, start, end, outputs.hidden_states, outputs.router_probs, outputs.router_penalty
+        )
 
 
 class SeqBoatForMaskedLM(SeqBoatPreTrainedModel):
@@ -232,7 +238,8 @@ class SeqBoatForMaskedLM(SeqBoatPreTrainedModel):
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.vocab_size, **_loss_arguments(kwargs)
             )
-        return SeqBoatTokenOutput(loss, logits, outputs.hidden_states, outputs.router_probs)
+            loss = self._with_router_penalty(loss, outputs.router_penalty, labels, kwargs.get("num_items_in_batch"))
+        return SeqBoatTokenOutput(loss, logits, outputs.hidden_states, outputs.router_probs, outputs.router_penalty)
 
 
 TOKEN_HEADS = (SeqBoatForTokenClassification, SeqBoatForQuestionAnswering, SeqBoatForMaskedLM)

@@ -78,7 +78,7 @@ def test_layer_and_all_its_gradients(case):
     real = torch.ones(batch, length, dtype=torch.bool) if padding is None else ~padding.bool()
     mask = None if padding is None else real.long()
     context = build_context(layer.config, batch, length, x.device, mask, None, None, None, None)
-    y, confidence = layer(x, context)
+    y, confidence, _ = layer(x, context)
     y.backward(tensors["grad_y"] * real[..., None])
     active = tensors["active"].bool() & real
     assert torch.equal(confidence > 0, active)

@@ -52,7 +52,7 @@ def test_router_and_ema_are_float32_under_autocast(dtype):
     model, ids = small_lm(), random_ids(2, 20)
     x = torch.randn(2, 20, 16, generator=torch.Generator().manual_seed(0))
     layer = model.model.layers[0]
-    confidence, active = layer.router(x, None)
+    confidence, active, _ = layer.router(x, None)
     context = {}
     layer.ssm.register_forward_pre_hook(lambda _, args: context.update(value=args[1]))
     model(ids)
@@ -80,7 +80,7 @@ def test_router_and_ema_are_float32_in_a_bfloat16_model():
     for module in (model.model.layers[0].ssm, model.model.layers[0].router):
         module.register_forward_hook(keep)
     outputs = model(ids, use_cache=True, output_router_probs=True)
-    router, (x, _), (confidence, active) = seen[SeqBoatRouter]
+    router, (x, *_), (confidence, active, _) = seen[SeqBoatRouter]
     assert x.dtype == torch.bfloat16 and confidence.dtype == torch.float32
     logits = x.float() @ router.weight.float().T + router.bias.float()
     assert torch.equal(active, logits[..., 1] > logits[..., 0])

@@ -1,0 +1,130 @@
+"""The latent configurator (arXiv 2306.11197, sections 3.2 and 3.3): which tokens attend, and how sure the layer is of it.
+
+Letters: B batch, L columns, D hidden width.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .configuration_seqboat import LEARNED_ROUTERS, SeqBoatConfig
+from .ops_ssm_seqboat import without_autocast
+
+_WORD = 2**32 - 1
+
+
+def _mixed(value):
+    """A bijection of the integers below 2^32, of ints and int64 tensors alike, whose bits all depend on each other.
+
+    Shifts 16, 15, 15 and two multipliers below 2^31: no product leaves int64, whose overflow devices need not agree on.
+    """
+    value = value ^ (value >> 16)
+    value = (value * 0x21F0AAAD) & _WORD
+    value = value ^ (value >> 15)
+    value = (value * 0x735A2D97) & _WORD
+    return value ^ (value >> 15)
+
+
+def random_activation(places: Tensor, layer: int, rate: float, seed: int) -> Tensor:
+    """Activates tokens at a given rate whatever they are: the draw is a hash of layer, place and seed.
+
+    No generator is asked, so that padding, batch mates, packing and chunks change nothing, and a recomputation draws the
+    same. Rows of a batch are drawn alike.
+
+    Args:
+        places: (B, L) int64, how many real tokens the segment has before each.
+        layer: number of the layer; rate: in (0, 1]; seed: at least 0.
+
+    Returns:
+        (B, L) bool.
+    """
+    key = _mixed((_mixed(seed & _WORD) + _mixed((seed >> 32) & _WORD) + layer + 1) & _WORD)
+    drawn = _mixed((_mixed(places & _WORD) + key) & _WORD)
+    return drawn < round(rate * 2**32)
+
+
+class SeqBoatRouter(nn.Module):
+    """The latent configurator (steps 4 and 5): float32 logits from plain parameters, so that no adapter or quantiser
+    takes it for a linear layer. `router_type` of the config says how it decides; `always`, `never` and `random` have no
+    parameters."""
+
+    def __init__(self, config: SeqBoatConfig, layer_idx: int = 0):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.learned = config.router_type in LEARNED_ROUTERS
+        if self.learned:
+            self.weight = nn.Parameter(torch.empty(2, config.hidden_size))
+            self.bias = nn.Parameter(torch.empty(2))
+            self.log_temperature = nn.Parameter(torch.empty(1))
+
+    def forward(
+        self, x: Tensor, real: Tensor | None, places: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Decides for every token.
+
+        Args:
+            x: (B, L, D).
+            real: (B, L) bool, or None when every column is real.
+            places: (B, L) int64, real tokens of the segment before each; read by `random` only.
+
+        Returns:
+            confidence (B, L) float32, 0 where skipped or a pad; active (B, L) bool; and with `router_target_rate` the
+            squared distance of the rate from it (see `_miss`), a scalar, else None.
+        """
+        if not self.learned:
+            active = self._fixed(x, places)
+            if real is not None:
+                active = active & real
+            return active.float(), active, None
+        config = self.config
+        with without_autocast(x.device):
+            dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+            logits = F.linear(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
+            # A bias of 0 is added too: a branch on it would be a second graph for the compiler.
+            skip, run = logits[..., 0] + config.activation_bias, logits[..., 1]
+            noisy = run
+            if self.training and config.router_type != "tempered_softmax":
+                noisy = run + _logistic_noise(run)
+            active = noisy > skip
+            if real is not None:
+                active = active & real
+            # Softmax over two logits at this temperature, the entry of the winner. A temperature below e^-30 would differ
+            # only where the logits are less than 1e-12 apart, and its inverse would overflow in backward.
+            sharpness = torch.exp(-self.log_temperature.to(dtype).clamp_min(-30))
+            confidence = torch.sigmoid((noisy - skip) * sharpness)
+            if config.router_type == "gumbel_straight_through":
+                # 1 with the gradient of the soft probability.
+                confidence = 1 + (confidence - confidence.detach())
+            miss = None
+            if config.router_target_rate is not None:
+                miss = self._miss(torch.sigmoid((run - skip) * sharpness.detach()), active, real)
+            return torch.where(active, confidence, 0), active, miss
+
+    def _fixed(self, x: Tensor, places: Tensor | None) -> Tensor:
+        config, shape = self.config, x.shape[:2]
+        if config.router_type == "random":
+            return random_activation(places, self.layer_idx, config.router_random_rate, config.router_random_seed)
+        return torch.full(shape, config.router_type == "always", dtype=torch.bool, device=x.device)
+
+    def _miss(self, probability: Tensor, active: Tensor, real: Tensor | None) -> Tensor:
+        """(r - target)^2, where r is the share of real tokens that are activated and has the gradient of the mean soft
+        probability.
+
+        The soft probability of a tempered softmax stays near 1/2 whatever is decided, so its own mean would be a poor
+        account of the rate; its gradient points the right way, and is there when nothing is activated. The temperature
+        is left out of it: it changes no decision.
+        """
+        count = active.numel()
+        if real is not None:
+            probability = probability.masked_fill(~real, 0)
+            count = real.sum().clamp_min(1)
+        soft = probability.sum() / count
+        rate = active.sum() / count + (soft - soft.detach())
+        return (rate - self.config.router_target_rate).square()
+
+
+def _logistic_noise(like: Tensor) -> Tensor:
+    """The difference of two independent Gumbel variables for each entry."""
+    uniform = torch.rand_like(like).clamp(2**-25, 1 - 2**-24)
+    return uniform.log() - torch.log1p(-uniform)
