@@ -1,13 +1,15 @@
 """Started by test_distributed.py through `accelerate launch`: trains a few steps while the processes' routers activate
 nothing, about half and everything, and compares each step with one process that sees all the data.
 
-Usage: distributed_worker.py REPORT.json
+Usage: distributed_worker.py REPORT.json, or distributed_worker.py train_lm FLAGS for examples/train_lm.py with FSDP2 on
+the CPU.
 """
 
 import copy
 import json
 import os
 import sys
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -38,10 +40,10 @@ def rows(step: int, rank: int) -> torch.Tensor:
     return torch.randint(0, 256, (2, 21), generator=torch.Generator().manual_seed(100 * step + rank))
 
 
-def make_accelerator() -> Accelerator:
+def make_accelerator(**settings) -> Accelerator:
     """On the CPU Accelerate takes no notice of an FSDP config, though all that `prepare` does for FSDP2 runs there. So
     its state is told by hand, as it tells itself on a GPU; the plugin reads what `accelerate launch` took from the yaml."""
-    accelerator = Accelerator(cpu=True)
+    accelerator = Accelerator(**{**settings, "cpu": True})
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
         accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
@@ -110,5 +112,17 @@ def run(path: str) -> None:
     accelerator.end_training()
 
 
+def run_train_lm(flags: list[str]) -> None:
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+    import train_lm
+
+    train_lm.Accelerator = make_accelerator
+    train_lm.check_launch = lambda cpu: None
+    train_lm.main(flags)
+
+
 if __name__ == "__main__":
-    run(sys.argv[1])
+    if sys.argv[1] == "train_lm":
+        run_train_lm(sys.argv[2:])
+    else:
+        run(sys.argv[1])

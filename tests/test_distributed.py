@@ -61,10 +61,17 @@ def test_adversarial_routers_train_as_one_process_does(tmp_path, config, kind, p
     assert report["rates"][2] == [0, 0]
 
 
-def test_pretraining_example_runs_and_resumes_exactly(tmp_path):
+@pytest.mark.parametrize(
+    ("config", "script"),
+    [
+        ("ddp_cpu.yaml", ("examples/train_lm.py",)),
+        pytest.param("fsdp2.yaml", ("tests/distributed_worker.py", "train_lm"), marks=slow),
+    ],
+)
+def test_pretraining_example_runs_and_resumes_exactly(tmp_path, config, script):
     def train(output, *flags):
         launch(
-            "ddp_cpu.yaml", 2, str(ROOT / "examples/train_lm.py"), "--preset", "tiny", "--train_file",
+            config, 2, str(ROOT / script[0]), *script[1:], "--preset", "tiny", "--train_file",
             str(ROOT / "examples/data/tinyshakespeare.txt"), "--max_bytes", "6000", "--sequence_length", "32",
             "--batch_size", "2", "--max_steps", "4", "--save_steps", "2", "--eval_steps", "4", "--eval_tokens", "200",
             "--logging_steps", "1", "--warmup_steps", "2", "--gradient_accumulation_steps", "2", "--config_overrides",
