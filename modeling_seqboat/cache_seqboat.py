@@ -21,6 +21,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .configuration_seqboat import SeqBoatConfig
 from .ops_layout_seqboat import last_real_tokens, shift_real_tokens
+from .ops_s4d_seqboat import s4d_scan
+from .ops_s5_seqboat import s5_scan
 from .ops_ssm_seqboat import ema_scan
 
 # Config fields that a state's shape or meaning depends on: a cache made under other values is refused.
@@ -54,6 +56,13 @@ def _signature(config: SeqBoatConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in names}
 
 
+def ssm_state_shape(config: SeqBoatConfig) -> tuple[int, ...]:
+    """Shape of one row's SSM state: (D, N) for `ema`, (D, N, 2) for `s4d` and (N, 2) for `s5`, real and imaginary
+    parts last."""
+    width, states = config.hidden_size, config.state_size
+    return {"ema": (width, states), "s4d": (width, states, 2), "s5": (states, 2)}[config.ssm_type]
+
+
 @dataclass
 class CacheUpdate:
     """What one forward of one layer adds to the state.
@@ -61,8 +70,9 @@ class CacheUpdate:
     Attributes:
         hidden: (B, L, D), inputs of the SSM.
         real: (B, L) bool or None; reset: (B, L) bool or None, True where a segment starts.
-        decay, input_gain: (D, N) float32; delay_decay: (D, N) float32 with truncation, else None.
-        ssm_state: (B, D, N) float32 after the last column.
+        decay, input_gain: what the scan of `ssm_type` takes as its second and third argument, float32.
+        delay_decay: (D, N) float32 with truncation, else None.
+        ssm_state: after the last column, of the shape that `ssm_state_shape` gives.
         row, column: (M,) int64 of the activated tokens, in order.
         ordinal: (M,) int64, how many activated tokens their segment has before each.
         current: (M,) bool, whether that segment is the row's last.
@@ -122,7 +132,7 @@ class SeqBoatCacheLayer(CacheLayerMixin):
     segment stands in slot i % W; slots that were never filled hold zeros.
 
     Attributes:
-        ssm_state: (B, D, N) float32.
+        ssm_state: (B, *ssm_state_shape(config)) float32.
         keys: (B, W, Z), rotated when the positions are rotary; values: (B, W, V); both of the model's dtype.
         positions: (B, W) int64, the places of those tokens among their segment's real tokens.
         activated_count: (B,) int64, activated tokens of the current segment; min(activated_count, W) slots are valid.
@@ -138,9 +148,10 @@ class SeqBoatCacheLayer(CacheLayerMixin):
 
     def __init__(self, config: SeqBoatConfig, static: bool = False):
         super().__init__()
+        self.ssm_type = config.ssm_type
+        self.state_shape = ssm_state_shape(config)
         self.shapes = (
             config.hidden_size,
-            config.state_size,
             config.memory_size,
             config.qk_head_dim,
             config.v_head_dim,
@@ -176,9 +187,9 @@ class SeqBoatCacheLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def _allocate(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> None:
-        width, states, memory, key_width, value_width = self.shapes
+        width, memory, key_width, value_width = self.shapes
         self.dtype, self.device = dtype, device
-        self.ssm_state = torch.zeros(batch_size, width, states, device=device)
+        self.ssm_state = torch.zeros(batch_size, *self.state_shape, device=device)
         self.keys = torch.zeros(batch_size, memory, key_width, dtype=dtype, device=device)
         self.values = torch.zeros(batch_size, memory, value_width, dtype=dtype, device=device)
         self.positions = torch.zeros(batch_size, memory, dtype=torch.long, device=device)
@@ -258,7 +269,7 @@ class SeqBoatCacheLayer(CacheLayerMixin):
         """Advances by one column without a shape or a branch that depends on data, in place.
 
         Args:
-            hidden: (B, 1, D); real, reset: (B, 1) bool or None; ssm_state: (B, D, N).
+            hidden: (B, 1, D); real, reset: (B, 1) bool or None; ssm_state: of the buffer's shape.
             active: (B,) bool; key: (B, Z); value: (B, V); position: (B,) int64.
         """
         if self._journal:
@@ -330,6 +341,14 @@ class SeqBoatCacheLayer(CacheLayerMixin):
         self._advance(length)
 
     def _rescan(self, update: CacheUpdate) -> Tensor:
+        if self.ssm_type != "ema":
+            scan, gain = (
+                (s4d_scan, update.input_gain)
+                if self.ssm_type == "s4d"
+                else (s5_scan, update.input_gain.transpose(0, 1))
+            )
+            marks = {"real": update.real, "reset": update.reset, "state": self.ssm_state}
+            return scan(update.hidden, update.decay, update.input_gain, torch.zeros_like(gain), None, **marks)[1]
         delayed = None
         if update.delay_decay is not None:
             history = self.recent_inputs(update.hidden.shape[1])

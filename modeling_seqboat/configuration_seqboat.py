@@ -123,7 +123,7 @@ FIELD_CHECKS: dict[str, Check] = {
     "position_embedding_type": _one_of("rotary", "simple", "local", "t5", "none"),
     "max_position_embeddings": _POSITIVE_INTEGER,
     "rope_theta": _POSITIVE,
-    "ssm_type": _one_of("ema"),
+    "ssm_type": _one_of("ema", "s4d", "s5"),
     "ssm_truncation": _integer(1, optional=True),
     "norm_type": _one_of("layernorm", "scalenorm", "rmsnorm", "batchnorm"),
     "norm_first": _boolean,
@@ -190,6 +190,11 @@ def _contradictions(config: Mapping[str, Any]) -> Iterator[str]:
                 f"{pair('add_absolute_positions', 'bidirectional')}: absolute positions belong to encoders; use "
                 "add_absolute_positions=False, or bidirectional=True."
             )
+    if config["ssm_truncation"] is not None and config["ssm_type"] != "ema":
+        yield (
+            f"{pair('ssm_truncation', 'ssm_type')}: only the EMA's kernel can be cut; use ssm_truncation=None or "
+            "ssm_type='ema'."
+        )
     if config["router_target_rate"] is not None and config["router_type"] not in LEARNED_ROUTERS:
         yield (
             f"{pair('router_target_rate', 'router_type')}: this router has no parameters that a target could move; use "
@@ -229,7 +234,8 @@ class SeqBoatConfig(PreTrainedConfig):
         vocab_size: number of token ids.
         hidden_size: D, width of the residual stream.
         num_hidden_layers: number of layers.
-        state_size: N, EMA states a channel.
+        state_size: N, real states a channel (`ema`), complex states a channel (`s4d`), or complex states a layer
+            (`s5`): the same N gives all three 4*D*N parameters a layer and direction, but for terms without that product.
         qk_head_dim: Z, width of queries and keys; readable as `head_dim` too.
         v_head_dim: V, width of values.
         memory_size: W, activated tokens that one activated token sees before itself (encoders: after itself too).
@@ -240,8 +246,10 @@ class SeqBoatConfig(PreTrainedConfig):
             tokens), `t5` (32 learned buckets) or `none`.
         max_position_embeddings: P, for `simple` the distance beyond which it no longer tells distances apart.
         rope_theta: base of the rotary angles.
-        ssm_type: `ema`, the multi-dimensional damped EMA.
-        ssm_truncation: T, length in tokens at which the EMA's kernel is cut, None for never.
+        ssm_type: the recurrence over all tokens. `ema`: the multi-dimensional damped EMA. `s4d`: complex diagonal states
+            for each channel (arXiv 2206.11893). `s5`: complex diagonal states that all channels write to and read from
+            (arXiv 2208.04933). The last two: zero-order hold, S4D-Lin initial values, no Triton kernel.
+        ssm_truncation: T, length in tokens at which the EMA's kernel is cut, None for never; `ema` only.
         norm_type: `layernorm`, `scalenorm`, `rmsnorm` or `batchnorm` (encoders only).
         norm_first: normalise before a layer (True) or after it.
         norm_affine: learned scale and shift in the layers' norms.

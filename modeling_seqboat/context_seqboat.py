@@ -8,10 +8,10 @@ from torch import Tensor
 
 from .cache_seqboat import SeqBoatCache
 from .configuration_seqboat import SeqBoatConfig
-from .layers_seqboat import SequenceContext
 from .ops_attention_seqboat import rotary_tables
 from .ops_layout_seqboat import build_scan_plan
 from .ops_ssm_seqboat import chunk_size_for
+from .sequence_seqboat import SequenceContext
 
 
 def real_columns(attention_mask: Tensor | None, batch: int, length: int, cache: SeqBoatCache | None) -> Tensor | None:

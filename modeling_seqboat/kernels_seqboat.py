@@ -12,6 +12,8 @@ from torch import Tensor
 
 from .ops_attention_seqboat import windowed_attention
 from .ops_layout_seqboat import ScanPlan
+from .ops_s4d_seqboat import s4d_scan
+from .ops_s5_seqboat import s5_scan
 from .ops_ssm_seqboat import ema_scan
 
 try:
@@ -38,12 +40,14 @@ def requested_backend(config_value: str) -> str:
 def why_not_triton(
     op: str, device: torch.device, dtype: torch.dtype, *, activation: str = "softmax", dropout_p: float = 0.0
 ) -> str | None:
-    """The reason why the Triton kernel of `op` (`ema_scan` or `windowed_attention`) cannot run, or None if it can.
+    """The reason why the Triton kernel of `op` (`ema_scan`, `s4d_scan`, `s5_scan` or
+    `windowed_attention`) cannot run, or None if it can.
 
     Triton's interpreter (TRITON_INTERPRET=1) runs kernels on CPU tensors.
     """
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     table = (
+        (op in ("s4d_scan", "s5_scan"), f"the recurrence of ssm_type={op.removesuffix('_scan')!r} has no kernel"),
         (triton is None, "the triton package is not installed, or too old"),
         (device.type != "cuda" and not interpreted, f"tensors are on {device.type}, Triton needs a CUDA device"),
         (dtype == torch.float64, "the kernels have no float64"),
@@ -70,10 +74,12 @@ def choose_backend(op: str, requested: str, device: torch.device, dtype: torch.d
     return "torch"
 
 
-def expect_backend(requested: str, device: torch.device, dtype: torch.dtype, **facts) -> None:
+def expect_backend(
+    requested: str, device: torch.device, dtype: torch.dtype, *, ssm_type: str = "ema", **facts
+) -> None:
     """Raises ValueError, as `choose_backend` does, if any op cannot run where `triton` is requested."""
     if requested == "triton":
-        choose_backend("ema_scan", requested, device, dtype)
+        choose_backend(f"{ssm_type}_scan", requested, device, dtype)
         choose_backend("windowed_attention", requested, device, dtype, **facts)
 
 
@@ -94,6 +100,11 @@ def run_ema_scan(
         return ema_scan_triton(x, *args, activation=activation, **kwargs)
     y, state = ema_scan(x, *args, plan=plan, need_state=need_state, **kwargs)
     return (y if activation is None else torch.nn.functional.silu(y)), state
+
+
+def run_diagonal_scan(ssm_type: str, x: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+    """`s4d_scan` or `s5_scan`, which run in torch alone; `expect_backend` refuses them where Triton is requested."""
+    return {"s4d": s4d_scan, "s5": s5_scan}[ssm_type](x, *args, **kwargs)
 
 
 def run_windowed_attention(

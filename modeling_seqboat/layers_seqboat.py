@@ -1,10 +1,8 @@
-"""The parts of a SeqBoat layer: norms, the EMA, the router, the gated attention unit, the feed-forward block.
+"""A SeqBoat layer and its parts: norms, the gated attention unit, the feed-forward block.
 
 Letters: B batch, L columns, D hidden width, N states a channel, Z query/key width, V value width, W memory size, M
 activated tokens of all rows. Step numbers in comments follow arXiv 2306.11197, section 3.
 """
-
-from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +14,6 @@ from .cache_seqboat import CacheUpdate, SeqBoatCacheLayer
 from .configuration_seqboat import SeqBoatConfig
 from .kernels_seqboat import (
     requested_backend,
-    run_ema_scan,
     run_extract_residual,
     run_gated_unit,
     run_gather_rows,
@@ -30,57 +27,11 @@ from .ops_attention_seqboat import (
     rotary_tables,
     t5_bias_table,
 )
-from .ops_layout_seqboat import ScanPlan, build_scan_plan, shift_real_tokens
-from .ops_ssm_seqboat import ema_parameters, without_autocast
+from .ops_ssm_seqboat import without_autocast
 from .ops_stream_seqboat import build_stream
 from .router_seqboat import SeqBoatRouter
-
-
-@dataclass
-class SequenceContext:
-    """What every layer needs to know about the columns of one forward.
-
-    Attributes:
-        real: (B, L) bool, False at pads; None when every column is real.
-        reset: (B, L) bool, True at real tokens whose segment starts there; None when none does.
-        segment: (B, L) int64, segments started in the row up to each column; None with `reset`.
-        positions: (B, L) int64, places among the segment's real tokens, or the caller's `position_ids`.
-        cos, sin: (B, L, Z/2) float32 rotary tables, or None.
-        places: (B, L) int64, real tokens of the segment before each, where a router asks for them; else None.
-        plan, reverse_plan: layouts of the EMA scan and of the one that runs backwards, or None.
-    """
-
-    real: Tensor | None
-    reset: Tensor | None
-    segment: Tensor | None
-    positions: Tensor
-    cos: Tensor | None = None
-    sin: Tensor | None = None
-    places: Tensor | None = None
-    plan: ScanPlan | None = None
-    reverse_plan: ScanPlan | None = None
-
-    def reversed_plan(self, chunk_size: int) -> ScanPlan:
-        """The layout of the scan that runs from the last column to the first."""
-        real, ends = _reversed_marks(self)
-        batch, length = self.positions.shape
-        return build_scan_plan(batch, length, chunk_size, self.positions.device, real, ends)
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> "SequenceContext":
-        """A copy on `device`: layers of one model may live on several."""
-        moved = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, Tensor):
-                moved[field.name] = value.to(device, non_blocking=non_blocking)
-            elif isinstance(value, ScanPlan):
-                tensors = {
-                    part.name: getattr(value, part.name).to(device, non_blocking=non_blocking)
-                    for part in fields(value)
-                    if isinstance(getattr(value, part.name), Tensor)
-                }
-                moved[field.name] = replace(value, **tensors)
-        return replace(self, **moved)
+from .sequence_seqboat import SequenceContext
+from .ssm_seqboat import build_ssm
 
 
 class SeqBoatValueEmbedding(nn.Module):
@@ -156,87 +107,6 @@ def build_norm(config: SeqBoatConfig, affine: bool) -> nn.Module:
     if config.norm_type == "scalenorm":
         return SeqBoatScaleNorm(config.norm_eps, affine)
     return SeqBoatBatchNorm(config.hidden_size, config.norm_eps, affine)
-
-
-class SeqBoatEMA(nn.Module):
-    """Step 1: the damped EMA over every real token. Bidirectional: the first D parameter rows run forwards, the last
-    D backwards, and both see the token itself."""
-
-    def __init__(self, config: SeqBoatConfig):
-        super().__init__()
-        rows = config.hidden_size * (2 if config.bidirectional else 1)
-        self.config = config
-        self.hidden_size = config.hidden_size
-        self.truncation = config.ssm_truncation
-        self.bidirectional = config.bidirectional
-        shape = (rows, config.state_size)
-        self.delta = nn.Parameter(torch.empty(*shape, 1))
-        self.alpha = nn.Parameter(torch.empty(*shape, 1))
-        self.beta = nn.Parameter(torch.empty(*shape, 1))
-        self.gamma = nn.Parameter(torch.empty(*shape))
-        self.activation = ACT2FN[config.hidden_act]
-        # The forward scan's kernel ends with the activation, where nothing is added in between.
-        self.fused_activation = "silu" if config.hidden_act == "silu" and not config.bidirectional else None
-        self.omega = nn.Parameter(torch.empty(config.hidden_size))
-
-    def forward(
-        self, x: Tensor, context: SequenceContext, cache: SeqBoatCacheLayer | None
-    ) -> tuple[Tensor, dict[str, Tensor | None]]:
-        """x (B, L, D) -> silu(y) (B, L, D) of x's dtype, and what the cache keeps of the scan."""
-        with without_autocast(x.device):
-            decay, input_gain, output_gain = ema_parameters(self.delta, self.alpha, self.beta, self.gamma)
-            width = self.hidden_size
-            history = state = None
-            if cache is not None:
-                state, history = cache.ssm_state, cache.recent_inputs(x.shape[1])
-                if cache.static and torch.is_grad_enabled():
-                    # The graph keeps what the cache is about to overwrite.
-                    state = state.clone()
-            y, state, delay_decay = self._scan(
-                x, decay[:width], input_gain[:width], output_gain[:width], self.omega.to(decay.dtype),
-                context.real, context.reset, context.plan, state, history, cache is not None,
-            )  # fmt: skip
-            if self.bidirectional:
-                real, ends = _reversed_marks(context)
-                back, _, _ = self._scan(
-                    x.flip(1), decay[width:], input_gain[width:], output_gain[width:], None,
-                    real, ends, context.reverse_plan, None, None, False,
-                )  # fmt: skip
-                y = y + back.flip(1)
-            if self.fused_activation is None:
-                y = self.activation(y)
-        scanned = {"decay": decay, "input_gain": input_gain, "delay_decay": delay_decay, "ssm_state": state}
-        return y, scanned
-
-    def _scan(self, x, decay, input_gain, output_gain, skip, real, reset, plan, state, history, need_state):
-        delayed = delay_decay = None
-        if self.truncation is not None:
-            delay_decay = decay**self.truncation
-            delayed = shift_real_tokens(x, self.truncation, real, reset, history)
-        y, state = run_ema_scan(
-            requested_backend(self.config.kernel_backend), x, decay, input_gain, output_gain, skip, real=real, reset=reset, state=state,
-            delayed=delayed, delay_decay=delay_decay, plan=plan, need_state=need_state,
-            activation=self.fused_activation,
-        )  # fmt: skip
-        return y, state, delay_decay
-
-
-def _reversed_marks(context: SequenceContext) -> tuple[Tensor | None, Tensor | None]:
-    """Real marks and segment starts of the row read backwards: a segment then starts at its last real token."""
-    real = None if context.real is None else context.real.flip(1)
-    if context.segment is None:
-        return real, None
-    segment = context.segment.flip(1)
-    if real is None:
-        ends = segment[:, 1:] != segment[:, :-1]
-        return None, F.pad(ends, (1, 0))
-    # Compared with the nearest real token already read; pads in between carry no segment of their own.
-    length = segment.shape[1]
-    columns = torch.arange(length, device=segment.device)
-    latest = torch.where(real, columns, -1).cummax(1).values
-    before = F.pad(latest[:, :-1], (1, 0), value=-1)
-    previous = segment.gather(1, before.clamp_min(0))
-    return real, real & (before >= 0) & (segment != previous)
 
 
 class SeqBoatPositionBias(nn.Module):
@@ -446,14 +316,14 @@ class SeqBoatFFN(nn.Module):
 
 
 class SeqBoatDecoderLayer(GradientCheckpointingLayer):
-    """One layer: EMA over every token, attention where the router asks for it."""
+    """One layer: a recurrence over every token, attention where the router asks for it."""
 
     def __init__(self, config: SeqBoatConfig, layer_idx: int):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
         self.norm = build_norm(config, config.norm_affine)
-        self.ssm = SeqBoatEMA(config)
+        self.ssm = build_ssm(config)
         self.hidden_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.router = SeqBoatRouter(config, layer_idx)
         self.attention = SeqBoatAttention(config)

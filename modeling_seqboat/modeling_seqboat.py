@@ -26,13 +26,13 @@ from .layers_seqboat import (
     SeqBoatAbsolutePositions,
     SeqBoatAttention,
     SeqBoatDecoderLayer,
-    SeqBoatEMA,
     SeqBoatPositionBias,
     SeqBoatScaleNorm,
     SeqBoatValueEmbedding,
     build_norm,
 )
 from .router_seqboat import SeqBoatRouter
+from .ssm_seqboat import SeqBoatEMA, SeqBoatS4D, SeqBoatS5
 
 logger = logging.get_logger(__name__)
 
@@ -132,6 +132,8 @@ class SeqBoatPreTrainedModel(PreTrainedModel):
             init.copy_(module.beta, beta)
             _trunc_normal(module.gamma, 1.0)
             _trunc_normal(module.omega, 1.0)
+        elif isinstance(module, (SeqBoatS4D, SeqBoatS5)):
+            module.draw_initial_values()
         elif isinstance(module, SeqBoatRouter):
             if module.learned:
                 _trunc_normal(module.weight, std)
@@ -290,7 +292,7 @@ class SeqBoatModel(SeqBoatPreTrainedModel):
         batch, length = inputs_embeds.shape[:2]
         expect_backend(
             requested_backend(config.kernel_backend), inputs_embeds.device, inputs_embeds.dtype,
-            activation=config.attention_activation, dropout_p=config.attention_dropout if self.training else 0.0,
+            ssm_type=config.ssm_type, activation=config.attention_activation, dropout_p=config.attention_dropout if self.training else 0.0,
         )  # fmt: skip
         if cache is not None and cache.is_initialized and cache.batch_size != batch:
             raise ValueError(f"past_key_values holds {cache.batch_size} rows, the input has {batch}")

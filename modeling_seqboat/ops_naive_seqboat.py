@@ -75,3 +75,56 @@ def windowed_attention_naive(
             weights = 0.5 * (1 + torch.erf((scores - 0.707107) / (0.282095 * math.sqrt(2))))
         rows.append((weights.to(v.dtype) @ v[keys]).to(v.dtype))
     return torch.stack(rows) if rows else v.new_zeros(0, v.shape[1])
+
+
+def s4d_scan_naive(
+    x: Tensor,
+    log_decay: Tensor,
+    input_gain: Tensor,
+    output_gain: Tensor,
+    skip: Tensor | None,
+    *,
+    real: Tensor | None = None,
+    reset: Tensor | None = None,
+    state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`s4d_scan` as a loop over columns: s = exp(z)*s + g*x_t, y_t = 2*Re(sum_n o_n*s_n) + skip*x_t."""
+    gain, out = torch.view_as_complex(input_gain), torch.view_as_complex(output_gain)
+    return _complex_loop(
+        x, log_decay, lambda token: gain * token[:, :, None], lambda s: 2 * (out * s).sum(-1).real, skip, real, reset, state
+    )  # fmt: skip
+
+
+def s5_scan_naive(
+    x: Tensor,
+    log_decay: Tensor,
+    input_gain: Tensor,
+    output_gain: Tensor,
+    skip: Tensor | None,
+    *,
+    real: Tensor | None = None,
+    reset: Tensor | None = None,
+    state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`s5_scan` as a loop over columns: s = exp(z)*s + G x_t, y_t = 2*Re(O s) + skip*x_t."""
+    gain, out = torch.view_as_complex(input_gain), torch.view_as_complex(output_gain)
+    return _complex_loop(
+        x, log_decay, lambda token: token.to(gain.dtype) @ gain.T, lambda s: 2 * (s @ out.T).real, skip, real, reset, state
+    )  # fmt: skip
+
+
+def _complex_loop(x, log_decay, write, read, skip, real, reset, state) -> tuple[Tensor, Tensor]:
+    batch, length, _ = x.shape
+    decay = torch.view_as_complex(log_decay).exp()
+    s = decay.new_zeros(batch, *decay.shape) if state is None else torch.view_as_complex(state)
+    marks = (slice(None), *[None] * decay.dim())
+    ys = []
+    for t in range(length):
+        is_real = torch.ones(batch, dtype=torch.bool) if real is None else real[:, t]
+        starts = torch.zeros(batch, dtype=torch.bool) if reset is None else reset[:, t] & is_real
+        token = torch.where(is_real[:, None], x[:, t].to(log_decay.dtype), 0)
+        after = decay * torch.where(starts[marks], 0, s) + write(token)
+        s = torch.where(is_real[marks], after, s)
+        y = read(s) + (0 if skip is None else skip * token)
+        ys.append(torch.where(is_real[:, None], y, 0))
+    return torch.stack(ys, dim=1).to(x.dtype), torch.view_as_real(s)

@@ -11,7 +11,8 @@ from small_models import SMALL, pad_left, random_ids, small_lm
 from transformers import DynamicCache, set_seed
 
 from modeling_seqboat import SeqBoatCache, SeqBoatConfig, SeqBoatForCausalLM, SeqBoatModel
-from modeling_seqboat.layers_seqboat import SeqBoatEMA, SeqBoatRouter
+from modeling_seqboat.router_seqboat import SeqBoatRouter
+from modeling_seqboat.ssm_seqboat import SeqBoatEMA
 
 
 def is_finite(model) -> bool:
