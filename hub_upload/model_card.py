@@ -5,7 +5,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from modeling_seqboat.configuration_seqboat import SeqBoatConfig
+from modeling_seqboat.configuration_seqboat import LEARNED_ROUTERS, SeqBoatConfig
 
 from .activation_plot import FILE_NAME as PLOT_FILE
 from .activation_plot import write_activation_plot
@@ -21,6 +21,11 @@ CITATION = """@inproceedings{ren2023seqboat,
   url       = {https://arxiv.org/abs/2306.11197}
 }"""
 PLACEHOLDER = "NAME/REPO"
+RECURRENCES = {
+    "ema": "a damped moving average",
+    "s4d": "an S4D recurrence (arXiv 2206.11893)",
+    "s5": "an S5 recurrence (arXiv 2208.04933)",
+}
 
 
 @dataclass
@@ -151,8 +156,8 @@ def _introduction(config: SeqBoatConfig, model_class: str, parameters: int, opti
         base = f" It was fine-tuned from [{options.base_model}](https://huggingface.co/{options.base_model})."
     return (
         f"# {_name(options)}\n\nA [SeqBoat]({PAPER}) {kind} with {parameters:,} parameters.{base} Every layer carries "
-        "a damped moving average over the whole sequence; a router in each layer chooses the tokens that attention, "
-        "over a window of chosen tokens, is spent on."
+        f"{RECURRENCES[config.ssm_type]} over the whole sequence; a router in each layer chooses the tokens that "
+        "attention, over a window of chosen tokens, is spent on."
     )
 
 
@@ -211,7 +216,9 @@ def _shape(config: SeqBoatConfig) -> str:
         "Layers": str(config.num_hidden_layers),
         "Width": str(config.hidden_size),
         "Query/key and value width": f"{config.qk_head_dim}, {config.v_head_dim}",
-        "EMA states a channel": str(config.state_size),
+        "Recurrence": config.ssm_type,
+        "States a layer" if config.ssm_type == "s5" else "States a channel": str(config.state_size),
+        "Router": config.router_type,
         "Attention window (activated tokens)": str(config.memory_size),
         "Attention": f"{config.attention_activation}, {config.position_embedding_type} positions",
         "Norm": f"{config.norm_type}, {'before' if config.norm_first else 'after'} each layer",
@@ -279,7 +286,7 @@ def _limits(config: SeqBoatConfig, model_class: str, has_tokenizer: bool, source
         window = config.memory_size
         points.append(
             f"Attention sees the last {window:,} activated tokens of a layer; what lies further back reaches a token "
-            "through the moving average alone."
+            "through the recurrence alone."
         )
     if config.ssm_truncation is not None:
         points.append(f"The moving average forgets what is more than {config.ssm_truncation:,} tokens back.")
@@ -287,6 +294,6 @@ def _limits(config: SeqBoatConfig, model_class: str, has_tokenizer: bool, source
         points.append("No tokenizer comes with it; token ids are those of its training data.")
     if not sources.results and not sources.plain_results:
         points.append("No evaluation results are recorded with it.")
-    if config.router_type != "always":
+    if config.router_type in LEARNED_ROUTERS:
         points.append("How much time attention takes depends on the input: a router decides for each token.")
     return "## Limits\n\n" + "\n".join(f"* {point}" for point in points)

@@ -22,6 +22,11 @@ def complex_product(a: Tensor, b: Tensor) -> Tensor:
     return torch.stack([real, imaginary], dim=-1)
 
 
+def conjugate(a: Tensor) -> Tensor:
+    """(..., 2) -> (..., 2)."""
+    return torch.stack([a[..., 0], -a[..., 1]], dim=-1)
+
+
 def complex_powers(log_decay: Tensor, exponents: Tensor) -> Tensor:
     """exp(z * k) for z (..., 2) and k (K,) -> (..., K, 2). With a real part of z of at most 0 no power exceeds 1."""
     size = torch.exp(log_decay[..., :1] * exponents)
@@ -89,15 +94,14 @@ class _BorderScan(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         borders, decay, linked = ctx.saved_tensors
-        conjugate = decay * decay.new_tensor([1, -1])
         backward_links = None
         if linked is not None:
             backward_links = torch.cat([torch.zeros_like(linked[:1]), linked[1:].flip(0)])
-        worth = _scan(grad.flip(0), conjugate, backward_links).flip(0)
+        worth = _scan(grad.flip(0), conjugate(decay), backward_links).flip(0)
         read = worth[1:]
         if linked is not None:
             read = read * linked[1:].view(*linked[1:].shape, *[1] * (worth.dim() - 2))
-        grad_decay = complex_product(read, borders[:-1] * decay.new_tensor([1, -1])).sum((0, 1))
+        grad_decay = complex_product(read, conjugate(borders[:-1])).sum((0, 1))
         return worth, grad_decay, None
 
 

@@ -9,7 +9,7 @@ The specification, token by token, is `s4d_scan_naive`.
 import torch
 from torch import Tensor
 
-from .ops_diagonal_seqboat import complex_powers, complex_product, recomputed, scan_borders, toeplitz
+from .ops_diagonal_seqboat import complex_powers, complex_product, conjugate, recomputed, scan_borders, toeplitz
 from .ops_layout_seqboat import ScanPlan, build_scan_plan, to_columns, to_slots
 from .ops_ssm_seqboat import chunk_size_for
 
@@ -86,7 +86,7 @@ def _chunks(x, log_decay, input_gain, output_gain, skip, real, reset, state, pla
         # What input j leaves in the state after the chunk, and what the state before it gives to output i.
         writer = complex_product(input_gain[:, :, None], powers.flip(2)).permute(0, 1, 3, 2).reshape(width, -1, size)
         reader = complex_product(output_gain[:, :, None], complex_powers(log_decay, steps + 1))
-        reader = 2 * (reader * reader.new_tensor([1, -1])).permute(0, 2, 1, 3).reshape(width, size, -1)
+        reader = 2 * conjugate(reader).permute(0, 2, 1, 3).reshape(width, size, -1)
         columns = slots.view(batch, chunks, size, width).permute(3, 2, 1, 0).to(state.dtype)
         columns = columns.reshape(width, size, chunks * batch)
         added = torch.bmm(writer, columns).view(width, states, 2, chunks, batch).permute(3, 4, 0, 1, 2)

@@ -9,7 +9,7 @@ token, is `s5_scan_naive`.
 import torch
 from torch import Tensor
 
-from .ops_diagonal_seqboat import complex_powers, complex_product, recomputed, scan_borders, toeplitz
+from .ops_diagonal_seqboat import complex_powers, complex_product, conjugate, recomputed, scan_borders, toeplitz
 from .ops_layout_seqboat import ScanPlan, build_scan_plan, to_columns, to_slots
 from .ops_ssm_seqboat import chunk_size_for
 
@@ -56,7 +56,7 @@ def _write(tokens: Tensor, input_gain: Tensor) -> Tensor:
 
 def _read(states: Tensor, output_gain: Tensor) -> Tensor:
     """(..., N, 2) -> (..., D): twice the real part."""
-    return 2 * torch.einsum("...np,dnp->...d", states, output_gain * output_gain.new_tensor([1, -1]))
+    return 2 * torch.einsum("...np,dnp->...d", states, conjugate(output_gain))
 
 
 def _step(x, log_decay, input_gain, output_gain, skip, real, reset, state):
