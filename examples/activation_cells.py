@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from html import escape
 
 from transformers import PreTrainedTokenizerBase
-
-from modeling_seqboat.tokenization_seqboat import _byte_symbols
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 _NAMED = {b"\n": "newline", b"\t": "tab", b" ": "space"}
 
@@ -116,7 +115,7 @@ def tokens_of(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[To
     specials = set(tokenizer.all_special_ids)
     backend = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else {}
     byte_level = '"ByteLevel"' in json.dumps(backend.get("decoder"))
-    byte_of = {symbol: byte for byte, symbol in enumerate(_byte_symbols())} if byte_level else {}
+    byte_of = {symbol: byte for byte, symbol in bytes_to_unicode().items()} if byte_level else {}
     tokens = []
     for index, name in zip(ids, tokenizer.convert_ids_to_tokens(list(ids)), strict=True):
         if index in specials:
