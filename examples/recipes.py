@@ -1,6 +1,7 @@
 """Arguments of the example scripts: a dataclass read from flags, from a YAML recipe, or from a recipe with flags after
 it that override it."""
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -56,12 +57,15 @@ def check_output_folder(folder: str, resuming: bool, overwrite: bool) -> Path:
     return path
 
 
-def check_same_shape(folder: Path, config: SeqBoatConfig) -> None:
+def check_same_shape(folder: Path, config: PreTrainedConfig) -> None:
     """Raises ValueError if `folder` is no checkpoint of these scripts, or one of a model that `config` does not describe."""
     if not (folder / "config.json").is_file():
         raise ValueError(f"{str(folder)!r} is no checkpoint folder of this script: it has no config.json")
-    saved, ours = SeqBoatConfig.from_pretrained(folder).to_dict(), config.to_dict()
-    fields = set(SeqBoatConfig.__dataclass_fields__) & set(ours)
+    kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    if kind != config.model_type:
+        raise ValueError(f"checkpoint {str(folder)!r} is of a {kind!r} model, this run trains a {config.model_type!r}")
+    saved, ours = type(config).from_pretrained(folder).to_dict(), config.to_dict()
+    fields = set(type(config).__dataclass_fields__) & set(ours)
     # The Trainer turns use_cache off for the time of the training.
     ignored = {"dtype", "transformers_version", "architectures", "kernel_backend", "use_cache"}
     for name in sorted(fields - ignored):

@@ -4,14 +4,20 @@
     accelerate launch --config_file configuration/accelerate/ddp_cpu.yaml examples/train_lm.py RECIPE --flag value
 
 Writes to `output_dir`: `checkpoint-N/` to resume from, `best/` (the model with the lowest validation loss), `final/`,
-`metrics.jsonl` and TensorBoard logs. Ctrl-C saves a checkpoint after the current step and ends.
+`metrics.jsonl`, `training_record.json` and TensorBoard logs. Ctrl-C saves a checkpoint after the current step and ends.
+
+`--max_minutes` ends the run after that much training time: the clock stops during validation and saving, a resumed run
+goes on with the time already used, and the learning rate falls by the share of time or of steps that is used,
+whichever is larger. `--model_type llama` trains a LlamaForCausalLM in the same way, for comparison.
 """
 
 import json
 import math
 import shutil
 import signal
+import sys
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,6 +25,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, set_seed
 from recipes import check_launch, check_output_folder, check_same_shape, parse_arguments
+from run_record import hardware, published_command, write_record
 from text_data import (
     RowOrder,
     StreamedBlocks,
@@ -32,6 +39,7 @@ from text_data import (
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 
 from modeling_seqboat import SeqBoatConfig, SeqBoatForCausalLM
 from modeling_seqboat.training_seqboat import CollapseWarning, RouterMonitor, parameter_groups, statistics_as_logs
@@ -40,8 +48,11 @@ from modeling_seqboat.training_seqboat import CollapseWarning, RouterMonitor, pa
 @dataclass
 class TrainArguments:
     output_dir: str = field(metadata={"help": "must be new or empty, unless resuming"})
-    preset: str = field(default="small", metadata={"help": "a preset of configuration/"})
-    config_overrides: str | None = field(default=None, metadata={"help": "JSON of config fields to change"})
+    model_type: str = field(default="seqboat", metadata={"help": "seqboat, or llama for comparison"})
+    preset: str = field(default="small", metadata={"help": "a preset of configuration/; not used for llama"})
+    config_overrides: str | None = field(
+        default=None, metadata={"help": "JSON of config fields to change; for llama: the fields of a LlamaConfig"}
+    )
     tokenizer: str = field(default="byte", metadata={"help": "'byte' or a name for AutoTokenizer"})
     train_file: str | None = field(default=None, metadata={"help": "text or enwik8, plain, .gz or .xz"})
     max_bytes: int | None = field(default=None, metadata={"help": "use this much of train_file"})
@@ -56,7 +67,10 @@ class TrainArguments:
     sequence_length: int = field(default=1024)
     batch_size: int = field(default=8, metadata={"help": "rows a process and micro-batch"})
     gradient_accumulation_steps: int = field(default=1)
-    max_steps: int = field(default=500)
+    max_steps: int | None = field(default=None, metadata={"help": "default: 500, or no limit with max_minutes"})
+    max_minutes: float | None = field(
+        default=None, metadata={"help": "end after this much training time, validation and saving not counted"}
+    )
     optimizer: str = field(default="adamw", metadata={"help": "adamw or radam"})
     learning_rate: float = field(default=2e-3)
     router_learning_rate: float | None = field(default=None, metadata={"help": "peak rate of the routers"})
@@ -85,10 +99,15 @@ class TrainArguments:
     overwrite_output_dir: bool = field(default=False)
     seed: int = field(default=0)
 
+    def __post_init__(self):
+        if self.max_steps is None:
+            self.max_steps = 500 if self.max_minutes is None else math.inf
+
 
 def check_arguments(a: TrainArguments) -> None:
     """Raises ValueError for values that no run can use, naming them."""
     choices = {
+        "model_type": (a.model_type, ("seqboat", "llama")),
         "optimizer": (a.optimizer, ("adamw", "radam")),
         "schedule": (a.schedule, ("linear", "cosine")),
         "mixed_precision": (a.mixed_precision, (None, "no", "bf16", "fp16")),
@@ -114,6 +133,23 @@ def check_arguments(a: TrainArguments) -> None:
         raise ValueError(f"eval_context must be from 1 to {a.sequence_length - 1}, got {a.eval_context}")
     if not 0 < a.validation_fraction < 1:
         raise ValueError(f"validation_fraction must lie between 0 and 1, got {a.validation_fraction}")
+    if a.max_minutes is not None and not 0 < a.max_minutes < math.inf:
+        raise ValueError(f"max_minutes must be above 0, got {a.max_minutes}")
+
+
+def build_config(a: TrainArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
+    """The config of the model to train. Raises ValueError for fields that a LlamaConfig does not have."""
+    overrides = json.loads(a.config_overrides) if a.config_overrides else {}
+    ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    if a.model_type == "seqboat":
+        if a.tokenizer != "byte":
+            overrides = {"vocab_size": len(tokenizer), **ids, **overrides}
+        return SeqBoatConfig.from_preset(a.preset, **overrides)
+    unknown = sorted(set(overrides) - set(LlamaConfig.__dataclass_fields__))
+    if unknown:
+        raise ValueError(f"config_overrides: {', '.join(unknown)} is no field of LlamaConfig")
+    fields = {"vocab_size": len(tokenizer), "max_position_embeddings": a.sequence_length, **ids, **overrides}
+    return LlamaConfig(**fields)
 
 
 def load_data(a: TrainArguments, tokenizer):
@@ -160,13 +196,15 @@ def load_data(a: TrainArguments, tokenizer):
     return StreamedBlocks(train, a.text_column, tokenizer, a.sequence_length), validation, bytes_per_token
 
 
-def rate_factor(a: TrainArguments, step: int) -> float:
-    """Learning rate of step `step` (from 0) as a part of its peak."""
+def rate_factor(a: TrainArguments, step: int, time_share: float = 0.0) -> float:
+    """Learning rate of step `step` (from 0) as a part of its peak; `time_share`: used part of `max_minutes`."""
+    rise = 1.0
     if step < a.warmup_steps:
-        return a.warmup_start + (1 - a.warmup_start) * (step + 1) / a.warmup_steps
-    done = min(1.0, (step - a.warmup_steps) / max(1, a.max_steps - a.warmup_steps))
+        rise = a.warmup_start + (1 - a.warmup_start) * (step + 1) / a.warmup_steps
+    steps_done = max(0, step - a.warmup_steps) / max(1, a.max_steps - a.warmup_steps)
+    done = min(1.0, max(steps_done, time_share))
     fall = done if a.schedule == "linear" else 0.5 * (1 - math.cos(math.pi * done))
-    return 1 - (1 - a.final_rate) * fall
+    return min(rise, 1 - (1 - a.final_rate) * fall)
 
 
 def build_optimizer(a: TrainArguments, model: torch.nn.Module) -> torch.optim.Optimizer:
@@ -221,18 +259,46 @@ def evaluate(a: TrainArguments, accelerator: Accelerator, model, tokens, bytes_p
 class Progress:
     """What a checkpoint keeps besides model, optimizer, schedule and random states."""
 
-    def __init__(self):
+    def __init__(self, max_minutes: float | None = None):
         self.step = 0
         self.best = math.inf
+        self.seconds = 0.0
+        self.max_minutes = max_minutes
+
+    @property
+    def time_share(self) -> float:
+        """Used part of `max_minutes`; 0 without a limit."""
+        return 0.0 if self.max_minutes is None else self.seconds / (60 * self.max_minutes)
 
     def state_dict(self) -> dict:
-        return {"step": self.step, "best": self.best}
+        return {"step": self.step, "best": self.best, "seconds": self.seconds}
 
     def load_state_dict(self, state: dict) -> None:
-        self.step, self.best = state["step"], state["best"]
+        self.step, self.best, self.seconds = state["step"], state["best"], state.get("seconds", 0.0)
 
 
-def find_checkpoint(a: TrainArguments, config: SeqBoatConfig) -> Path | None:
+class Clock:
+    """Seconds of training, those of the runs before included; stands still while `paused`."""
+
+    def __init__(self, before: float):
+        self.before = before
+        self._start = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        return self.before + time.perf_counter() - self._start
+
+    @contextmanager
+    def paused(self):
+        # What is queued on a GPU is training that would be counted as part of the pause.
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        pause = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - pause
+
+
+def find_checkpoint(a: TrainArguments, config: PreTrainedConfig) -> Path | None:
     """The folder to resume from. Raises ValueError where there is none, or one of another shape."""
     if a.resume_from_checkpoint is None:
         return None
@@ -249,7 +315,7 @@ def find_checkpoint(a: TrainArguments, config: SeqBoatConfig) -> Path | None:
 class Saver:
     """Writes checkpoints and models of a run."""
 
-    def __init__(self, a: TrainArguments, accelerator: Accelerator, model, tokenizer, config: SeqBoatConfig):
+    def __init__(self, a: TrainArguments, accelerator: Accelerator, model, tokenizer, config: PreTrainedConfig):
         self.a, self.accelerator, self.model = a, accelerator, model
         self.tokenizer, self.config = tokenizer, config
         self.output = Path(a.output_dir)
@@ -277,22 +343,28 @@ class Saver:
         self.accelerator.wait_for_everyone()
 
 
+def agreed(accelerator: Accelerator, asked: bool, seconds: float) -> tuple[bool, float]:
+    """What all processes go by: whether any was asked to stop, and one reading of their clocks."""
+    if accelerator.num_processes == 1:
+        return asked, seconds
+    mean = accelerator.reduce(torch.tensor([float(asked), seconds], device=accelerator.device), "mean")
+    asked_share, seconds = mean.tolist()
+    return asked_share > 0, seconds
+
+
 def device_memory(device: torch.device) -> float | None:
     """Peak GiB of accelerator memory, or None on the CPU."""
     return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
 
 
 def main(argv: list[str] | None = None) -> dict:
+    argv = sys.argv[1:] if argv is None else argv
     a = parse_arguments(TrainArguments, argv)
     check_arguments(a)
     on_cpu = a.cpu or not torch.accelerator.is_available()
     check_launch(on_cpu)
-    overrides = json.loads(a.config_overrides) if a.config_overrides else {}
     tokenizer = load_tokenizer(a.tokenizer)
-    if a.tokenizer != "byte":
-        ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
-        overrides = {"vocab_size": len(tokenizer), **ids, **overrides}
-    config = SeqBoatConfig.from_preset(a.preset, **overrides)
+    config = build_config(a, tokenizer)
     checkpoint = find_checkpoint(a, config)
     output = check_output_folder(a.output_dir, checkpoint is not None, a.overwrite_output_dir)
     train_rows, validation, bytes_per_token = load_data(a, tokenizer)
@@ -314,7 +386,7 @@ def main(argv: list[str] | None = None) -> dict:
         output.mkdir(parents=True, exist_ok=True)
     accelerator.wait_for_everyone()
     set_seed(a.seed)
-    model = SeqBoatForCausalLM(config)
+    model = SeqBoatForCausalLM(config) if a.model_type == "seqboat" else LlamaForCausalLM(config)
     parameters = model.num_parameters()
     if a.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -326,8 +398,10 @@ def main(argv: list[str] | None = None) -> dict:
         # Accelerate reads it off a prepared DataLoader otherwise.
         accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = a.batch_size
     model, optimizer = accelerator.prepare(model, optimizer)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer.optimizer, lambda step: rate_factor(a, step))
-    progress = Progress()
+    progress = Progress(a.max_minutes)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer.optimizer, lambda step: rate_factor(a, step, progress.time_share)
+    )
     accelerator.register_for_checkpointing(progress, schedule)
     if checkpoint is not None:
         accelerator.load_state(str(checkpoint))
@@ -340,6 +414,8 @@ def main(argv: list[str] | None = None) -> dict:
     result = run(a, accelerator, model, optimizer, schedule, loader, progress, saver, monitor, collapse,
                  validation, bytes_per_token)  # fmt: skip
     monitor.close()
+    if accelerator.is_main_process:
+        write_record(output, run_record(a, argv, accelerator, progress))
     # Wrapped by DDP, a model holds on to the process group, and were it the last to do so, PyTorch's gloo could deadlock.
     del model, optimizer, schedule, saver
     accelerator.free_memory()
@@ -349,6 +425,34 @@ def main(argv: list[str] | None = None) -> dict:
         f"bits per byte (best {progress.best:.4f}), {result['tokens_per_second']:,.0f} tokens/s"
     )
     return result
+
+
+def run_record(a: TrainArguments, argv: list[str], accelerator: Accelerator, progress: Progress) -> dict:
+    """What the model card tells of a run."""
+    rows = a.batch_size * a.gradient_accumulation_steps * accelerator.num_processes
+    tokens = progress.step * rows * a.sequence_length
+    return {
+        "dataset": Path(a.train_file).name.split(".")[0] if a.train_file else a.dataset_name,
+        "command": published_command("examples/train_lm.py", argv),
+        "hardware": hardware(accelerator.device, accelerator.num_processes),
+        "precision": accelerator.mixed_precision,
+        "steps": progress.step,
+        "tokens_seen": tokens,
+        "sequence_length": a.sequence_length,
+        "batch_size": rows,
+        "tokens_per_step": rows * a.sequence_length,
+        "training_hours": round(progress.seconds / 3600, 4),
+        "tokens_per_second": round(tokens / progress.seconds) if progress.seconds else None,
+        "optimizer": a.optimizer,
+        "learning_rate": a.learning_rate,
+        "router_learning_rate": a.router_learning_rate,
+        "lr_scheduler_type": a.schedule,
+        "warmup_steps": a.warmup_steps,
+        "weight_decay": a.weight_decay,
+        "betas": [a.beta1, a.beta2],
+        "max_grad_norm": a.max_grad_norm,
+        "seed": a.seed,
+    }
 
 
 def run(a, accelerator, model, optimizer, schedule, loader, progress, saver, monitor, collapse, validation,
@@ -364,11 +468,14 @@ def run(a, accelerator, model, optimizer, schedule, loader, progress, saver, mon
     previous = signal.signal(signal.SIGINT, ask_to_stop)
     log = (saver.output / "metrics.jsonl").open("a", encoding="utf-8") if accelerator.is_main_process else None
     tokens_a_step = a.batch_size * a.gradient_accumulation_steps * accelerator.num_processes * a.sequence_length
-    bar = tqdm(total=a.max_steps, initial=progress.step, disable=not accelerator.is_local_main_process)
+    limit = None if math.isinf(a.max_steps) else a.max_steps
+    bar = tqdm(total=limit, initial=progress.step, disable=not accelerator.is_local_main_process)
     device = accelerator.device
-    losses, started, counted_from, speed, validated = [], time.perf_counter(), progress.step, 0.0, None
+    losses, clock, counted_from, speed, validated = [], Clock(progress.seconds), progress.step, 0.0, None
+    stop = False
 
     def write(values: dict) -> None:
+        values = {**values, "train/seconds": progress.seconds, "train/tokens": progress.step * tokens_a_step}
         accelerator.log(values, step=progress.step)
         if log is not None:
             log.write(json.dumps({"step": progress.step, **values}) + "\n")
@@ -385,7 +492,7 @@ def run(a, accelerator, model, optimizer, schedule, loader, progress, saver, mon
     batches = iter(loader)
     model.train()
     try:
-        while progress.step < a.max_steps and not stopping["asked"]:
+        while progress.step < a.max_steps and progress.time_share < 1 and not stop:
             step_loss = torch.zeros((), device=device)
             for _ in range(a.gradient_accumulation_steps):
                 ids = next(batches)["input_ids"].to(device, non_blocking=True)
@@ -402,12 +509,13 @@ def run(a, accelerator, model, optimizer, schedule, loader, progress, saver, mon
             progress.step += 1
             losses.append(accelerator.reduce(step_loss, "mean"))
             bar.update()
-            if progress.step % a.logging_steps == 0 or progress.step == a.max_steps:
+            stop, progress.seconds = agreed(accelerator, stopping["asked"], clock.seconds)
+            last = progress.step == a.max_steps or progress.time_share >= 1
+            if progress.step % a.logging_steps == 0 or last:
                 values = torch.stack(losses).tolist()
                 if not all(map(math.isfinite, values)):
                     raise FloatingPointError(f"the loss is not finite near step {progress.step}: {values}")
-                now = time.perf_counter()
-                speed = (progress.step - counted_from) * tokens_a_step / (now - started)
+                speed = (progress.step - counted_from) * tokens_a_step / (clock.seconds - clock.before)
                 seen = monitor.read()
                 if accelerator.is_main_process:
                     collapse.check(seen, progress.step)
@@ -423,19 +531,14 @@ def run(a, accelerator, model, optimizer, schedule, loader, progress, saver, mon
                 )
                 bar.set_postfix(loss=f"{values[-1]:.3f}", tokens_s=f"{speed:,.0f}")
                 losses = []
-            if accelerator.num_processes > 1:
-                asked = torch.tensor(float(stopping["asked"]), device=device)
-                stopping["asked"] = bool(accelerator.reduce(asked, "sum") > 0)
             validated = None
-            if progress.step % a.eval_steps == 0 or progress.step == a.max_steps:
-                paused = time.perf_counter()
-                validated = validate()
-                started += time.perf_counter() - paused
-            if progress.step % a.save_steps == 0 or progress.step == a.max_steps or stopping["asked"]:
-                paused = time.perf_counter()
-                saver.checkpoint(progress.step)
-                started += time.perf_counter() - paused
-        if stopping["asked"]:
+            if progress.step % a.eval_steps == 0 or last:
+                with clock.paused():
+                    validated = validate()
+            if progress.step % a.save_steps == 0 or last or stop:
+                with clock.paused():
+                    saver.checkpoint(progress.step)
+        if stop and not last:
             accelerator.print(f"stopped after step {progress.step}; checkpoint-{progress.step} is saved")
         else:
             saver.model_folder("final")

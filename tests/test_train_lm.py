@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -37,7 +38,7 @@ def examples(monkeypatch):
     _forget_accelerator()
     yield importlib.import_module("train_lm")
     _forget_accelerator()
-    for name in ("train_lm", "recipes", "text_data"):
+    for name in ("train_lm", "recipes", "run_record", "text_data"):
         sys.modules.pop(name, None)
 
 
@@ -107,12 +108,12 @@ def test_interrupt_saves_a_checkpoint_that_latest_finds(tmp_path, examples, monk
 
     pressed = []
 
-    def interrupting(arguments, step):
+    def interrupting(arguments, step, time_share):
         # Asked once a parameter group; a second Ctrl-C would end the run at once.
         if step == 2 and not pressed:
             pressed.append(step)
             os.kill(os.getpid(), signal.SIGINT)
-        return usual(arguments, step)
+        return usual(arguments, step, time_share)
 
     output = tmp_path / "run"
     monkeypatch.setattr(examples, "rate_factor", interrupting)
@@ -121,6 +122,78 @@ def test_interrupt_saves_a_checkpoint_that_latest_finds(tmp_path, examples, monk
     monkeypatch.setattr(examples, "rate_factor", usual)
     assert run(examples, output, save_steps=100, resume_from_checkpoint="latest")["step"] == 6
     assert (output / "final").is_dir()
+
+
+@pytest.fixture
+def seconds(monkeypatch, examples):
+    """A clock by which each reading comes a second after the last."""
+    ticks = itertools.count()
+    monkeypatch.setattr(examples, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
+
+
+def test_time_budget_ends_the_run_and_counts_what_a_resumed_one_has_used(tmp_path, examples, seconds):
+    options = dict(steps=None, max_minutes=0.4, eval_steps=100, save_steps=2, save_total_limit=9)
+    output = tmp_path / "run"
+    result = run(examples, output, **options)
+    steps = logged(output)
+    used = [steps[step]["train/seconds"] for step in sorted(steps)]
+    assert used == sorted(used) and used[-2] < 24 <= used[-1]
+    rates = [steps[step]["train/learning_rate"] for step in sorted(steps)]
+    assert rates[1:] == sorted(rates[1:], reverse=True) and rates[-1] < 0.3 * max(rates)
+    assert result["step"] == max(steps) and "validation/bits_per_byte" in steps[max(steps)]
+    assert (output / "final").is_dir()
+    resumed = tmp_path / "resumed"
+    run(examples, resumed, resume_from_checkpoint=output / "checkpoint-2", **options)
+    again = logged(resumed)
+    assert min(again) == 3 and again[3]["train/seconds"] > steps[2]["train/seconds"]
+    assert again[max(again)]["train/seconds"] >= 24 > again[max(again) - 1]["train/seconds"]
+    # Nothing is left of the budget: the model is written and no step is taken.
+    assert run(examples, output, resume_from_checkpoint="latest", **options)["step"] == max(steps)
+
+
+def test_time_budget_leaves_validation_and_saving_out(tmp_path, examples, seconds):
+    plain, busy = tmp_path / "plain", tmp_path / "busy"
+    # By this clock a pause lasts a second and training between two steps as many as there are readings.
+    run(examples, plain, steps=4, save_steps=100, eval_steps=100, logging_steps=100)
+    run(examples, busy, steps=4, save_steps=1, eval_steps=1, logging_steps=100)
+    used = [logged(folder)[4]["train/seconds"] for folder in (plain, busy)]
+    assert used[1] <= used[0] + 2 * 4
+
+
+def test_llama_trains_alike(tmp_path, examples):
+    shape = '{"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}'
+    options = dict(model_type="llama", config_overrides=shape, router_learning_rate=1e-3)
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    run(examples, whole, steps=20, save_steps=10, **options)
+    first = logged(whole)
+    assert first[20]["train/loss"] < first[1]["train/loss"]
+    assert not any(name.startswith("router/") for name in first[20])
+    run(examples, resumed, steps=20, resume_from_checkpoint=whole / "checkpoint-10", **options)
+    second = logged(resumed)
+    assert [second[step]["train/loss"] for step in second] == [first[step]["train/loss"] for step in second]
+    model = AutoModelForCausalLM.from_pretrained(whole / "final")
+    assert (model.config.model_type, model.config.vocab_size, model.config.eos_token_id) == ("llama", 264, 258)
+    with pytest.raises(ValueError, match="is of a 'llama' model, this run trains a 'seqboat'"):
+        run(examples, tmp_path / "other", resume_from_checkpoint=whole / "checkpoint-10")
+
+
+def test_record_of_a_run_names_no_folders(tmp_path, examples):
+    output = tmp_path / "secret" / "run"
+    run(examples, output, steps=3, gradient_accumulation_steps=2)
+    run(examples, output, steps=6, gradient_accumulation_steps=2, resume_from_checkpoint="latest")
+    text = (output / "training_record.json").read_text("utf-8")
+    record = json.loads(text)
+    assert str(tmp_path) not in text and str(ROOT) not in text and "resume" not in text
+    assert record["command"].startswith("python examples/train_lm.py --preset tiny --train_file tinyshakespeare.txt")
+    assert " --output_dir run " in record["command"]
+    assert (record["dataset"], record["hardware"], record["precision"]) == ("tinyshakespeare", "1 x CPU", "no")
+    assert (record["steps"], record["batch_size"], record["tokens_seen"]) == (6, 8, 6 * 8 * 32)
+    assert record["training_hours"] >= 0 and record["tokens_per_second"] > 0
+    command = examples.published_command
+    recipe = str(ROOT / "configuration/recipes/shakespeare.yaml")
+    assert command("a.py", [recipe, "--cpu", "--train_file=/data/x.xz", "--resume_from_checkpoint=latest"]) == (
+        "python a.py configuration/recipes/shakespeare.yaml --cpu --train_file x.xz"
+    )
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -155,6 +228,10 @@ def test_bad_input_is_refused_before_training(tmp_path, examples):
         (ValueError, "sequence_length 9000 is longer than the training data, which has 5700 tokens",
          dict(sequence_length=9000)),
         (ValueError, "optimizer must be one of adamw, radam, got 'sgd'", dict(optimizer="sgd")),
+        (ValueError, "model_type must be one of seqboat, llama, got 'mamba'", dict(model_type="mamba")),
+        (ValueError, "v_head_dim is no field of LlamaConfig",
+         dict(model_type="llama", config_overrides='{"v_head_dim": 8}')),
+        (ValueError, "max_minutes must be above 0, got 0", dict(max_minutes=0)),
         (ValueError, "give one of train_file and dataset_name, got None and None", dict(train_file=None)),
         (ValueError, "eval_context must be from 1 to 31, got 32", dict(eval_context=32)),
         (ValueError, "too few for one batch of 400 rows", dict(batch_size=400)),
@@ -234,6 +311,10 @@ def test_schedules(examples):
         assert values[10] == pytest.approx(0.1)
         assert values[4:] == sorted(values[4:], reverse=True)
     assert rates(schedule="linear")[7] == pytest.approx(0.55)
+    arguments = examples.TrainArguments(output_dir="", max_minutes=1, warmup_steps=4, final_rate=0.1)
+    shares = [examples.rate_factor(arguments, 100, share) for share in (0.0, 0.5, 1.0, 1.2)]
+    assert shares == pytest.approx([1, 0.55, 0.1, 0.1])
+    assert examples.rate_factor(arguments, 0, 0.5) == 0.25
 
 
 def test_flags_override_a_recipe_and_unknown_keys_are_named(tmp_path, examples):
@@ -260,4 +341,5 @@ def test_shipped_recipes_are_valid(path, examples):
     arguments = recipes.parse_arguments(examples.TrainArguments, flags)
     examples.check_arguments(arguments)
     overrides = json.loads(arguments.config_overrides or "{}")
-    examples.SeqBoatConfig.from_preset(arguments.preset, **overrides)
+    config = examples.SeqBoatConfig.from_preset(arguments.preset, **overrides)
+    assert set(overrides) <= set(config.__dataclass_fields__)

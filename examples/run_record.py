@@ -1,0 +1,49 @@
+"""The record of a training run, `training_record.json`, from which `python -m hub_upload` writes the model card."""
+
+import json
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+RECORD_FILE = "training_record.json"
+ROOT = Path(__file__).resolve().parent.parent
+# Where a run read and wrote is nobody's business: of these only the last part of the path is kept.
+_PATHS = ("train_file", "dataset_files", "output_dir", "tokenizer")
+_LEFT_OUT = ("resume_from_checkpoint", "overwrite_output_dir")
+
+
+def published_command(script: str, argv: Sequence[str]) -> str:
+    """The command line of a run as it can be published: the recipe relative to the checkout, no other folders, and as
+    if the run had not been interrupted."""
+    words = [script]
+    arguments = iter(argv)
+    for word in arguments:
+        name, separator, value = word.partition("=")
+        option = name.removeprefix("--").replace("-", "_")
+        if word.endswith((".yaml", ".yml")) and len(words) == 1:
+            path = Path(word).resolve()
+            words.append(path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name)
+        elif option in _LEFT_OUT:
+            if not separator:
+                next(arguments, None)
+        elif option in _PATHS:
+            words += [name, Path(value if separator else next(arguments, "")).name]
+        else:
+            words.append(word)
+    return f"python {shlex.join(words)}"
+
+
+def hardware(device: torch.device, processes: int) -> str:
+    """What a run was computed on, for instance `1 x NVIDIA H200`."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
+    return f"{processes} x {name}"
+
+
+def write_record(folder: Path, record: dict) -> None:
+    """Writes `training_record.json` in a run's folder; values that are None are left out."""
+    known = {name: value for name, value in record.items() if value is not None}
+    partial = folder / f".{RECORD_FILE}"
+    partial.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
+    partial.replace(folder / RECORD_FILE)
