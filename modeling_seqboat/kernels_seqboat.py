@@ -14,7 +14,7 @@ from .ops_attention_seqboat import windowed_attention
 from .ops_layout_seqboat import ScanPlan
 from .ops_s4d_seqboat import s4d_scan
 from .ops_s5_seqboat import s5_scan
-from .ops_ssm_seqboat import ema_scan
+from .ops_ssm_seqboat import ema_parameters, ema_scan
 
 try:
     import triton
@@ -22,6 +22,9 @@ try:
     from .triton_attention_seqboat import windowed_attention_triton
     from .triton_ema_seqboat import ema_scan_triton
     from .triton_fused_seqboat import extract_residual, gated_unit, gather_rows
+    from .triton_norm_seqboat import layer_norm_residual
+    from .triton_parameters_seqboat import ema_parameters_triton
+    from .triton_router_seqboat import PendingStream, route
 except ImportError:
     triton = None
 
@@ -40,7 +43,7 @@ def requested_backend(config_value: str) -> str:
 def why_not_triton(
     op: str, device: torch.device, dtype: torch.dtype, *, activation: str = "softmax", dropout_p: float = 0.0
 ) -> str | None:
-    """The reason why the Triton kernel of `op` (`ema_scan`, `s4d_scan`, `s5_scan` or
+    """The reason why the Triton kernel of `op` (`ema_scan`, `ema_parameters`, `s4d_scan`, `s5_scan`, `route` or
     `windowed_attention`) cannot run, or None if it can.
 
     Triton's interpreter (TRITON_INTERPRET=1) runs kernels on CPU tensors.
@@ -90,16 +93,60 @@ def run_ema_scan(
     plan: ScanPlan | None = None,
     need_state: bool = True,
     activation: str | None = None,
+    real: Tensor | None = None,
+    reset: Tensor | None = None,
+    reverse: bool = False,
     **kwargs,
 ) -> tuple[Tensor, Tensor | None]:
     """`ema_scan` on the chosen backend, followed by `activation` (None or silu).
 
-    One column is a handful of elementwise operations and stays in torch.
+    With `reverse` the scan runs from the last column to the first; `real`, `reset` and `plan` then describe the columns
+    in that order. One column is a handful of elementwise operations and stays in torch.
     """
     if x.shape[1] > 1 and choose_backend("ema_scan", requested, x.device, x.dtype) == "triton":
-        return ema_scan_triton(x, *args, activation=activation, **kwargs)
-    y, state = ema_scan(x, *args, plan=plan, need_state=need_state, **kwargs)
+        if reverse:
+            real, reset = (None if marks is None else marks.flip(1) for marks in (real, reset))
+        return ema_scan_triton(x, *args, real=real, reset=reset, reverse=reverse, activation=activation, **kwargs)
+    y, state = ema_scan(
+        x.flip(1) if reverse else x, *args, real=real, reset=reset, plan=plan, need_state=need_state, **kwargs
+    )
+    if reverse:
+        y = y.flip(1)
     return (y if activation is None else torch.nn.functional.silu(y)), state
+
+
+def run_ema_parameters(
+    requested: str, delta: Tensor, alpha: Tensor, beta: Tensor, gamma: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`ema_parameters` on the chosen backend; a compiler makes one kernel of the torch form itself."""
+    compiling = torch.compiler.is_compiling()
+    if not compiling and choose_backend("ema_parameters", requested, gamma.device, gamma.dtype) == "triton":
+        return ema_parameters_triton(delta, alpha, beta, gamma)
+    return ema_parameters(delta, alpha, beta, gamma)
+
+
+def run_route(
+    requested: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    log_temperature: Tensor,
+    real: Tensor | None,
+    shift: float,
+) -> tuple[Tensor, Tensor] | None:
+    """The decision of the tempered softmax in one kernel: confidence (B, L) float32 and active (B, L) bool; None where
+    torch is to make it: for one column, inside a compiled graph, or as the table says.
+
+    Args:
+        x: (B, L, D); the rest as in `route`, with real (B, L).
+    """
+    if x.shape[1] == 1 or torch.compiler.is_compiling():
+        return None
+    if choose_backend("route", requested, x.device, x.dtype) == "torch":
+        return None
+    real = None if real is None else real.flatten()
+    found = route(x.flatten(0, 1), weight, bias, log_temperature, real=real, shift=shift)
+    return tuple(tensor.view(x.shape[:2]) for tensor in found)
 
 
 def run_diagonal_scan(ssm_type: str, x: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
@@ -121,7 +168,7 @@ def runs_fused(requested: str, device: torch.device, dtype: torch.dtype, plain: 
     """Whether a layer may replace its elementwise steps by fused kernels.
 
     Args:
-        plain: what the kernels take for granted: silu everywhere and no dropout between the steps.
+        plain: what the kernels take for granted: silu everywhere and no dropout of values.
         facts: as in `why_not_triton` for the attention.
     """
     if not plain:
@@ -142,3 +189,14 @@ def run_extract_residual(*args) -> Tensor:
 def run_gather_rows(*args) -> Tensor:
     """`gather_rows`; only where `runs_fused` says so."""
     return gather_rows(*args)
+
+
+def run_layer_norm_residual(x: Tensor, *args) -> tuple[Tensor, Tensor]:
+    """`layer_norm_residual` of (B, L, D); only where `runs_fused` says so."""
+    normed, residual = layer_norm_residual(x.flatten(0, 1), *args)
+    return normed.view_as(x), residual.view_as(x)
+
+
+def begin_stream(*args) -> "PendingStream":
+    """`PendingStream`, the compression under way; only where `runs_fused` says so."""
+    return PendingStream(*args)

@@ -13,10 +13,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .cache_seqboat import CacheUpdate, SeqBoatCacheLayer
 from .configuration_seqboat import SeqBoatConfig
 from .kernels_seqboat import (
+    begin_stream,
     requested_backend,
     run_extract_residual,
     run_gated_unit,
     run_gather_rows,
+    run_layer_norm_residual,
     run_windowed_attention,
     runs_fused,
 )
@@ -61,7 +63,12 @@ class SeqBoatAbsolutePositions(nn.Module):
 
 
 class SeqBoatLayerNorm(nn.LayerNorm):
-    def forward(self, x: Tensor, real: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, real: Tensor | None = None, fused_dtype: torch.dtype | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """The norm of x; with `fused_dtype` by a kernel that gives it in that dtype, and x for the residual beside it."""
+        if fused_dtype is not None:
+            return run_layer_norm_residual(x, self.weight, self.bias, self.eps, fused_dtype)
         return super().forward(x)
 
 
@@ -228,34 +235,36 @@ class SeqBoatAttention(nn.Module):
         }
         return stream.flat, out, entries
 
-    def fused(self, x: Tensor, active: Tensor, slot: Tensor, context: SequenceContext) -> Tensor:
+    def fused(self, x: Tensor, stream: "TokenStream", context: SequenceContext) -> Tensor:  # noqa: F821
         """`compressed` without a cache and without dropout, all between the two linears in fused kernels.
 
         Args:
-            x: (B, L, D); active: (B, L) bool; slot: (B * L,) int64, the place of each activated token, else -1.
+            x: (B, L, D); stream: what `begin_stream` found.
 
         Returns:
             out (M, D).
         """
         config = self.config
-        stream = build_stream(active, context.segment, config.memory_size, config.bidirectional, None)
-        projected = self.in_proj(run_gather_rows(x.flatten(0, 1), stream.flat, slot))
+        projected = self.in_proj(run_gather_rows(x.flatten(0, 1), stream.index, stream.slot))
         cos = sin = None
         if context.cos is not None:
             cos, sin = (table.flatten(0, 1) for table in (context.cos, context.sin))
         bias = self._bias()
         if bias:
-            local = config.position_embedding_type == "local"
-            places = stream.key_index if local else context.positions.flatten()[stream.flat]
+            if config.position_embedding_type == "local":
+                places = torch.arange(stream.index.shape[0], device=x.device)
+            else:
+                places = context.positions.flatten()[stream.index]
             bias |= {"q_place": places, "k_place": places}
         with without_autocast(x.device):
             gated = run_gated_unit(
                 projected, self.qk_scale, self.qk_offset, stream.key_start, stream.key_end,
                 activation=config.attention_activation, attention_scale=self.scale, cos=cos, sin=sin,
-                table_rows=None if cos is None else stream.flat,
+                table_rows=None if cos is None else stream.index,
                 max_keys=config.memory_size * (2 if config.bidirectional else 1) + 1, **bias,
             )  # fmt: skip
-        return self.out_proj(gated)
+        out = self.out_proj(gated)
+        return F.dropout(out, config.hidden_dropout, self.training) if config.bidirectional else out
 
     def step(self, x: Tensor, context: SequenceContext, cache: SeqBoatCacheLayer, rows: Tensor | None):
         """One column over the memory, every row alike: no shape and no branch depends on data.
@@ -336,6 +345,8 @@ class SeqBoatDecoderLayer(GradientCheckpointingLayer):
         """hidden_states (B, L, D) -> the same shape, the router's confidence (B, L) float32, and with
         `router_target_rate` its squared distance from it (a scalar), else None."""
         config, x = self.config, hidden_states
+        if past_key_values is None and self._runs_fused(x):
+            return self._forward_fused(x, context)
         cache = None
         if past_key_values is not None:
             cache = past_key_values.layers[self.layer_idx]
@@ -350,9 +361,6 @@ class SeqBoatDecoderLayer(GradientCheckpointingLayer):
         if cache is not None and x.shape[1] == 1 and self._steps_in_place(cache):
             hidden = self._step(h, m, hidden, confidence, active, context, cache, scanned)
         else:
-            if cache is None and self._runs_fused(m):
-                x = self._attend_fused(x, m, hidden, confidence, active, context)
-                return self._finish(x, context), confidence, miss
             flat, out, entries = self.attention("compressed", m, active, context, cache)
             out = (out * confidence.flatten()[flat, None]).to(hidden.dtype)
             hidden = hidden.flatten(0, 1).index_add(0, flat, out).view_as(hidden)
@@ -367,29 +375,42 @@ class SeqBoatDecoderLayer(GradientCheckpointingLayer):
             x = self.norm(x, context.real)
         return x if self.ffn is None else self.ffn(x, context.real)
 
-    def _runs_fused(self, m: Tensor) -> bool:
+    def _runs_fused(self, x: Tensor) -> bool:
         config = self.config
-        dropout = self.training and max(config.hidden_dropout, config.value_dropout) > 0
         return runs_fused(
             requested_backend(config.kernel_backend),
-            m.device,
-            m.dtype,
-            config.hidden_act == "silu" and not dropout,
+            x.device,
+            self._state_dtype(x),
+            config.hidden_act == "silu" and not (self.training and config.value_dropout > 0),
             activation=config.attention_activation,
             dropout_p=config.attention_dropout if self.training else 0.0,
         )
 
     @torch.compiler.disable
-    def _attend_fused(self, x, m, hidden, confidence, active, context) -> Tensor:
-        """Steps 6 to 9 with one kernel before the unit's attention and one after its output: the same numbers."""
-        marks = active.flatten()
-        slot = torch.where(marks, marks.long().cumsum(0) - 1, -1)
-        out = self.attention("fused", m, active, slot, context)
+    def _forward_fused(self, x: Tensor, context: SequenceContext) -> tuple[Tensor, Tensor, Tensor | None]:
+        """`forward` without a cache, elementwise steps in kernels of our own: the same numbers. A compiled model breaks
+        its graph here: the compiler does not see through these kernels, and would add nothing to them."""
+        config, dtype, residual = self.config, self._state_dtype(x), x
+        if not config.norm_first:
+            h = x.to(dtype)
+        elif isinstance(self.norm, SeqBoatLayerNorm):
+            h, residual = self.norm(x, context.real, fused_dtype=dtype)
+        else:
+            h = self.norm(x, context.real).to(dtype)
+        m, _ = self.ssm(h, context, None)
+        m = F.dropout(m, config.hidden_dropout, self.training)
+        confidence, active, miss = self.router(m, context.real, context.places)
+        pending = begin_stream(active, config.memory_size, config.bidirectional, context.segment_bounds())
+        # Before the wait, so that the device has work meanwhile.
+        hidden = self.hidden_proj(m)
+        stream = pending.wait()
+        out = self.attention("fused", m, stream, context)
+        dropout_p = config.hidden_dropout if self.training and not config.bidirectional else 0.0
         with without_autocast(x.device):
             added = run_extract_residual(
-                hidden.flatten(0, 1), x.flatten(0, 1), out, confidence.flatten().float(), slot
+                hidden.flatten(0, 1), residual.flatten(0, 1), out, confidence.flatten().float(), stream.slot, dropout_p
             )
-        return added.view_as(x)
+        return self._finish(added.view_as(x), context), confidence, miss
 
     def _state_dtype(self, x: Tensor) -> torch.dtype:
         kind = x.device.type

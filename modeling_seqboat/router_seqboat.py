@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .configuration_seqboat import LEARNED_ROUTERS, SeqBoatConfig
+from .kernels_seqboat import requested_backend, run_route
 from .ops_ssm_seqboat import without_autocast
 
 _WORD = 2**32 - 1
@@ -78,6 +79,13 @@ class SeqBoatRouter(nn.Module):
                 active = active & real
             return active.float(), active, None
         config = self.config
+        if config.router_type == "tempered_softmax" and config.router_target_rate is None:
+            found = run_route(
+                requested_backend(config.kernel_backend), x, self.weight, self.bias, self.log_temperature, real,
+                config.activation_bias,
+            )  # fmt: skip
+            if found is not None:
+                return *found, None
         with without_autocast(x.device):
             dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
             logits = F.linear(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype))

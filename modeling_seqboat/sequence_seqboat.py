@@ -24,6 +24,7 @@ class SequenceContext:
         cos, sin: (B, L, Z/2) float32 rotary tables, or None.
         places: (B, L) int64, real tokens of the segment before each, where a router asks for them; else None.
         plan, reverse_plan: layouts of the EMA scan and of the one that runs backwards, or None.
+        bounds: what `segment_bounds` found, once asked.
     """
 
     real: Tensor | None
@@ -35,6 +36,21 @@ class SequenceContext:
     places: Tensor | None = None
     plan: ScanPlan | None = None
     reverse_plan: ScanPlan | None = None
+    bounds: Tensor | None = None
+
+    def segment_bounds(self) -> Tensor | None:
+        """First and last column of each token's segment as places among all B * L: (2, B * L) int64; None where every
+        row is one segment. Pads behind the last token of a segment count to it."""
+        if self.reset is None or self.bounds is not None:
+            return self.bounds
+        batch, length = self.reset.shape
+        columns = torch.arange(length, device=self.reset.device)
+        first = torch.where(self.reset, columns, 0).cummax(1).values
+        following = F.pad(torch.where(self.reset, columns - 1, length - 1)[:, 1:], (0, 1), value=length - 1)
+        last = following.flip(1).cummin(1).values.flip(1)
+        row = torch.arange(batch, device=columns.device)[:, None] * length
+        self.bounds = torch.stack([first + row, last + row]).flatten(1)
+        return self.bounds
 
     def reversed_marks(self) -> tuple[Tensor | None, Tensor | None]:
         """Real marks and segment starts of the row read backwards: a segment then starts at its last real token."""

@@ -13,10 +13,10 @@ from transformers.activations import ACT2FN
 
 from .cache_seqboat import SeqBoatCacheLayer
 from .configuration_seqboat import SeqBoatConfig
-from .kernels_seqboat import requested_backend, run_diagonal_scan, run_ema_scan
+from .kernels_seqboat import requested_backend, run_diagonal_scan, run_ema_parameters, run_ema_scan
 from .ops_diagonal_seqboat import complex_product, zero_order_hold
 from .ops_layout_seqboat import shift_real_tokens
-from .ops_ssm_seqboat import ema_parameters, without_autocast
+from .ops_ssm_seqboat import without_autocast
 from .sequence_seqboat import SequenceContext
 
 
@@ -45,8 +45,10 @@ class SeqBoatEMA(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor | None]]:
         """x (B, L, D) -> silu(y) (B, L, D) of x's dtype, and what the cache keeps of the scan."""
         with without_autocast(x.device):
-            decay, input_gain, output_gain = ema_parameters(self.delta, self.alpha, self.beta, self.gamma)
-            width = self.hidden_size
+            tables = run_ema_parameters(
+                requested_backend(self.config.kernel_backend), self.delta, self.alpha, self.beta, self.gamma
+            )
+            ways = list(zip(*(table.split(self.hidden_size) for table in tables), strict=True))
             history = state = None
             if cache is not None:
                 state, history = cache.ssm_state, cache.recent_inputs(x.shape[1])
@@ -54,29 +56,32 @@ class SeqBoatEMA(nn.Module):
                     # The graph keeps what the cache is about to overwrite.
                     state = state.clone()
             y, state, delay_decay = self._scan(
-                x, decay[:width], input_gain[:width], output_gain[:width], self.omega.to(decay.dtype),
-                context.real, context.reset, context.plan, state, history, cache is not None,
+                x, ways[0], self.omega.to(tables[0].dtype), context.real, context.reset, context.plan, state, history,
+                cache is not None,
             )  # fmt: skip
             if self.bidirectional:
-                real, ends = context.reversed_marks()
-                back, _, _ = self._scan(
-                    x.flip(1), decay[width:], input_gain[width:], output_gain[width:], None,
-                    real, ends, context.reverse_plan, None, None, False,
-                )  # fmt: skip
-                y = y + back.flip(1)
+                y = y + self._scan_back(x, ways[1], context)
             if self.fused_activation is None:
                 y = self.activation(y)
+        decay, input_gain, _ = ways[0]
         scanned = {"decay": decay, "input_gain": input_gain, "delay_decay": delay_decay, "ssm_state": state}
         return y, scanned
 
-    def _scan(self, x, decay, input_gain, output_gain, skip, real, reset, plan, state, history, need_state):
+    def _scan_back(self, x: Tensor, way: tuple[Tensor, ...], context: SequenceContext) -> Tensor:
+        real, ends = context.reversed_marks()
+        if self.truncation is None:
+            return self._scan(x, way, None, real, ends, context.reverse_plan, None, None, False, reverse=True)[0]
+        # The delayed input is made from the columns in the order in which the scan reads them.
+        return self._scan(x.flip(1), way, None, real, ends, context.reverse_plan, None, None, False)[0].flip(1)
+
+    def _scan(self, x, way, skip, real, reset, plan, state, history, need_state, reverse=False):
         delayed = delay_decay = None
         if self.truncation is not None:
-            delay_decay = decay**self.truncation
+            delay_decay = way[0] ** self.truncation
             delayed = shift_real_tokens(x, self.truncation, real, reset, history)
         y, state = run_ema_scan(
-            requested_backend(self.config.kernel_backend), x, decay, input_gain, output_gain, skip, real=real, reset=reset, state=state,
-            delayed=delayed, delay_decay=delay_decay, plan=plan, need_state=need_state,
+            requested_backend(self.config.kernel_backend), x, *way, skip, real=real, reset=reset, state=state,
+            delayed=delayed, delay_decay=delay_decay, plan=plan, need_state=need_state, reverse=reverse,
             activation=self.fused_activation,
         )  # fmt: skip
         return y, state, delay_decay

@@ -20,15 +20,12 @@ from .triton_attention_seqboat import (
     plan_attention,
     row_sums,
 )
-from .triton_launch_seqboat import aligned_key, blocks_of, jit, kernel, on_device, power_of_two
+from .triton_launch_seqboat import aligned_key, blocks_of, jit, kernel, on_device, power_of_two, row_block
 
 try:
     import triton.language as tl
 except ImportError:
     tl = None
-
-# Elements of one program's block: enough independent loads in flight to reach the copy rate.
-_ELEMENTS = 2048
 
 
 @jit
@@ -49,10 +46,16 @@ def _gather_kernel(x, index, out, count, x_stride, D: tl.constexpr, ROWS: tl.con
     tl.store(out + rows.to(tl.int64)[:, None] * D + columns[None, :], value, mask=inside)
 
 
-@kernel("count")
+@jit
+def _kept(seed, place, dropout):
+    """What dropout multiplies with: 0 or 1 / (1 - dropout), drawn by the place in the tensor."""
+    return tl.where(tl.rand(seed, place) >= dropout, 1 / (1 - dropout), 0.0)
+
+
+@kernel("count", "seed", "dropout")
 def _extract_kernel(
-    hidden, residual, out, confidence, slot, result, count,
-    D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    hidden, residual, out, confidence, slot, result, count, seed, dropout,
+    DROPOUT: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, WIDTH)
@@ -62,16 +65,19 @@ def _extract_kernel(
     place = rows.to(tl.int64)[:, None] * D + columns[None, :]
     chosen = inside & (source >= 0)[:, None]
     total = tl.load(hidden + place, mask=inside, other=0.0).to(tl.float32)
-    total += tl.load(residual + place, mask=inside, other=0.0).to(tl.float32)
     value = tl.load(out + source[:, None] * D + columns[None, :], mask=chosen, other=0.0).to(tl.float32)
     total += tl.where(chosen, factor[:, None] * value, 0.0)
+    if DROPOUT:
+        total *= _kept(seed, place, dropout)
+    total += tl.load(residual + place, mask=inside, other=0.0).to(tl.float32)
     tl.store(result + place, (total * tl.sigmoid(total)).to(result.dtype.element_ty), mask=inside)
 
 
-@kernel("count")
+@kernel("count", "seed", "dropout")
 def _extract_backward_kernel(
     grad, hidden, residual, out, confidence, slot, grad_hidden, grad_residual, grad_out, grad_confidence, count,
-    SAME: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    seed, dropout,
+    DROPOUT: tl.constexpr, SAME: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, WIDTH)
@@ -81,15 +87,20 @@ def _extract_backward_kernel(
     place = rows.to(tl.int64)[:, None] * D + columns[None, :]
     chosen = inside & (source >= 0)[:, None]
     total = tl.load(hidden + place, mask=inside, other=0.0).to(tl.float32)
-    total += tl.load(residual + place, mask=inside, other=0.0).to(tl.float32)
     value_place = source[:, None] * D + columns[None, :]
     value = tl.load(out + value_place, mask=chosen, other=0.0).to(tl.float32)
     total += tl.where(chosen, factor[:, None] * value, 0.0)
+    if DROPOUT:
+        kept = _kept(seed, place, dropout)
+        total *= kept
+    total += tl.load(residual + place, mask=inside, other=0.0).to(tl.float32)
     _, slope = _silu_slope(total)
     slope = slope * tl.load(grad + place, mask=inside, other=0.0).to(tl.float32)
-    tl.store(grad_hidden + place, slope.to(grad_hidden.dtype.element_ty), mask=inside)
     if not SAME:
         tl.store(grad_residual + place, slope.to(grad_residual.dtype.element_ty), mask=inside)
+    if DROPOUT:
+        slope *= kept
+    tl.store(grad_hidden + place, slope.to(grad_hidden.dtype.element_ty), mask=inside)
     tl.store(grad_out + value_place, (slope * factor[:, None]).to(grad_out.dtype.element_ty), mask=chosen)
     tl.store(grad_confidence + rows, tl.sum(tl.where(chosen, slope * value, 0.0), 1), mask=rows < count)
 
@@ -230,17 +241,33 @@ def _project_backward_kernel(
             tl.store(target + Z, slope.to(grad.dtype.element_ty), mask=inside)
 
 
-def _row_block(width: int) -> tuple[int, int]:
-    """Rows and columns of one program's block; the columns cover a whole row."""
-    columns = power_of_two(width)
-    return max(1, min(32, _ELEMENTS // columns)), columns
+@kernel("count")
+def _silu_kernel(x, out, count, stride, D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, WIDTH)
+    inside = (rows < count)[:, None] & (columns < D)[None, :]
+    rows = rows.to(tl.int64)[:, None]
+    value = tl.load(x + rows * stride + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + rows * D + columns[None, :], (value * tl.sigmoid(value)).to(out.dtype.element_ty), mask=inside)
+
+
+def _silu(x: Tensor) -> Tensor:
+    """silu of rows that may lie apart."""
+    count, width = x.shape
+    out = torch.empty(count, width, dtype=x.dtype, device=x.device)
+    rows, columns = row_block(width)
+    _silu_kernel(
+        (blocks_of(count, rows),), aligned_key((x,), x.device, x.dtype, width, x.stride(0)),
+        x, out, count, x.stride(0), options={"num_warps": 4}, D=width, ROWS=rows, WIDTH=columns,
+    )  # fmt: skip
+    return out
 
 
 def _gather(x: Tensor, index: Tensor) -> Tensor:
     count, width = index.shape[0], x.shape[1]
     out = torch.empty(count, width, dtype=x.dtype, device=x.device)
     if count > 0:
-        rows, columns = _row_block(width)
+        rows, columns = row_block(width)
         with on_device(x):
             _gather_kernel(
                 (blocks_of(count, rows),), aligned_key((x, index), x.device, x.dtype, width, x.stride(0)),
@@ -278,26 +305,28 @@ def gather_rows(x: Tensor, index: Tensor, slot: Tensor) -> Tensor:
     return _GatherRows.apply(x if x.stride(-1) == 1 else x.contiguous(), index.contiguous(), slot.contiguous())
 
 
-def _extract_key(hidden: Tensor, residual: Tensor, out: Tensor, *others: Tensor) -> tuple | None:
-    dtypes = (t.dtype for t in (hidden, residual, out, *others))
-    return aligned_key((hidden, residual, out, *others), hidden.device, hidden.shape[1], *dtypes)
+def _extract_key(hidden: Tensor, *others: Tensor, dropped: bool) -> tuple | None:
+    dtypes = (t.dtype for t in (hidden, *others))
+    return aligned_key((hidden, *others), hidden.device, hidden.shape[1], dropped, *dtypes)
 
 
 class _ExtractResidual(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, residual, out, confidence, slot):
+    def forward(ctx, hidden, residual, out, confidence, slot, dropout_p, seed):
         ctx.save_for_backward(hidden, residual, out, confidence, slot)
+        ctx.dropout = dropout_p, seed
         result = torch.empty(
             hidden.shape, dtype=torch.promote_types(hidden.dtype, residual.dtype), device=hidden.device
         )
         count, width = hidden.shape
         if count > 0:
-            rows, columns = _row_block(width)
+            rows, columns = row_block(width)
             with on_device(hidden):
                 _extract_kernel(
-                    (blocks_of(count, rows),), _extract_key(hidden, residual, out, confidence, slot),
-                    hidden, residual, out, confidence, slot, result, count, options={"num_warps": 4},
-                    D=width, ROWS=rows, WIDTH=columns,
+                    (blocks_of(count, rows),),
+                    _extract_key(hidden, residual, out, confidence, slot, dropped=dropout_p > 0),
+                    hidden, residual, out, confidence, slot, result, count, seed, dropout_p, options={"num_warps": 4},
+                    DROPOUT=dropout_p > 0, D=width, ROWS=rows, WIDTH=columns,
                 )  # fmt: skip
         return result
 
@@ -307,31 +336,41 @@ class _ExtractResidual(torch.autograd.Function):
         hidden, residual, out, confidence, slot = ctx.saved_tensors
         count, width = hidden.shape
         grad_hidden = torch.empty_like(hidden)
-        same = hidden.dtype == residual.dtype
+        dropout_p, seed = ctx.dropout
+        same = hidden.dtype == residual.dtype and dropout_p == 0
         grad_residual = grad_hidden if same else torch.empty_like(residual)
         grad_out, grad_confidence = torch.empty_like(out), torch.empty_like(confidence)
         if count > 0:
-            rows, columns = _row_block(width)
+            rows, columns = row_block(width)
             grad = grad.contiguous()
             with on_device(hidden):
                 _extract_backward_kernel(
                     (blocks_of(count, rows),),
-                    _extract_key(hidden, residual, out, confidence, slot, grad),
+                    _extract_key(hidden, residual, out, confidence, slot, grad, dropped=dropout_p > 0),
                     grad, hidden, residual, out, confidence, slot,
-                    grad_hidden, grad_residual, grad_out, grad_confidence, count, options={"num_warps": 4},
-                    SAME=same, D=width, ROWS=rows, WIDTH=columns,
+                    grad_hidden, grad_residual, grad_out, grad_confidence, count, seed, dropout_p,
+                    options={"num_warps": 4},
+                    DROPOUT=dropout_p > 0, SAME=same, D=width, ROWS=rows, WIDTH=columns,
                 )  # fmt: skip
-        return grad_hidden, grad_residual, grad_out, grad_confidence, None
+        return grad_hidden, grad_residual, grad_out, grad_confidence, None, None, None
 
 
-def extract_residual(hidden: Tensor, residual: Tensor, out: Tensor, confidence: Tensor, slot: Tensor) -> Tensor:
-    """Extract and residual (arXiv 2306.11197, section 3.2): silu(hidden + confidence * out[slot] + residual).
+def extract_residual(
+    hidden: Tensor,
+    residual: Tensor,
+    out: Tensor,
+    confidence: Tensor,
+    slot: Tensor,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """Extract and residual (arXiv 2306.11197, section 3.2): silu(dropout(hidden + confidence * out[slot]) + residual).
 
     Args:
         hidden, residual: (R, D); their dtypes may differ.
         out: (M, D), the attention's output for the activated tokens; M may be 0.
         confidence: (R,) float32, 0 where not activated.
         slot: (R,) int64, the row of `out` of each token, each row once, or -1 where not activated.
+        dropout_p: the dropout's probability, below 1; its seed is drawn from torch's CPU generator.
 
     Returns:
         (R, D) of the wider dtype of hidden and residual; the sum is float32. Gradients for the first four arguments.
@@ -343,8 +382,12 @@ def extract_residual(hidden: Tensor, residual: Tensor, out: Tensor, confidence: 
         )
     if confidence.shape != hidden.shape[:1] or slot.shape != hidden.shape[:1] or confidence.dtype != torch.float32:
         raise ValueError(f"confidence and slot must be ({hidden.shape[0]},), and confidence float32")
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p must be at least 0 and below 1, got {dropout_p}")
+    # On the CPU, where a draw waits for nothing and a recomputed layer finds the generator's state restored.
+    seed = int(torch.randint(2**31 - 1, ())) if dropout_p > 0 else 0
     tensors = (hidden, residual, out, confidence, slot)
-    return _ExtractResidual.apply(*(t.contiguous() for t in tensors))
+    return _ExtractResidual.apply(*(t.contiguous() for t in tensors), float(dropout_p), seed)
 
 
 def _project(projected, scale, offset, cos, sin, table_rows, width, with_gate):
@@ -473,8 +516,9 @@ class _GatedUnit(torch.autograd.Function):
         with on_device(projected):
             q, k, v, _ = _project(projected, scale, offset, cos, sin, table_rows, width, False)
             out, gated, row_stats, plan = attention_forward(q, k, v, table, ranges, call, gate, "silu")
+        # v is silu of what is kept anyway, and the widest tensor here.
         ctx.save_for_backward(
-            projected, scale, offset, table, cos, sin, table_rows, q, k, v, out, row_stats, plan, *ranges
+            projected, scale, offset, table, cos, sin, table_rows, q, k, out, row_stats, plan, *ranges
         )
         return gated
 
@@ -483,18 +527,27 @@ class _GatedUnit(torch.autograd.Function):
     def backward(ctx, grad):
         if ctx.call.list_size == 0:
             return *(None if t is None else torch.zeros_like(t) for t in ctx.saved_tensors), *[None] * 8
-        projected, scale, offset, table, cos, sin, table_rows, q, k, v, out, row_stats, plan, *ranges = (
-            ctx.saved_tensors
-        )
-        z, width = q.shape[1], v.shape[1]
+        projected, scale, offset, table, cos, sin, table_rows, q, k, out, row_stats, plan, *ranges = ctx.saved_tensors
+        z, width = q.shape[1], out.shape[1]
         whole = torch.empty(projected.shape, dtype=projected.dtype, device=projected.device)
         _, gate, raw_v = projected.split([z, width, width], dim=1)
         _, grad_gate, grad_v = whole.split([z, width, width], dim=1)
-        grad = grad.to(v.dtype).contiguous()
+        grad = grad.to(out.dtype).contiguous()
         with on_device(projected):
             grad_out, sums = row_sums(grad, out, gate, "silu", grad_gate)
             grad_q, grad_k, grad_table = attention_backward(
-                grad_out, q, k, v, table, AttentionRanges(*ranges), ctx.call, row_stats, sums, plan, grad_v, raw_v
+                grad_out,
+                q,
+                k,
+                _silu(raw_v),
+                table,
+                AttentionRanges(*ranges),
+                ctx.call,
+                row_stats,
+                sums,
+                plan,
+                grad_v,
+                raw_v,
             )
             grad_scale, grad_offset = _project_backward(
                 projected, scale, offset, cos, sin, table_rows, grad_q, grad_k, None, None, whole

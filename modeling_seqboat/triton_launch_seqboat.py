@@ -19,6 +19,9 @@ try:
 except ImportError:
     triton = None
 
+# Elements of one elementwise program's block: enough independent loads in flight to reach the copy rate.
+_ELEMENTS = 2048
+
 
 def jit(function: Callable) -> Callable:
     """A function that kernels call; without triton it stays as it is, so that its module can be imported."""
@@ -112,3 +115,9 @@ def blocks_of(size: int, block: int) -> int:
 def power_of_two(size: int, least: int = 16) -> int:
     """The smallest power of two that is at least `size` and `least`."""
     return max(least, 1 << max(0, size - 1).bit_length())
+
+
+def row_block(width: int) -> tuple[int, int]:
+    """Rows and columns of an elementwise program's block; the columns cover a whole row."""
+    columns = power_of_two(width)
+    return max(1, min(32, _ELEMENTS // columns)), columns

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from modeling_seqboat import SeqBoatConfig, SeqBoatForCausalLM
+from modeling_seqboat import SeqBoatConfig, SeqBoatForCausalLM, SeqBoatForSequenceClassification
 from modeling_seqboat.kernels_seqboat import choose_backend, requested_backend, why_not_triton
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -76,21 +76,74 @@ def test_the_environment_overrides_the_config(monkeypatch):
         requested_backend("auto")
 
 
-@pytest.mark.parametrize("attention", ["softmax", "relu2"])
-@pytest.mark.parametrize("positions", ["rotary", "local"])
-def test_a_whole_model_computes_the_same_on_both(attention, positions, monkeypatch):
-    built = model(attention_activation=attention, position_embedding_type=positions)
-    ids = torch.randint(0, 256, (2, 50), generator=torch.Generator().manual_seed(1))
-    found = {}
-    for backend in ("torch", "triton"):
-        monkeypatch.setenv("SEQBOAT_KERNEL_BACKEND", backend)
-        built.zero_grad()
-        out = built(ids, labels=ids, output_router_probs=True)
-        out.loss.backward()
-        found[backend] = out, [parameter.grad.clone() for parameter in built.parameters()]
-    (slow, slow_grads), (fast, fast_grads) = found["torch"], found["triton"]
+def whole_model_on(backend, built, monkeypatch, **inputs):
+    """Outputs, and gradients of every parameter."""
+    monkeypatch.setenv("SEQBOAT_KERNEL_BACKEND", backend)
+    built.zero_grad()
+    out = built(**inputs, output_router_probs=True)
+    out.loss.backward()
+    return out, [parameter.grad.clone() for parameter in built.parameters()]
+
+
+def assert_the_same_on_both(built, monkeypatch, **inputs):
+    slow, slow_grads = whole_model_on("torch", built, monkeypatch, **inputs)
+    fast, fast_grads = whole_model_on("triton", built, monkeypatch, **inputs)
     for a, b in zip(slow.router_probs, fast.router_probs, strict=True):
         assert torch.equal(a > 0, b > 0)
     torch.testing.assert_close(fast.logits, slow.logits, atol=1e-4, rtol=1e-4)
     for a, b in zip(fast_grads, slow_grads, strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("attention", ["softmax", "relu2"])
+@pytest.mark.parametrize("positions", ["rotary", "local"])
+def test_a_whole_model_computes_the_same_on_both(attention, positions, monkeypatch):
+    built = model(attention_activation=attention, position_embedding_type=positions)
+    ids = torch.randint(0, 256, (2, 50), generator=torch.Generator().manual_seed(1))
+    assert_the_same_on_both(built, monkeypatch, input_ids=ids, labels=ids)
+
+
+@pytest.mark.parametrize("kind", ["padded", "packed"])
+@pytest.mark.parametrize("norm", ["layernorm", "scalenorm", "after"])
+def test_padded_and_packed_rows_are_the_same_on_both(kind, norm, monkeypatch):
+    overrides = {"norm_first": False} if norm == "after" else {"norm_type": norm}
+    built = model(**overrides).train()
+    ids = torch.randint(0, 256, (2, 50), generator=torch.Generator().manual_seed(1))
+    inputs = {"input_ids": ids, "labels": ids}
+    if kind == "padded":
+        inputs["attention_mask"] = torch.ones_like(ids)
+        inputs["attention_mask"][0, :7] = 0
+    else:
+        inputs["position_ids"] = torch.cat([torch.arange(20), torch.arange(13), torch.arange(17)]).expand(2, -1)
+    assert_the_same_on_both(built, monkeypatch, **inputs)
+
+
+@pytest.mark.parametrize("truncation", [None, 5])
+def test_a_bidirectional_model_is_the_same_on_both(truncation, monkeypatch):
+    torch.manual_seed(0)
+    shape = {"hidden_size": 24, "state_size": 4, "qk_head_dim": 16, "v_head_dim": 40, "memory_size": 8}
+    config = SeqBoatConfig(num_hidden_layers=2, bidirectional=True, ssm_truncation=truncation, **shape)
+    built = SeqBoatForSequenceClassification(config).train()
+    with torch.no_grad():
+        for layer in built.model.layers:
+            layer.router.weight.normal_(0, 1)
+    mask = torch.ones(2, 50, dtype=torch.long)
+    mask[0, :9] = mask[1, 40:] = 0
+    ids = torch.randint(0, 256, (2, 50), generator=torch.Generator().manual_seed(1))
+    assert_the_same_on_both(built, monkeypatch, input_ids=ids, attention_mask=mask, labels=torch.tensor([0, 1]))
+
+
+def test_dropout_takes_the_kernels_too_and_is_drawn_alike_when_a_layer_runs_twice(monkeypatch):
+    built = model(hidden_dropout=0.2).train()
+    ids = torch.randint(0, 256, (2, 50), generator=torch.Generator().manual_seed(1))
+    found = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            built.gradient_checkpointing_enable({"use_reentrant": False})
+        torch.manual_seed(5)
+        found.append(whole_model_on("triton", built, monkeypatch, input_ids=ids, labels=ids))
+    assert torch.equal(found[0][0].logits, found[1][0].logits)
+    for once, twice in zip(found[0][1], found[1][1], strict=True):
+        torch.testing.assert_close(twice, once, atol=1e-6, rtol=1e-5)
+    clean, _ = whole_model_on("triton", built.eval(), monkeypatch, input_ids=ids, labels=ids)
+    assert not torch.allclose(clean.logits, found[0][0].logits, atol=1e-3)

@@ -3,55 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from triton_comparison import choose, compare, draw, poisoned_memory  # noqa: F401
 from triton_interpreter import DEVICE  # first, before anything imports triton
 
 from modeling_seqboat.ops_attention_seqboat import apply_rotary, windowed_attention
 from modeling_seqboat.triton_fused_seqboat import extract_residual, gated_unit, gather_rows, project_unit
 
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_memory(monkeypatch):
-    """NaN, or a wild index, in everything a kernel ought to write."""
-    empty, empty_like = torch.empty, torch.empty_like
-
-    def poison(tensor):
-        return tensor.fill_(float("nan") if tensor.is_floating_point() else 12345)
-
-    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: poison(empty(*args, **kwargs)))
-    monkeypatch.setattr(torch, "empty_like", lambda *args, **kwargs: poison(empty_like(*args, **kwargs)))
-
-
-def draw(*shapes, dtype=torch.float32, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(*shape, generator=generator).to(dtype) for shape in shapes]
-
-
-def choose(tokens, active, seed=0):
-    """index (M,) of `active` tokens in order, and slot (R,) the other way round."""
-    order = torch.randperm(tokens, generator=torch.Generator().manual_seed(seed))
-    index = order[:active].sort().values
-    slot = torch.full((tokens,), -1)
-    slot[index] = torch.arange(active)
-    return index, slot
-
-
-def compare(function, definition, tensors, *, tolerance=None):
-    """Outputs and gradients of a fused stage, and of its definition on float64 copies of the same tensors."""
-    narrow = [t.to(DEVICE).requires_grad_() for t in tensors]
-    wide = [t.double().requires_grad_() for t in tensors]
-    found, expected = function(*narrow), definition(*wide)
-    found, expected = ((x,) if isinstance(x, torch.Tensor) else x for x in (found, expected))
-    generator = torch.Generator().manual_seed(9)
-    grads = [torch.randn(x.shape, generator=generator).to(y.dtype) for x, y in zip(expected, found, strict=True)]
-    found += torch.autograd.grad(found, narrow, [g.to(DEVICE) for g in grads])
-    expected += torch.autograd.grad(expected, wide, [g.double() for g in grads])
-    tolerance = tolerance or max(TOLERANCE[t.dtype] for t in tensors)
-    for place, (a, b) in enumerate(zip(found, expected, strict=True)):
-        error = (a.cpu().double() - b).norm() / b.norm().clamp_min(1e-3)
-        assert a.shape == b.shape and error < tolerance, (place, float(error))
-    return found
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -190,3 +148,35 @@ def test_what_does_not_fit_is_refused():
         project_unit(torch.zeros(4, 9), torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(4, 1), torch.zeros(4, 1))
     with pytest.raises(ValueError, match="cos and sin"):
         project_unit(torch.zeros(4, 10), torch.zeros(2, 4), torch.zeros(2, 4), torch.zeros(3, 2), torch.zeros(3, 2))
+
+
+@pytest.mark.parametrize("residual_dtype", [torch.float32, torch.bfloat16])
+def test_dropout_in_extract_falls_on_the_branch_alone(residual_dtype):
+    tokens, width, dropout = 200, 44, 0.3
+    index, slot = (part.to(DEVICE) for part in choose(tokens, 90))
+    hidden, out = (t.to(DEVICE).requires_grad_() for t in draw((tokens, width), (90, width)))
+    # A residual far from 0 shows what silu was given.
+    residual = torch.full((tokens, width), 20.0, device=DEVICE, dtype=residual_dtype).requires_grad_()
+    confidence = torch.full((tokens,), 0.5, device=DEVICE) * (slot >= 0)
+    torch.manual_seed(3)
+    result = extract_residual(hidden, residual, out, confidence, slot, dropout)
+    torch.manual_seed(3)
+    again = extract_residual(hidden, residual, out, confidence, slot, dropout)
+    other = extract_residual(hidden, residual, out, confidence, slot, dropout)
+    assert torch.equal(result, again) and not torch.equal(result, other)
+    branch = hidden.detach().index_add(0, index, 0.5 * out.detach())
+    kept = (result.detach() - 20).abs() > 1e-4 * branch.abs()
+    assert abs(1 - float(kept.float().mean()) - dropout) < 0.03
+    torch.testing.assert_close(result - 20, torch.where(kept, branch / (1 - dropout), 0), atol=1e-3, rtol=1e-3)
+    result.sum().backward()
+    scale = torch.where(kept, 1 / (1 - dropout), 0)
+    torch.testing.assert_close(hidden.grad, scale, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(out.grad, 0.5 * scale[index], atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(residual.grad, torch.ones_like(residual), atol=1e-2, rtol=1e-2)
+
+
+def test_extract_refuses_a_dropout_that_keeps_nothing():
+    tokens = torch.zeros(4, 8, device=DEVICE)
+    slot = torch.full((4,), -1, device=DEVICE)
+    with pytest.raises(ValueError, match="dropout_p must be at least 0 and below 1, got 1.0"):
+        extract_residual(tokens, tokens, tokens[:0], tokens[:, 0], slot, 1.0)

@@ -1,0 +1,124 @@
+"""The router, the list of activated tokens, the entry norm and the EMA's parameters in Triton, against plain torch."""
+
+import pytest
+import torch
+from triton_comparison import compare, draw, poisoned_memory  # noqa: F401
+from triton_interpreter import DEVICE  # first, before anything imports triton
+
+from modeling_seqboat.ops_ssm_seqboat import ema_parameters
+from modeling_seqboat.ops_stream_seqboat import build_stream
+from modeling_seqboat.sequence_seqboat import SequenceContext
+from modeling_seqboat.triton_norm_seqboat import layer_norm_residual
+from modeling_seqboat.triton_parameters_seqboat import ema_parameters_triton
+from modeling_seqboat.triton_router_seqboat import PendingStream, route
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+
+def route_definition(real, shift, active):
+    def definition(x, weight, bias, log_temperature):
+        skip, run = (x @ weight.t() + bias).unbind(-1)
+        confidence = torch.sigmoid((run - skip - shift) * torch.exp(-log_temperature.clamp_min(-30)))
+        active.append(((run > skip + shift) & real).cpu())
+        return torch.where(active[0], confidence, 0)
+
+    return definition
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("tokens", "width"), [(50, 44), (7, 300), (1, 24)])
+@pytest.mark.parametrize("padded", [False, True])
+def test_route(tokens, width, padded, dtype):
+    x, weight, bias = draw((tokens, width), (2, width), (2,))
+    real = torch.rand(tokens, generator=torch.Generator().manual_seed(4)) < 0.7 if padded else None
+    wanted, found = [], []
+
+    def function(*tensors):
+        confidence, active = route(*tensors, real=None if real is None else real.to(DEVICE), shift=0.25)
+        found.append(active.cpu())
+        return confidence
+
+    known = torch.ones(tokens, dtype=torch.bool) if real is None else real
+    compare(
+        function, route_definition(known, 0.25, wanted), [x.to(dtype), weight, bias, torch.tensor([1.2])],
+        tolerance=1e-5 if dtype == torch.float32 else 1e-2,
+    )  # fmt: skip
+    assert torch.equal(found[0], wanted[0])
+
+
+def test_a_temperature_below_the_clamp_has_no_gradient():
+    x, weight, bias = (t.to(DEVICE) for t in draw((20, 24), (2, 24), (2,)))
+    heat = torch.tensor([-40.0], device=DEVICE, requires_grad=True)
+    confidence, active = route(x, weight, bias, heat)
+    assert torch.equal(confidence > 0, active) and bool((confidence[active] == 1).all())
+    confidence.sum().backward()
+    assert heat.grad.item() == 0
+
+
+def test_route_names_what_does_not_fit():
+    x, weight, bias = (t.to(DEVICE) for t in draw((20, 24), (2, 23), (2,)))
+    with pytest.raises(ValueError, match=r"must be \(2, 24\)"):
+        route(x, weight, bias, bias[:1])
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("segments", [False, True])
+@pytest.mark.parametrize("rate", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("shape", [(3, 37), (1, 1100), (2, 1)])
+def test_stream_is_what_torch_builds(shape, rate, segments, bidirectional):
+    generator = torch.Generator().manual_seed(2)
+    active = torch.rand(shape, generator=generator) < rate
+    reset = segment = bounds = None
+    if segments:
+        reset = torch.rand(shape, generator=generator) < 0.1
+        segment = reset.long().cumsum(1)
+        places = torch.arange(shape[1]).expand(shape)
+        bounds = SequenceContext(None, reset, segment, places).segment_bounds().to(DEVICE)
+    expected = build_stream(active, segment, 5, bidirectional, None)
+    found = PendingStream(active.to(DEVICE), 5, bidirectional, bounds).wait()
+    assert torch.equal(found.index.cpu(), expected.flat)
+    assert torch.equal(found.key_start.cpu(), expected.key_start)
+    assert torch.equal(found.key_end.cpu(), expected.key_end)
+    slot = torch.full((active.numel(),), -1)
+    slot[expected.flat] = torch.arange(len(expected.flat))
+    assert torch.equal(found.slot.cpu(), slot)
+
+
+@pytest.mark.parametrize(
+    "dtypes", [(torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.bfloat16,) * 2]
+)
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize(("tokens", "width"), [(50, 44), (3, 600)])
+def test_norm_and_the_residual_beside_it(tokens, width, affine, dtypes):
+    def definition(x, *parameters):
+        return torch.nn.functional.layer_norm(x, (width,), *parameters, eps=1e-5), x
+
+    x, weight, bias = draw((tokens, width), (width,), (width,))
+    parameters = [weight, bias] if affine else []
+    found = compare(
+        lambda x, weight=None, bias=None: layer_norm_residual(x, weight, bias, 1e-5, dtypes[1]),
+        definition,
+        [(3 * x + 1).to(dtypes[0]), *parameters],
+        tolerance=1e-5 if dtypes[1] == torch.float32 else 1e-2,
+    )
+    assert found[0].dtype == dtypes[1] and found[1].dtype == dtypes[0]
+
+
+def test_the_residual_alone_passes_its_gradient_on():
+    x = torch.ones(4, 16, device=DEVICE, requires_grad=True)
+    weight = torch.ones(16, device=DEVICE, requires_grad=True)
+    _, residual = layer_norm_residual(x, weight, torch.zeros_like(weight), 1e-5, torch.float32)
+    (2 * residual).sum().backward()
+    assert bool((x.grad == 2).all()) and bool((weight.grad == 0).all())
+
+
+@pytest.mark.parametrize(("rows", "states"), [(12, 3), (300, 16)])
+def test_parameters_of_the_ema(rows, states):
+    shapes = [(rows, states, 1)] * 3 + [(rows, states)]
+    compare(ema_parameters_triton, ema_parameters, draw(*shapes))
+
+
+def test_parameters_of_different_dtypes_are_named():
+    delta, alpha, beta, gamma = (t.to(DEVICE) for t in draw(*[(4, 2, 1)] * 3, (4, 2)))
+    with pytest.raises(ValueError, match="alpha must be"):
+        ema_parameters_triton(delta, alpha.half(), beta, gamma)
