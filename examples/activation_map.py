@@ -1,7 +1,7 @@
 """Show which tokens of a text, or pixels of a picture, a SeqBoat pays attention for: an HTML page and a PNG.
 
-    python examples/activation_map.py outputs/quickstart examples/data/tinyshakespeare.txt
-    python examples/activation_map.py outputs/quickstart "To be, or not to be"
+    python examples/activation_map.py outputs/train_from_scratch examples/data/tinyshakespeare.txt
+    python examples/activation_map.py outputs/train_from_scratch "To be, or not to be"
     python examples/activation_map.py outputs/lra-image picture.png --size 32x32
 
 The page opens in any browser, needs no network, and works with the keyboard alone. Runs on the CPU.

@@ -1,6 +1,6 @@
 """Bits per byte of a causal language model on a text, read once from front to back.
 
-    python examples/evaluate_lm.py outputs/quickstart --data examples/data/tinyshakespeare.txt --split validation
+    python examples/evaluate_lm.py outputs/train_from_scratch --data examples/data/tinyshakespeare.txt --split validation
 
 Protocol: the text is tokenised without special tokens and fed in chunks through the cache, so that every token but the
 first is scored once, with everything before it as context (`--context N`: the state starts afresh every N tokens, whose

@@ -96,11 +96,11 @@ print(json.dumps({"ids": text(model), "again": text(again), "class": type(model)
 
 
 @pytest.fixture(scope="module")
-def quickstart(tmp_path_factory):
-    """The model of examples/quickstart.py in its short mode."""
-    folder = tmp_path_factory.mktemp("quickstart") / "model"
+def from_scratch(tmp_path_factory):
+    """The model of examples/train_from_scratch.py in its short mode."""
+    folder = tmp_path_factory.mktemp("from_scratch") / "model"
     result = subprocess.run(
-        [sys.executable, str(ROOT / "examples/quickstart.py"), "--fast", "--output", str(folder)],
+        [sys.executable, str(ROOT / "examples/train_from_scratch.py"), "--fast", "--output", str(folder)],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
@@ -110,13 +110,13 @@ def quickstart(tmp_path_factory):
     return folder
 
 
-def test_push_and_load_in_a_fresh_process(hub, quickstart, tmp_path):
+def test_push_and_load_in_a_fresh_process(hub, from_scratch, tmp_path):
     """A pushed model loads by name where the package is not installed, with the same weights and the same text."""
-    pushed = push(quickstart)
+    pushed = push(from_scratch)
     assert pushed.url == f"{hub.url}/ann/boat"
     assert hub.repos["ann/boat"].history() == ["Upload SeqBoatForCausalLM", "initial commit"]
 
-    before = load_file(quickstart / "model.safetensors")
+    before = load_file(from_scratch / "model.safetensors")
     after = load(hub.repos["ann/boat"].files()["model.safetensors"])
     assert sorted(before) == sorted(after) and all(torch.equal(before[name], after[name]) for name in before)
 
@@ -130,7 +130,7 @@ def test_push_and_load_in_a_fresh_process(hub, quickstart, tmp_path):
     )
     assert result.returncode == 0, result.stderr
     seen = json.loads(result.stdout.splitlines()[-1])
-    model = SeqBoatForCausalLM.from_pretrained(quickstart).eval()
+    model = SeqBoatForCausalLM.from_pretrained(from_scratch).eval()
     ids = torch.tensor([list(PROMPT.encode())])
     expected = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
     assert seen["ids"] == seen["again"] == expected[0].tolist()

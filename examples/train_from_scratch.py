@@ -1,9 +1,9 @@
 """Train a small byte-level SeqBoat on Tiny Shakespeare on a CPU, save it, load it back, and continue a long prompt.
 
-    python examples/quickstart.py            # under three minutes on two cores
-    python examples/quickstart.py --fast     # a few training steps, to see that everything runs
+    python examples/train_from_scratch.py            # under three minutes on two cores
+    python examples/train_from_scratch.py --fast     # a few training steps, to see that everything runs
 
-Needs no network. The model and its tokenizer are written to `outputs/quickstart`, which git ignores.
+Needs no network. The model and its tokenizer are written to `outputs/train_from_scratch`, which git ignores.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from modeling_seqboat.training_seqboat import parameter_groups
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "examples/data/tinyshakespeare.txt"
-DEFAULT_OUTPUT = ROOT / "outputs/quickstart"
+DEFAULT_OUTPUT = ROOT / "outputs/train_from_scratch"
 PROMPT_BYTES = 20_000
 PREFILL_CHUNK = 2_048
 

@@ -1,4 +1,4 @@
-"""The main job of the README, in its short mode, as a user runs it."""
+"""Training from nothing on a CPU, in its short mode, as a user runs it."""
 
 import os
 import re
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parent.parent / "examples/quickstart.py"
+SCRIPT = Path(__file__).resolve().parent.parent / "examples/train_from_scratch.py"
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
@@ -23,8 +23,8 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
 
 
 @pytest.fixture(scope="module")
-def quickstart(tmp_path_factory) -> tuple[str, Path]:
-    output = tmp_path_factory.mktemp("quickstart") / "model"
+def from_scratch(tmp_path_factory) -> tuple[str, Path]:
+    output = tmp_path_factory.mktemp("from_scratch") / "model"
     result = run("--fast", "--output", str(output))
     assert result.returncode == 0, result.stderr
     return result.stdout, output
@@ -36,30 +36,30 @@ def number(pattern: str, text: str) -> float:
     return float(found[1].replace(",", ""))
 
 
-def test_validation_loss_falls(quickstart):
-    printed, _ = quickstart
+def test_validation_loss_falls(from_scratch):
+    printed, _ = from_scratch
     before = number(r"validation bits per byte before training: ([\d.]+)", printed)
     after = number(r"validation bits per byte after training: ([\d.]+)", printed)
     assert after < before - 1
 
 
-def test_reports_activation_and_continuation(quickstart):
-    printed, _ = quickstart
+def test_reports_activation_and_continuation(from_scratch):
+    printed, _ = from_scratch
     rates = [float(rate) for rate in re.findall(r"layer \d+: ([\d.]+)% of the validation bytes", printed)]
     assert len(rates) == 4 and all(0 <= rate <= 100 for rate in rates)
     continuation = printed.split("continuation of a prompt of 20,000 bytes:\n---\n")[1].split("---")[0]
     assert continuation.strip()
 
 
-def test_cache_is_as_large_after_a_long_prompt_as_after_a_short_one(quickstart):
-    printed, _ = quickstart
+def test_cache_is_as_large_after_a_long_prompt_as_after_a_short_one(from_scratch):
+    printed, _ = from_scratch
     short = number(r"after 1,000 bytes: cache of ([\d,]+) bytes, [\d.]+ tokens/s", printed)
     long = number(r"after 20,000 bytes: cache of ([\d,]+) bytes, [\d.]+ tokens/s", printed)
     assert short == long > 0
 
 
-def test_saves_model_and_tokenizer(quickstart):
-    _, output = quickstart
+def test_saves_model_and_tokenizer(from_scratch):
+    _, output = from_scratch
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in output.iterdir()}
 
 
