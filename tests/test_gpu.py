@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from modeling_seqboat import SeqBoatCache, SeqBoatConfig, SeqBoatForCausalLM
+from modeling_seqboat import SeqBoatCache, SeqBoatConfig, SeqBoatForCausalLM, SeqBoatForSequenceClassification
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -141,3 +141,84 @@ def test_chunked_prefill_takes_constant_memory():
                 model(ids_of(1, min(4096, length - start)), past_key_values=cache, logits_to_keep=1)
         peaks.append(torch.cuda.max_memory_allocated())
     assert peaks[1] - peaks[0] < 1 << 20
+
+
+def _with_decisions(model, decisions):
+    """Routers that activate these tokens, (B, L) bool a layer, whatever their logits say."""
+    for layer, active in zip(model.model.layers, decisions, strict=True):
+
+        def forward(x, real, places=None, router=layer.router, active=active):
+            with torch.autocast("cuda", enabled=False):
+                wide = x if x.dtype == torch.float64 else x.float()
+                skip, run = torch.nn.functional.linear(wide, router.weight, router.bias).unbind(-1)
+                confidence = torch.sigmoid((run - skip) * torch.exp(-router.log_temperature))
+            return torch.where(active, confidence, 0), active, None
+
+        layer.router.forward = forward
+    return model
+
+
+def test_with_decisions_forced_equal_both_paths_are_as_close_to_float64_as_bfloat16_allows():
+    ids = ids_of(2, 1500)
+    decisions = [probs > 0 for probs in build()(ids, output_router_probs=True).router_probs]
+
+    def run(backend, dtype):
+        model = _with_decisions(with_backend(build(), backend), decisions)
+        model = model.double() if dtype == torch.float64 else model
+        with torch.autocast("cuda", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            out = model(ids, labels=ids)
+        out.loss.backward()
+        return out.logits.double(), {
+            name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None
+        }
+
+    exact, exact_grads = run("torch", torch.float64)
+    errors = {}
+    for backend in ("torch", "triton"):
+        logits, grads = run(backend, torch.bfloat16)
+        errors[backend] = {"logits": float((logits - exact).norm() / exact.norm())}
+        for name, grad in exact_grads.items():
+            errors[backend][name] = float((grads[name] - grad).norm() / grad.norm().clamp_min(1e-9))
+    for name, error in errors["triton"].items():
+        # bfloat16 keeps 8 bits: what the torch path loses to it is the measure.
+        assert error < max(1.5 * errors["torch"][name], 0.02), (name, error, errors["torch"][name])
+
+
+def test_dropout_and_checkpointing_take_the_fused_path_too():
+    model = build(hidden_dropout=0.1).train()
+    ids = ids_of(2, 300)
+    found = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.zero_grad()
+        torch.manual_seed(4)
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        found.append((loss.item(), [p.grad.clone() for p in model.parameters() if p.grad is not None]))
+    assert found[0][0] == found[1][0]
+    for once, twice in zip(found[0][1], found[1][1], strict=True):
+        torch.testing.assert_close(twice, once, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("truncation", [None, 40])
+def test_a_bidirectional_model_agrees_on_both_paths(truncation):
+    torch.manual_seed(0)
+    config = SeqBoatConfig(
+        hidden_size=88, num_hidden_layers=2, qk_head_dim=32, v_head_dim=176, memory_size=64, bidirectional=True,
+        ssm_truncation=truncation,
+    )  # fmt: skip
+    model = SeqBoatForSequenceClassification(config).cuda()
+    for layer in model.model.layers:
+        torch.nn.init.normal_(layer.router.weight)
+    ids, mask = ids_of(2, 400), torch.ones(2, 400, dtype=torch.long, device="cuda")
+    mask[0, 350:] = 0
+    found = []
+    for backend in ("triton", "torch"):
+        chosen = with_backend(model, backend)
+        out = chosen(ids, attention_mask=mask, labels=torch.tensor([0, 1], device="cuda"))
+        out.loss.backward()
+        found.append((out.logits, [p.grad for p in chosen.parameters() if p.grad is not None]))
+    torch.testing.assert_close(found[0][0], found[1][0], atol=1e-3, rtol=1e-3)
+    for fast, slow in zip(found[0][1], found[1][1], strict=True):
+        assert (fast - slow).norm() < 2e-3 * slow.norm().clamp_min(1e-6)
