@@ -1,0 +1,16 @@
+"""What the experiments use of the examples beside them, which are scripts in folders and no packages."""
+
+import sys
+from pathlib import Path
+
+EXAMPLES = Path(__file__).resolve().parent.parent
+for folder in (EXAMPLES, EXAMPLES / "classification"):
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
+
+import listops  # noqa: E402
+import pathfinder  # noqa: E402
+from tasks import pad_tokens  # noqa: E402
+from text_data import read_text_file, split_text  # noqa: E402
+
+__all__ = ["EXAMPLES", "listops", "pad_tokens", "pathfinder", "read_text_file", "split_text"]

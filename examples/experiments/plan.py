@@ -1,0 +1,87 @@
+"""Which runs experiments need, and the file in which finished ones are kept."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from run_recipe import RunRecipe
+
+# Activates too few tokens to matter, and is a rate that a random router takes.
+LEAST_RATE = 1e-3
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A run of an experiment.
+
+    Attributes:
+        labels: what the experiment varies and to which value; the first columns of its table.
+        recipe: what is trained.
+        rate_like: a run whose mean activation rate this one's random router takes over, once it is known.
+        rank: runs with lower ranks come first.
+    """
+
+    labels: dict[str, Any]
+    recipe: RunRecipe
+    rate_like: RunRecipe | None = None
+    rank: int = field(default=0, compare=False)
+
+    @property
+    def key(self) -> str:
+        return self.recipe.key + (f"-{self.rate_like.key}" if self.rate_like else "")
+
+    @property
+    def alone(self) -> bool:
+        """Whether nothing else may use the device meanwhile."""
+        return self.recipe.timed_steps > 0
+
+    def resolved(self, records: dict[str, dict]) -> RunRecipe:
+        """The recipe with every value known."""
+        if self.rate_like is None:
+            return self.recipe
+        rate = records[self.rate_like.key]["mean_rate"]
+        return self.recipe.changed(router_random_rate=max(rate or 0.0, LEAST_RATE))
+
+
+def in_order(planned: Iterable[Planned]) -> list[Planned]:
+    """Each run once, those that are timed alone first, then by rank."""
+    unique = {}
+    for run in planned:
+        known = unique.get(run.key)
+        if known is None or run.rank < known.rank:
+            unique[run.key] = run
+    return sorted(unique.values(), key=lambda run: (not run.alone, run.rank))
+
+
+class Results:
+    """Finished runs, one JSON object a line, each written when its run has ended.
+
+    Raises ValueError for a file that is no such file.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.records: dict[str, dict] = {}
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        # An interrupted write leaves a line without its end; that run counts as not made.
+        *lines, self._unfinished = text.split("\n")
+        for number, line in enumerate(lines, 1):
+            if not line:
+                continue
+            try:
+                record = json.loads(line)
+                self.records[record["key"]] = record
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"line {number} of {str(path)!r} is no record of a run: {error}") from error
+
+    def add(self, record: dict) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self._unfinished:
+            kept = self.path.read_bytes().removesuffix(self._unfinished.encode())
+            self.path.write_bytes(kept)
+            self._unfinished = ""
+        with self.path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(record, allow_nan=False) + "\n")
+        self.records[record["key"]] = record

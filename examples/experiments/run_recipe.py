@@ -1,0 +1,136 @@
+"""What one run of an experiment trains: a flat mapping of names to values, checked by name before anything starts."""
+
+import hashlib
+import json
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from modeling_seqboat import SeqBoatConfig
+from modeling_seqboat.configuration_seqboat import FIELD_CHECKS
+
+TASKS = ("lm", "pathfinder", "listops")
+POSITIVE = ("sequence_length", "batch_size", "steps", "evaluation_rows", "history_points")
+
+
+@dataclass(frozen=True)
+class RunRecipe:
+    """One run. In a file or in `changed`, fields of `SeqBoatConfig` stand beside these fields.
+
+    Attributes:
+        task: `lm` (bytes of a text, causal), `pathfinder` or `listops` (generated, bidirectional).
+        preset: the model's, of configuration/; `model` are the fields of it that are changed.
+        sequence_length: bytes a row (lm), or longest row (listops); pictures have 1,024 pixels.
+        batch_size: rows a step.
+        router_learning_rate: peak rate of the routers' parameters, None for `learning_rate`.
+        warmup_steps: linear warm-up from 0; then a cosine to `final_rate` times the peak.
+        precision: `bf16` (autocast) or `float32`.
+        evaluation_rows: validation rows measured at the end.
+        history_points: times that the rates are measured during the training, on one batch.
+        contour_length, distractors: of Pathfinder, dashes of a long snake and number of short ones.
+        train_rows: rows that are generated to train on.
+        seed: of weights, order and dropout.
+        timed_steps: above 0 the run measures speed alone: steps timed after as many untimed ones.
+    """
+
+    task: str
+    preset: str
+    batch_size: int
+    steps: int
+    learning_rate: float
+    evaluation_rows: int
+    sequence_length: int = 1024
+    router_learning_rate: float | None = None
+    warmup_steps: int = 0
+    final_rate: float = 0.02
+    weight_decay: float = 0.1
+    max_grad_norm: float = 1.0
+    precision: str = "float32"
+    history_points: int = 5
+    contour_length: int = 14
+    distractors: int = 5
+    train_rows: int = 0
+    seed: int = 0
+    timed_steps: int = 0
+    model: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        _one_of("task", self.task, TASKS)
+        _one_of("precision", self.precision, ("bf16", "float32"))
+        for name in POSITIVE:
+            if getattr(self, name) < 1:
+                raise ValueError(f"recipe: {name} must be at least 1, got {getattr(self, name)}")
+        if self.task != "lm" and self.train_rows < self.batch_size:
+            raise ValueError(
+                f"recipe: task {self.task!r} generates its data: train_rows must be at least batch_size "
+                f"{self.batch_size}, got {self.train_rows}"
+            )
+        if not 0 <= self.warmup_steps <= self.steps:
+            raise ValueError(f"recipe: warmup_steps must be from 0 to steps {self.steps}, got {self.warmup_steps}")
+        if self.learning_rate <= 0:
+            raise ValueError(f"recipe: learning_rate must be above 0, got {self.learning_rate}")
+        self.config()
+
+    def config(self) -> SeqBoatConfig:
+        """The model's config. Raises ValueError for values that it does not take."""
+        return SeqBoatConfig.from_preset(self.preset, **self.model)
+
+    def flat(self) -> dict[str, Any]:
+        values = asdict(self)
+        return values | values.pop("model")
+
+    def changed(self, **changes: Any) -> "RunRecipe":
+        """The recipe with other values of its own fields or of the config's."""
+        return from_flat(self.flat() | changes)
+
+    @property
+    def key(self) -> str:
+        """Equal for equal recipes: names a run's record."""
+        return hashlib.sha256(json.dumps(self.flat(), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"recipe: {name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def from_flat(values: dict[str, Any]) -> RunRecipe:
+    """Raises ValueError that names the key at fault: unknown, missing, or with a value of another type."""
+    own = {field.name: field for field in fields(RunRecipe) if field.name != "model"}
+    for name in values:
+        if name not in own and name not in FIELD_CHECKS:
+            raise ValueError(
+                f"recipe: {name!r} is neither a field of a run ({', '.join(own)}) nor one of SeqBoatConfig"
+            )
+    missing = [name for name, known in own.items() if known.default is MISSING and name not in values]
+    if missing:
+        raise ValueError(f"recipe: {', '.join(missing)} must be given")
+    given = {name: _typed(name, values[name], own[name].type) for name in values if name in own}
+    return RunRecipe(**given, model={name: value for name, value in values.items() if name not in own})
+
+
+def _typed(name: str, value: Any, kind: Any) -> Any:
+    if value is None and kind == float | None:
+        return None
+    if kind in (float, float | None):
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+    elif isinstance(value, kind) and not isinstance(value, bool):
+        return value
+    wanted = {int: "an integer", str: "a text"}.get(kind, "a number")
+    raise ValueError(f"recipe: {name} must be {wanted}, got {value!r}")
+
+
+def load_recipe(path: Path) -> RunRecipe:
+    """Raises FileNotFoundError and ValueError that name the file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no recipe {str(path)!r}")
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(values, dict):
+        raise ValueError(f"recipe {str(path)!r} must be a mapping of names to values")
+    try:
+        return from_flat(values)
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r}: {error}") from error
