@@ -1,43 +1,26 @@
 """Classification example: generated data follow their rules, every recipe runs on a slice in its file format, a
 resumed run repeats an uninterrupted one, and missing data are named."""
 
-import importlib
-import io
 import json
-import lzma
-import sys
-import tarfile
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import transformers
+from classification_tasks import (
+    RECIPES,
+    ROOT,
+    WRITERS,
+    importable,  # noqa: F401
+    module,
+    run,
+    write_gray_pictures,
+    write_pairs,
+    write_reviews,
+)
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).resolve().parent.parent
-EXAMPLE = ROOT / "examples/classification"
-RECIPES = sorted((ROOT / "configuration/recipes/classification").glob("*.yaml"))
-MODULES = [path.stem for path in EXAMPLE.glob("*.py")]
-TINY = {
-    "num_hidden_layers": 2, "hidden_size": 8, "v_head_dim": 8, "qk_head_dim": 4, "state_size": 2, "memory_size": 8,
-    "classifier_hidden_size": 8,
-}  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _importable():
-    """The example's modules, which find each other in the script's folder; this process forgets them afterwards."""
-    before = list(sys.path)
-    sys.path.insert(0, str(EXAMPLE))
-    yield
-    sys.path[:] = before
-    for name in [*MODULES, "recipes"]:
-        sys.modules.pop(name, None)
-
-
-def module(name):
-    return importlib.import_module(name)
+pytestmark = pytest.mark.usefixtures("importable")
 
 
 @pytest.mark.parametrize(
@@ -167,79 +150,6 @@ def test_pathfinder_is_kept_and_depends_on_the_seed_alone(tmp_path, monkeypatch)
     (tmp_path / "pathfinder32-seed2-40.npz").write_bytes(b"PK no archive")
     with pytest.raises(ValueError, match="damaged.*delete it"):
         pathfinder.load(tmp_path, seed=2, count=40)
-
-
-def write_reviews(folder):
-    """The archive's layout; a positive review has other letters than a negative one."""
-    rng = np.random.default_rng(0)
-    path = folder / "reviews.tar.xz"
-    with tarfile.open(path, "w:xz") as tar:
-        for part, count in (("train", 14), ("test", 6)):
-            for index in range(count):
-                side = ("neg", "pos")[index % 2]
-                text = bytes(rng.choice(list(b"abc" if side == "neg" else b"xyz"), size=rng.integers(20, 60)))
-                entry = tarfile.TarInfo(f"aclImdb/{part}/{side}/{index}_7.txt")
-                entry.size = len(text)
-                tar.addfile(entry, io.BytesIO(text))
-            tar.addfile(tarfile.TarInfo(f"aclImdb/{part}/unsup/0_0.txt"))
-    return {"data_path": path, "max_length": 40}
-
-
-def write_xz(path, save):
-    buffer = io.BytesIO()
-    save(buffer)
-    path.write_bytes(lzma.compress(buffer.getvalue()))
-    return path
-
-
-def write_gray_pictures(folder):
-    rng = np.random.default_rng(0)
-    pixels = write_xz(folder / "pixels.npy.xz", lambda f: np.save(f, rng.integers(0, 256, (30, 64), dtype=np.uint8)))
-    np.save(folder / "labels.npy", rng.integers(0, 10, 30, dtype=np.uint8))
-    return {"data_path": pixels, "labels_path": folder / "labels.npy"}
-
-
-def write_pairs(folder):
-    rows = [{"question": "abc"[i % 3] * (10 + i), "answer": "xyz"[i % 3] * (12 + i)} for i in range(12)]
-    path = folder / "pairs.jsonl"
-    path.write_text("\n".join(map(json.dumps, rows)), "utf-8")
-    return {"data_path": path, "max_length": 24}
-
-
-def write_recordings(folder):
-    rng = np.random.default_rng(0)
-    arrays = {
-        "audio": rng.integers(-(2**15), 2**15, (20, 200)).astype(np.int16),
-        "label": (np.arange(20) % 4).astype(np.uint8),
-        "is_test": (np.arange(20) >= 14).astype(np.uint8),
-        "words": np.array(["yes", "no", "up", "down"]),
-    }
-    return {"data_path": write_xz(folder / "words.npz.xz", lambda f: np.savez(f, **arrays))}
-
-
-def write_generated(folder):
-    return {"data_path": folder / "generated", "train_size": 8, "test_size": 4}
-
-
-WRITERS = {
-    "lra-text": write_reviews,
-    "lra-image": write_gray_pictures,
-    "lra-listops": write_generated,
-    "lra-pathfinder": write_generated,
-    "lra-retrieval": write_pairs,
-    "speech-commands": write_recordings,
-}
-
-
-def run(recipe, output, overrides=None, **settings):
-    settings = {
-        "output_dir": output, "config_overrides": json.dumps(TINY | (overrides or {})), "max_steps": 2, "eval_steps": 1,
-        "batch_size": 4, "eval_batch_size": 4, "gradient_accumulation_steps": 1, "validation_size": 4,
-        "warmup_steps": 1, "logging_steps": 1, "use_cpu": True, **settings,
-    }  # fmt: skip
-    argv = [part for name, value in settings.items() if value is not None for part in (f"--{name}", str(value))]
-    recipe_file = ROOT / f"configuration/recipes/classification/{recipe}.yaml"
-    return module("train").main([str(recipe_file), *argv])
 
 
 def png_size(path):

@@ -125,7 +125,7 @@ def generate(seed: int, count: int) -> dict[str, np.ndarray]:
     return {
         "tokens": np.concatenate(trees),
         "lengths": np.array([len(tree) for tree in trees]),
-        "labels": np.array([evaluate(tree) for tree in tqdm(trees, desc="ListOps values", unit="tree")]),
+        "labels": np.array([evaluate(tree.tolist()) for tree in tqdm(trees, desc="ListOps values", unit="tree")]),
     }
 
 

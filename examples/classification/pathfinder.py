@@ -206,11 +206,11 @@ def draw(rng: np.random.Generator, count: int, drawing: Drawing | None = None) -
     return canvas.pictures()[complete], labels[complete]
 
 
-def _block(seed: int, size: int, block: int) -> tuple[np.ndarray, np.ndarray]:
-    return draw(np.random.default_rng([seed, block]), size)
+def _block(seed: int, size: int, drawing: Drawing, block: int) -> tuple[np.ndarray, np.ndarray]:
+    return draw(np.random.default_rng([seed, block]), size, drawing)
 
 
-def generate(seed: int, count: int) -> dict[str, np.ndarray]:
+def generate(seed: int, count: int, drawing: Drawing | None = None) -> dict[str, np.ndarray]:
     """pixels (count, 1024) uint8 and labels (count,) int64, the same on any number of processor cores."""
     # A block of random pictures is a few percent short of those without room.
     workers = min(os.cpu_count() or 1, -(-count // BLOCK))
@@ -223,7 +223,7 @@ def generate(seed: int, count: int) -> dict[str, np.ndarray]:
             pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
             make = stack.enter_context(pool).map
         for first in itertools.count(0, workers):
-            for drawn in make(partial(_block, seed, BLOCK), range(first, first + workers)):
+            for drawn in make(partial(_block, seed, BLOCK, drawing or Drawing()), range(first, first + workers)):
                 kept = min(len(drawn[0]), count - made)
                 pixels.append(drawn[0][:kept])
                 labels.append(drawn[1][:kept])
@@ -234,7 +234,11 @@ def generate(seed: int, count: int) -> dict[str, np.ndarray]:
     return {"pixels": np.concatenate(pixels).reshape(count, -1), "labels": np.concatenate(labels)}
 
 
-def load(folder: Path, seed: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+def load(
+    folder: Path, seed: int, count: int, contour_length: int = Drawing.contour_length
+) -> tuple[np.ndarray, np.ndarray]:
     """Pixels and labels, generated into `folder` the first time."""
-    arrays = cached(folder / f"pathfinder32-seed{seed}-{count}.npz", lambda: generate(seed, count))
+    drawing = Drawing(contour_length=contour_length)
+    dashes = "" if drawing == Drawing() else f"-dashes{contour_length}"
+    arrays = cached(folder / f"pathfinder32-seed{seed}-{count}{dashes}.npz", lambda: generate(seed, count, drawing))
     return arrays["pixels"], arrays["labels"]

@@ -5,20 +5,24 @@
 
 Writes to `output_dir`: `checkpoint-N/` to resume from, `best/` (the model with the highest validation accuracy, ready
 for pipelines), `results.json`, `confusion_matrix.png` and `activations.png`. Interrupted, it goes on from the last
-checkpoint with `--resume_from_checkpoint latest`.
+checkpoint with `--resume_from_checkpoint latest`. With `--max_minutes` it ends in time, the learning rate run down.
 """
 
 import json
+import math
+import os
 import platform
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
+from budget import TimeBudget
 from pictures import write_activations, write_confusion_matrix
 from tasks import DataArguments, LengthOrder, TaskData, load_task
 from tqdm.auto import tqdm
@@ -44,12 +48,21 @@ class ClassificationArguments(DataArguments):
     eval_batch_size: int | None = field(default=None, metadata={"help": "default: batch_size"})
     gradient_accumulation_steps: int = field(default=1)
     max_steps: int = field(default=1000)
+    max_minutes: float | None = field(
+        default=None,
+        metadata={"help": "end in this time, test included, if max_steps take longer; resumed calls are counted in"},
+    )
     learning_rate: float = field(default=4e-3)
     router_learning_rate: float | None = field(default=None, metadata={"help": "peak rate of the routers"})
     beta1: float = field(default=0.9)
     beta2: float = field(default=0.98)
     weight_decay: float = field(default=0.01)
     warmup_steps: int = field(default=100)
+    lr_scheduler_type: str = field(default="linear", metadata={"help": "how the rate falls: linear or cosine"})
+    augment: bool = field(
+        default=False,
+        metadata={"help": "vary training rows: image, mirrored and moved; pathfinder, turned; speech, speed and tone"},
+    )
     max_grad_norm: float = field(default=1.0)
     mixed_precision: str | None = field(default=None, metadata={"help": "no, bf16 or fp16"})
     group_by_length: bool = field(default=False, metadata={"help": "batches of rows of like length"})
@@ -65,13 +78,29 @@ class ClassificationArguments(DataArguments):
 
 
 class ClassificationTrainer(SeqBoatTrainer):
-    """Counts the real tokens it trains on and the time spent in evaluations; routers may learn at a rate of their own."""
+    """Counts the real tokens it trains on and the time spent in evaluations; routers may learn at a rate of their own.
 
-    def __init__(self, *args, router_learning_rate: float | None, group_by_length: bool, **kwargs):
+    Args:
+        augment: turns a batch's inputs into variants of them, or None.
+        budget: ends the training in time, and the learning rate follows it; or None.
+    """
+
+    def __init__(
+        self,
+        *args,
+        router_learning_rate: float | None,
+        group_by_length: bool,
+        augment: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        budget: TimeBudget | None = None,
+        **kwargs,
+    ):
         self.router_learning_rate, self.group_by_length = router_learning_rate, group_by_length
+        self.augment, self.budget = augment, budget
         self.tokens: torch.Tensor | int = 0
         self.evaluation_seconds = 0.0
         super().__init__(*args, **kwargs)
+        if budget is not None:
+            self.add_callback(budget)
 
     def create_optimizer(self, model=None):
         if self.optimizer is None:
@@ -79,8 +108,24 @@ class ClassificationTrainer(SeqBoatTrainer):
                 self.model, self.args.weight_decay, router_learning_rate=self.router_learning_rate
             )
             betas = (self.args.adam_beta1, self.args.adam_beta2)
-            self.optimizer = torch.optim.AdamW(groups, lr=self.args.learning_rate, betas=betas)
+            # One launch for all parameters; the CPU keeps the arithmetic that its records were made with.
+            fused = self.args.device.type == "cuda"
+            self.optimizer = torch.optim.AdamW(groups, lr=self.args.learning_rate, betas=betas, fused=fused)
         return self.optimizer
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        if self.budget is None or self.lr_scheduler is not None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        warmup, cosine = self.args.warmup_steps, self.args.lr_scheduler_type == "cosine"
+
+        def factor(step: int) -> float:
+            share = min(1.0, max(step / num_training_steps, self.budget.progress()))
+            fall = 0.5 * (1 + math.cos(math.pi * share)) if cosine else 1 - share
+            return fall * min(1.0, step / max(1, warmup))
+
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factor)
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
 
     def _get_train_sampler(self, train_dataset=None):
         if not self.group_by_length:
@@ -92,6 +137,10 @@ class ClassificationTrainer(SeqBoatTrainer):
 
     def training_step(self, model, inputs, *args, **kwargs):
         self.tokens = self.tokens + real_tokens(inputs)
+        if self.augment is not None:
+            inputs = self._prepare_inputs(inputs)
+            name = next(key for key in ("pixel_values", "input_values") if key in inputs)
+            inputs = {**inputs, name: self.augment(inputs[name])}
         return super().training_step(model, inputs, *args, **kwargs)
 
     def evaluate(self, *args, **kwargs):
@@ -99,7 +148,10 @@ class ClassificationTrainer(SeqBoatTrainer):
         try:
             return super().evaluate(*args, **kwargs)
         finally:
-            self.evaluation_seconds += time.perf_counter() - start
+            seconds = time.perf_counter() - start
+            self.evaluation_seconds += seconds
+            if self.budget is not None:
+                self.budget.evaluated(len(self.eval_dataset), seconds)
 
 
 def real_tokens(inputs: dict[str, torch.Tensor]) -> torch.Tensor | int:
@@ -122,6 +174,12 @@ def check_arguments(a: ClassificationArguments) -> None:
     for name in ("batch_size", "gradient_accumulation_steps", "max_steps", "eval_steps", "logging_steps"):
         if getattr(a, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(a, name)}")
+    if a.max_minutes is not None and a.max_minutes <= 0:
+        raise ValueError(f"max_minutes must be greater than 0, got {a.max_minutes}")
+    if a.max_minutes is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("max_minutes is for one process: several would read their clocks apart")
+    if a.lr_scheduler_type not in ("linear", "cosine"):
+        raise ValueError(f"lr_scheduler_type must be linear or cosine, got {a.lr_scheduler_type!r}")
     if a.mixed_precision not in (None, "no", "bf16", "fp16"):
         raise ValueError(f"mixed_precision must be one of no, bf16, fp16, got {a.mixed_precision!r}")
 
@@ -143,6 +201,8 @@ def fit_config(config: SeqBoatConfig, data: TaskData, a: ClassificationArguments
         raise ValueError(f"task {a.task!r} needs input_type={wanted!r}, the preset has {config.input_type!r}")
     if data.vocab_size > config.vocab_size:
         raise ValueError(f"task {a.task!r} has {data.vocab_size} ids, the preset's vocab_size is {config.vocab_size}")
+    if a.augment and data.augment is None:
+        raise ValueError(f"augment is for image, pathfinder and speech; there are no variants for task {a.task!r}")
     pairs = "pair_input_ids" in data.train[0]
     if a.group_by_length and "input_ids" not in data.train[0]:
         raise ValueError(f"group_by_length is for texts; all rows of task {a.task!r} have one length")
@@ -208,7 +268,9 @@ def last_checkpoint(a: ClassificationArguments) -> str | None:
     return found
 
 
-def build_trainer(a: ClassificationArguments, config: SeqBoatConfig, data: TaskData) -> ClassificationTrainer:
+def build_trainer(
+    a: ClassificationArguments, config: SeqBoatConfig, data: TaskData, budget: TimeBudget | None = None
+) -> ClassificationTrainer:
     set_seed(a.seed)
     model = data.model_class(config)
     if a.gradient_checkpointing:
@@ -216,6 +278,7 @@ def build_trainer(a: ClassificationArguments, config: SeqBoatConfig, data: TaskD
     steps = min(a.eval_steps, a.max_steps)
     trainer = ClassificationTrainer(
         model=model, router_learning_rate=a.router_learning_rate, group_by_length=a.group_by_length,
+        augment=data.augment if a.augment else None, budget=budget,
         compute_metrics=accuracy, data_collator=data.collate,
         train_dataset=data.train, eval_dataset=data.validation,
         args=TrainingArguments(
@@ -223,9 +286,11 @@ def build_trainer(a: ClassificationArguments, config: SeqBoatConfig, data: TaskD
             per_device_eval_batch_size=a.eval_batch_size or a.batch_size,
             gradient_accumulation_steps=a.gradient_accumulation_steps, max_steps=a.max_steps,
             learning_rate=a.learning_rate, adam_beta1=a.beta1, adam_beta2=a.beta2, weight_decay=a.weight_decay,
-            warmup_steps=a.warmup_steps, lr_scheduler_type="linear", max_grad_norm=a.max_grad_norm,
+            warmup_steps=a.warmup_steps, lr_scheduler_type=a.lr_scheduler_type, max_grad_norm=a.max_grad_norm,
             bf16=a.mixed_precision == "bf16", fp16=a.mixed_precision == "fp16",
-            dataloader_num_workers=a.num_workers,
+            dataloader_num_workers=a.num_workers, dataloader_persistent_workers=a.num_workers > 0,
+            # Looking for NaN at every step would wait for the device at every step.
+            logging_nan_inf_filter=False,
             use_cpu=a.use_cpu,
             eval_strategy="steps", eval_steps=steps, save_strategy="steps", save_steps=steps,
             save_total_limit=a.save_total_limit, load_best_model_at_end=True, metric_for_best_model="accuracy",
@@ -237,6 +302,7 @@ def build_trainer(a: ClassificationArguments, config: SeqBoatConfig, data: TaskD
 
 
 def main(argv: list[str] | None = None) -> dict:
+    began = time.monotonic()
     a = parse_arguments(ClassificationArguments, argv)
     check_arguments(a)
     checkpoint = last_checkpoint(a)
@@ -244,7 +310,12 @@ def main(argv: list[str] | None = None) -> dict:
     config = build_config(a)
     data = load_task(a.task, a, config.pad_token_id)
     fit_config(config, data, a)
-    trainer = build_trainer(a, config, data)
+    budget = None
+    if a.max_minutes is not None:
+        rows = len(data.validation) + len(data.test)
+        step_rows = a.batch_size * a.gradient_accumulation_steps
+        budget = TimeBudget(a.max_minutes, began, rows, step_rows, checkpoint)
+    trainer = build_trainer(a, config, data, budget)
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=checkpoint)
     seconds = time.perf_counter() - start - trainer.evaluation_seconds
@@ -274,6 +345,7 @@ def main(argv: list[str] | None = None) -> dict:
         # Of this call; a resumed run counts what came after its checkpoint.
         "trained_tokens": tokens,
         "training_seconds": seconds,
+        "minutes": (time.monotonic() - began) / 60,
         "tokens_per_second": tokens / seconds,
         "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine() + " CPU",

@@ -1,0 +1,320 @@
+"""Classification example: runs that end in time, random variants of rows, short recipes, several tasks at once and the
+page of results."""
+
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from classification_tasks import (
+    EXAMPLE,
+    RECIPES,
+    ROOT,
+    TINY,
+    WRITERS,
+    importable,  # noqa: F401
+    module,
+    run,
+    write_gray_pictures,
+    write_recordings,
+    write_reviews,
+)
+from safetensors.torch import load_file
+from test_classification_examples import components, dots
+from transformers import TrainerControl
+
+pytestmark = pytest.mark.usefixtures("importable")
+
+SHORT = [path.stem for path in sorted((ROOT / "configuration/recipes/classification/short").glob("*.yaml"))]
+
+
+class Clock:
+    def __init__(self):
+        self.now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+def end_step(budget, folder=None, step=1):
+    return budget.on_step_end(SimpleNamespace(output_dir=folder), SimpleNamespace(global_step=step), TrainerControl())
+
+
+def test_a_budget_keeps_time_for_validation_and_test():
+    clock = Clock()
+    # 100 seconds, of which 2 are margin; 40 rows are left for the end.
+    budget = module("budget").TimeBudget(100 / 60, 90.0, 40, 8, clock=clock)
+    assert budget.progress() == 0 and budget.spent() == 10
+    clock.now += 20
+    assert not end_step(budget).should_training_stop
+    # Of 88 seconds; a step that took 8 seconds for 8 rows is no measure as the first one.
+    assert budget.progress() == pytest.approx(20 / 88)
+    clock.now += 8
+    end_step(budget)
+    assert budget.progress() == pytest.approx(28 / 88)
+    clock.now += 4
+    end_step(budget)
+    # Half a second a row, stretched by 1.2, for 40 rows.
+    assert budget.progress() == pytest.approx(32 / (88 - 24))
+    # Compilation during the first validation counts for nothing.
+    clock.now += 10
+    budget.evaluated(10, 10.0)
+    end_step(budget)
+    assert budget.progress() == pytest.approx(42 / (88 - 24))
+    budget.evaluated(10, 1.0)
+    # The reserve shrinks to 4.8 seconds, and the share does not go back.
+    assert budget.progress() == pytest.approx(42 / (88 - 24))
+    clock.now = 90 + 100 - 2 - 4.8 - 0.1
+    assert not end_step(budget).should_training_stop
+    clock.now += 0.2
+    control = end_step(budget)
+    assert control.should_training_stop and control.should_evaluate and control.should_save
+    assert budget.progress() == 1
+
+
+def test_a_resumed_budget_goes_on_where_the_clock_stood(tmp_path):
+    clock, kind = Clock(), module("budget").TimeBudget
+    budget = kind(1.0, 100.0, 1, 1, clock=clock)
+    clock.now += 10
+    budget.progress()
+    clock.now += 20
+    budget.progress()
+    (tmp_path / "checkpoint-3").mkdir()
+    budget.on_save(SimpleNamespace(output_dir=tmp_path), SimpleNamespace(global_step=3), TrainerControl())
+    clock.now = 5000.0
+    checkpoint = str(tmp_path / "checkpoint-3")
+    resumed = kind(1.0, 4995.0, 1, 1, checkpoint, clock)
+    assert resumed.spent() == 35
+    assert resumed.progress() == pytest.approx((35 - 10) / (60 - 1.2 - 10))
+    with pytest.raises(ValueError, match="max_minutes 0.5 is used up.*0.5 minutes"):
+        kind(0.5, 4995.0, 1, 1, checkpoint, clock)
+    (tmp_path / "checkpoint-4").mkdir()
+    with pytest.raises(ValueError, match="without max_minutes"):
+        kind(1.0, 4995.0, 1, 1, str(tmp_path / "checkpoint-4"), clock)
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear"])
+def test_a_run_ends_in_time_with_its_rate_run_down(tmp_path, kind):
+    output, minutes = tmp_path / "run", 0.1
+    settings = {**write_reviews(tmp_path), "eval_steps": 40, "lr_scheduler_type": kind, "logging_steps": 1}
+    results = run("lra-text", output, max_steps=100_000, max_minutes=minutes, learning_rate=1e-2, **settings)
+    assert 2 < results["steps"] < 100_000
+    assert results["minutes"] < 1.5 * minutes
+    # The last step was validated and saved, and rates went up and then down all the way.
+    state = json.loads((output / f"checkpoint-{results['steps']}/trainer_state.json").read_text("utf-8"))
+    rates = [entry["learning_rate"] for entry in state["log_history"] if "learning_rate" in entry]
+    assert max(rates[:10]) > 0.9e-2 and rates[-1] < 0.1 * max(rates)
+    assert state["log_history"][-1]["step"] == results["steps"] and "eval_accuracy" in state["log_history"][-1]
+    resumed = run(
+        "lra-text", output, max_steps=100_000, max_minutes=minutes + 0.05, learning_rate=1e-2,
+        resume_from_checkpoint="latest", **settings,
+    )  # fmt: skip
+    assert resumed["steps"] > results["steps"]
+    with pytest.raises(ValueError, match="is used up"):
+        run("lra-text", output, max_minutes=minutes / 2, resume_from_checkpoint="latest", **settings)
+
+
+def test_steps_may_end_a_run_before_its_time_does(tmp_path):
+    results = run(
+        "lra-text", tmp_path / "run", max_steps=3, max_minutes=10, logging_steps=1, **write_reviews(tmp_path)
+    )
+    assert results["steps"] == 3
+    state = json.loads((tmp_path / "run/checkpoint-3/trainer_state.json").read_text("utf-8"))
+    rates = [entry["learning_rate"] for entry in state["log_history"] if "learning_rate" in entry]
+    assert rates[1] > rates[2] > 0
+
+
+def test_turned_pictures_still_show_their_label():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        pictures, labels = module("pathfinder").draw(np.random.default_rng(5), 40)
+        turned = module("augmentation").turn_pictures(torch.from_numpy(pictures)[:, None])[:, 0].numpy()
+    changed = 0
+    for picture, label, before in zip(turned, labels, pictures, strict=True):
+        areas, count = components(picture > 0)
+        first, second = dots(picture)
+        assert count == 7 and (areas[first] == areas[second]) == bool(label)
+        changed += not np.array_equal(picture, before)
+    assert 20 < changed < 40
+
+
+def test_pictures_are_mirrored_and_moved_by_at_most_two_pixels():
+    augmentation = module("augmentation")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        picture = torch.arange(64.0).view(1, 1, 8, 8).repeat(200, 1, 1, 1)
+        varied = augmentation.vary_pictures(picture)
+    assert varied.shape == picture.shape
+    middle = {(int(value) // 8, int(value) % 8) for value in varied[:, 0, 4, 3]}
+    rows, columns = ({place[axis] for place in middle} for axis in (0, 1))
+    assert rows == {2, 3, 4, 5, 6} and columns == {1, 2, 3, 4, 5, 6}
+    falling = (varied[:, 0, 0, 6] < varied[:, 0, 0, 2]).float().mean()
+    assert 0.3 < falling < 0.7
+
+
+def test_recordings_vary_a_little():
+    augmentation = module("augmentation")
+    time = torch.arange(16000) / 16000
+    tone = torch.sin(2 * torch.pi * 440 * time).repeat(50, 1)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        varied = augmentation.vary_recordings(tone)
+    assert varied.shape == tone.shape and varied.dtype == tone.dtype and varied.isfinite().all()
+    peaks = torch.fft.rfft(varied[:, 4000:12000]).abs().argmax(1) * 2
+    assert peaks.min() >= 440 * 0.84 and peaks.max() <= 440 * 1.16 and peaks.float().std() > 10
+    assert (varied[0] - varied[1]).abs().max() > 0.1
+    silence = torch.zeros(2, 200)
+    assert augmentation.vary_recordings(silence).abs().max() < 1
+
+
+def test_a_resumed_run_draws_the_same_variants(tmp_path):
+    data = write_recordings(tmp_path)
+    settings = {**data, "max_steps": 4, "eval_steps": 2, "augment": True, "save_total_limit": 5}
+    run("speech-commands", tmp_path / "whole", **settings)
+    run("speech-commands", tmp_path / "resumed", resume_from_checkpoint=tmp_path / "whole/checkpoint-2", **settings)
+    run("speech-commands", tmp_path / "plain", **(settings | {"augment": False}))
+    whole, resumed, plain = (
+        load_file(tmp_path / name / "checkpoint-4/model.safetensors") for name in ("whole", "resumed", "plain")
+    )
+    torch.testing.assert_close(whole, resumed, rtol=0, atol=0)
+    assert any(not torch.equal(whole[name], plain[name]) for name in whole)
+
+
+def test_short_contours_are_for_training_alone(tmp_path, monkeypatch):
+    tasks, pathfinder = module("tasks"), module("pathfinder")
+    monkeypatch.setattr(pathfinder, "BLOCK", 24)
+    monkeypatch.setattr(pathfinder.os, "cpu_count", lambda: 1)
+    arguments = tasks.DataArguments(data_path=str(tmp_path), train_size=8, validation_size=4, test_size=4)
+    plain = tasks.load_task("pathfinder", arguments, None)
+    arguments.short_contours = 7
+    mixed = tasks.load_task("pathfinder", arguments, None)
+    assert len(mixed.train) == 15 and len(list(tmp_path.iterdir())) == 4
+    for name in ("validation", "test"):
+        before, after = ([rows[i]["pixel_values"] for i in range(len(rows))] for rows in
+                         (getattr(plain, name), getattr(mixed, name)))  # fmt: skip
+        assert np.array_equal(before, after)
+    ink = [float((mixed.train[i]["pixel_values"] > -1).sum()) for i in range(15)]
+    assert np.mean(ink[8:]) < np.mean(ink[:8])
+    with pytest.raises(ValueError, match="short_contours must be"):
+        tasks.load_task("listops", arguments, None)
+
+
+def test_bad_settings_are_refused(tmp_path, monkeypatch):
+    reviews = write_reviews(tmp_path)
+    cases = [
+        ({"max_minutes": 0}, "max_minutes must be greater than 0"),
+        ({"lr_scheduler_type": "constant"}, "linear or cosine, got 'constant'"),
+        ({"augment": True}, "no variants for task 'text'"),
+    ]
+    for settings, message in cases:
+        with pytest.raises(ValueError, match=message):
+            run("lra-text", tmp_path / "run", **reviews, **settings)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="max_minutes is for one process"):
+        run("lra-text", tmp_path / "run", **reviews, max_minutes=1)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("recipe", SHORT)
+def test_every_short_recipe_runs_on_a_slice(recipe, tmp_path, monkeypatch):
+    listops = module("listops")
+    monkeypatch.setattr(listops, "LENGTHS", (20, 80))
+    monkeypatch.setattr(listops, "BLOCK", 50)
+    monkeypatch.setattr(module("pathfinder"), "BLOCK", 24)
+    monkeypatch.setattr(module("pathfinder").os, "cpu_count", lambda: 1)
+    contours = 3 if recipe == "lra-pathfinder" else None
+    results = run(
+        f"short/{recipe}", tmp_path / "run", **WRITERS[recipe](tmp_path), num_workers=0, short_contours=contours
+    )
+    assert results["steps"] == 2 and results["arguments"]["max_minutes"] < 10
+
+
+@pytest.mark.parametrize("recipe", SHORT)
+def test_short_recipes_name_shapes_that_exist(recipe):
+    train, recipes = module("train"), module("recipes")
+    folder = ROOT / "configuration/recipes/classification"
+    short, published = (
+        recipes.parse_arguments(train.ClassificationArguments, [str(folder / name), "--output_dir", "out"])
+        for name in (f"short/{recipe}.yaml", f"{recipe}.yaml")
+    )
+    train.check_arguments(short)
+    config = train.build_config(short)
+    assert (short.task, short.preset, short.max_length) == (published.task, published.preset, published.max_length)
+    assert config.bidirectional and short.router_learning_rate < short.learning_rate
+    assert set(SHORT) | {"lra-retrieval"} == {path.stem for path in RECIPES}
+
+
+def test_tasks_run_together_and_their_results_make_a_page(tmp_path):
+    reviews, pictures = write_reviews(tmp_path), write_gray_pictures(tmp_path)
+    settings = {
+        "config_overrides": json.dumps(TINY), "max_steps": 2, "eval_steps": 1, "batch_size": 4, "validation_size": 4,
+        "warmup_steps": 1, "use_cpu": True, "num_workers": 0, "eval_batch_size": 4,
+    }  # fmt: skip
+    flags = [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
+    collected, output = tmp_path / "back/all.tar.gz", tmp_path / "out"
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLE / "run_tasks.py"), f"text={reviews['data_path']}",
+         f"image={pictures['data_path']},{pictures['labels_path']}", "speech=nowhere.npz", "--output_dir", str(output),
+         "--collect", str(collected), "--set", "text.max_steps=3", *flags],
+        capture_output=True, text=True, cwd=ROOT, timeout=240, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "speech: failed (exit code 1): FileNotFoundError" in done.stdout and "nowhere.npz" in done.stdout
+    summary = {entry["task"]: entry for entry in json.loads((output / "summary.json").read_text("utf-8"))}
+    assert summary["text"]["results"]["steps"] == 3 and summary["image"]["results"]["steps"] == 2
+    assert "results" not in summary["speech"]
+    assert summary["text"]["command"].startswith("python examples/classification/train.py configuration/recipes/")
+    with tarfile.open(collected) as tar:
+        names = tar.getnames()
+    assert {"summary.json", "text.log", "speech.log", "text/results.json", "image/activations.png"} <= set(names)
+    assert not any("safetensors" in name for name in names)
+
+    report, page = module("report"), tmp_path / "docs/classification.md"
+    page.parent.mkdir()
+    report.main([str(collected), "--page", str(page)])
+    first = page.read_text("utf-8")
+    assert f"{summary['image']['results']['test_accuracy']:.1%}" in first and "raw speech" not in first
+    assert (page.parent / "images/classification/text_confusion_matrix.png").read_bytes()[:4] == b"\x89PNG"
+    page.write_text(first.replace("# Classification results", "# Mine\n\nWhat was tried."), "utf-8")
+    report.main([str(collected), "--page", str(page)])
+    again = page.read_text("utf-8")
+    assert again.startswith("# Mine\n\nWhat was tried.") and again.count("| LRA text") == 1
+    page.write_text("no marks", "utf-8")
+    with pytest.raises(ValueError, match="lacks the lines"):
+        report.main([str(collected), "--page", str(page)])
+    assert page.read_text("utf-8") == "no marks"
+
+
+def test_tasks_that_outlast_their_limit_are_ended(tmp_path):
+    launcher = module("run_tasks")
+    slow = {
+        "slow": ["-c", "import time; print('on it', flush=True); time.sleep(60)"],
+        "quick": ["-c", "print('done')"],
+    }
+    codes = launcher.run_all(slow, tmp_path, limit=0.05)
+    assert codes["quick"] == 0 and codes["slow"] != 0
+    summary = launcher.summarise(slow, codes, tmp_path)
+    assert [entry["error"] for entry in summary] == ["on it", "done"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["text"], "must be TASK=DATA"),
+        (["sums=x"], "must be TASK=DATA"),
+        (["text=a", "text=b"], "named twice"),
+        (["image=a"], "needs PIXELS,LABELS"),
+        (["text=a", "--set", "speech.max_steps=1"], "with one of the tasks text"),
+        (["text=a", "--set", "max_steps"], "must be FLAG=VALUE"),
+        (["retrieval=a"], "no recipe 'lra-retrieval.yaml' for short runs"),
+    ],
+)
+def test_launcher_refuses_what_it_cannot_run(tmp_path, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        module("run_tasks").main([*arguments, "--output_dir", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
