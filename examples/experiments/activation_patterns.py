@@ -51,12 +51,21 @@ def heat(axes, values: list[list[float | None]], names: list[str], form: str) ->
     table = [
         [math.nan if value is None else value for value in row] + [math.nan] * (width - len(row)) for row in values
     ]
+    darkest = max((value for row in table for value in row if not math.isnan(value)), default=0.0)
     if table:
-        axes.imshow(table, aspect="auto", cmap="Blues")
+        axes.imshow(table, aspect="auto", cmap="Blues", vmin=0)
     for y, row in enumerate(table):
         for x, value in enumerate(row):
             if not math.isnan(value):
-                axes.text(x, y, format(value, form), ha="center", va="center", fontsize=8)
+                axes.text(
+                    x,
+                    y,
+                    format(value, form),
+                    ha="center",
+                    va="center",
+                    fontsize=8,
+                    color="white" if value > 0.6 * darkest else "black",
+                )
     axes.set(yticks=range(len(names)), yticklabels=names, xticks=range(width))
 
 

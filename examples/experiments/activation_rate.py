@@ -71,7 +71,7 @@ def draw(learnt: list[Row], timed: list[Row], path: Path) -> None:
             if name in ("the recipe itself", *list(VARIED)[:2]):
                 steps = [point["step"] for point in records[0]["history"]]
                 rates = [mean([mean(r["history"][i]["rates"]) for r in records]) for i in range(len(steps))]
-                course.plot(steps, rates, color=f"C{place}", alpha=0.7)
+                course.plot(steps, rates, marker=".", color=f"C{place}", alpha=0.7)
                 course.annotate(setting["value"], (steps[-1], rates[-1]), fontsize=7)
     points.set(xlabel="mean activation rate", ylabel=quality_label(learnt))
     knob.set(xlabel="varied learning rate", ylabel="mean activation rate", ylim=(-0.03, 1.03), xscale="log")

@@ -38,7 +38,9 @@ def draw(learnt: list[Row], timed: list[Row], path: Path) -> None:
         sizes, values, deviations, spans = zip(*points, strict=True)
         by_size.errorbar(sizes, values, deviations, marker="o", capsize=3)
         by_size.set(title=task, xlabel="memory size W", ylabel=quality_label(rows), xscale="log")
-        by_span.plot(spans, values, "o")
+        by_size.set_xticks(sizes, [str(size) for size in sizes])
+        by_size.minorticks_off()
+        by_span.errorbar(spans, values, deviations, fmt="o", capsize=3)
         for size, value, span in zip(sizes, values, spans, strict=True):
             by_span.annotate(f"W {size}", (span, value), xytext=(4, 4), textcoords="offset points")
         by_span.set(title=task, xlabel="average attention span, tokens", ylabel=quality_label(rows))

@@ -76,7 +76,7 @@ RUN_COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "span": lambda r: _number(r["mean_span"], ".0f"),
     "FLOPs saved": lambda r: _number(r["share_saved"], ".1%"),
     "parameters": lambda r: f"{r['parameters']:,}",
-    "tokens/s": lambda r: f"{r['tokens_per_second']:,.0f}",
+    "tokens/s": lambda r: _number(r.get("tokens_per_second"), ",.0f"),
 }
 
 

@@ -1,0 +1,407 @@
+"""Experiments at toy size: what must hold of rates, FLOPs and tables, and that finished runs are not made again."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLES = ROOT / "examples"
+EXPERIMENTS = EXAMPLES / "experiments"
+FOLDERS = (EXAMPLES, EXAMPLES / "classification", EXPERIMENTS)
+TEXT = EXAMPLES / "data/tinyshakespeare.txt"
+NAMES = ("activation_patterns", "memory_size", "configurators", "recurrences", "activation_rate", "scale")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _importable():
+    """The experiments' modules, which find each other in the script's folder; this process forgets them afterwards."""
+    before, threads = list(sys.path), torch.get_num_threads()
+    sys.path.insert(0, str(EXPERIMENTS))
+    yield
+    sys.path[:] = before
+    torch.set_num_threads(threads)
+    for folder in FOLDERS:
+        for path in folder.glob("*.py"):
+            sys.modules.pop(path.stem, None)
+
+
+def module(name):
+    return importlib.import_module(name)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """All experiments at toy size, in one go: the output folder."""
+    output = tmp_path_factory.mktemp("experiments")
+    module("run_all").main(["--toy", "--device", "cpu", "--output", str(output)])
+    return output
+
+
+@pytest.fixture(scope="module")
+def rows(finished):
+    """For each experiment the (labels, record) of its runs."""
+    experiment, run_all, tables = module("experiment"), module("run_all"), module("tables")
+    records = module("plan").Results(finished / "results.jsonl").records
+    bases = experiment.Bases(experiment.RECIPES / "toy", True)
+    plans = {name: run_all.EXPERIMENTS[name].grid(bases) for name in NAMES}
+    found = {name: tables.finished(plan, records) for name, plan in plans.items()}
+    assert {name: len(plan) for name, plan in plans.items()} == {name: len(made) for name, made in found.items()}
+    return found
+
+
+def learnt(rows):
+    return [row for made in rows.values() for row in made if "quality" in row[1]]
+
+
+# What is measured
+
+
+def test_rates_and_shares_are_shares(rows):
+    for _, record in learnt(rows):
+        assert all(0 <= rate <= 1 for rate in record["rates"])
+        assert record["mean_rate"] == pytest.approx(sum(record["rates"]) / len(record["rates"]))
+        assert record["share_saved"] < 1 and record["quality"] and record["tokens_per_second"] > 0
+        for rate, span, context in zip(record["rates"], record["spans"], record["contexts"], strict=True):
+            assert (span is None) == (rate == 0)
+            assert span is None or 0 <= span <= context
+        assert record["history"][-1]["step"] == record["recipe"]["steps"]
+
+
+def test_routers_do_what_their_names_say(rows):
+    by_router = {labels["router"]: record for labels, record in rows["configurators"]}
+    assert set(by_router["always"]["rates"]) == {1.0} and by_router["always"]["share_saved"] == 0
+    assert set(by_router["never"]["rates"]) == {0.0} and by_router["never"]["mean_span"] is None
+    assert by_router["never"]["share_saved"] == max(record["share_saved"] for record in by_router.values())
+
+
+def test_the_random_router_runs_at_the_rate_of_the_learned_one():
+    """With enough tokens, for the draw is one of tokens, the same in each row."""
+    plan, runs, run_data = module("plan"), module("runs"), module("run_data")
+    experiment = module("experiment")
+    like = experiment.Bases(experiment.RECIPES / "toy", True).lm.changed(sequence_length=1024, steps=1, batch_size=1)
+    sources, device = run_data.Sources(str(TEXT)), torch.device("cpu")
+    records = {like.key: runs.execute(like, sources, device)}
+    planned = plan.Planned({}, like.changed(router_type="random"), rate_like=like)
+    found = runs.execute(planned.resolved(records), sources, device)
+    assert found["recipe"]["router_random_rate"] == records[like.key]["mean_rate"]
+    # Three standard deviations of 2 * 1,024 draws.
+    assert found["mean_rate"] == pytest.approx(records[like.key]["mean_rate"], abs=0.035)
+
+
+@pytest.mark.parametrize("task", ["lm", "pathfinder"])
+def test_saved_flops_agree_with_a_count_by_hooks(task, finished):
+    """Rows that the attention's linears get, and keys that the routers' decisions leave to each query."""
+    runs, run_data, experiment = module("runs"), module("run_data"), module("experiment")
+    recipe = experiment.Bases(experiment.RECIPES / "toy", True).task(task)
+    sources = run_data.Sources(str(TEXT), None, str(finished / "data"))
+    data = run_data.load_data(recipe, sources, torch.device("cpu"))
+    model = runs.Run(recipe, data, torch.device("cpu")).model
+    config = model.config
+    width = config.memory_size
+    saved = [0] * config.num_hidden_layers
+
+    def pairs(active) -> int:
+        total = 0
+        for count in active.sum(1).tolist():
+            for place in range(count):
+                after = min(count - 1 - place, width) if config.bidirectional else 0
+                total += min(place, width) + 1 + after
+        return total
+
+    def hook_router(layer):
+        def count(router, arguments, output):
+            active = output[1]
+            fewer = pairs(torch.ones_like(active)) - pairs(active)
+            saved[layer] += 2 * (config.qk_head_dim + config.v_head_dim) * fewer
+            saved[layer] -= 2 * router.weight.numel() * active.numel()
+            saved[layer] += 2 * active.numel() * linears(layer)
+
+        return count
+
+    def linears(layer) -> int:
+        attention = model.model.layers[layer].attention
+        return attention.in_proj.weight.numel() + attention.out_proj.weight.numel()
+
+    def hook_linear(layer):
+        def count(linear, arguments, output):
+            saved[layer] -= 2 * linear.weight.numel() * output.numel() // linear.out_features
+
+        return count
+
+    for layer, block in enumerate(model.model.layers):
+        block.router.register_forward_hook(hook_router(layer))
+        for linear in (block.attention.in_proj, block.attention.out_proj):
+            assert isinstance(linear, nn.Linear)
+            linear.register_forward_hook(hook_linear(layer))
+    _, report = runs.measure(model, recipe, data)
+    assert report.flops_saved == saved
+    assert 0 < report.rates.mean() < 1
+    record = runs.describe(report)
+    assert record["flops_saved"] == saved
+    always_on = report.always_on_flops.total * config.num_hidden_layers
+    assert record["share_saved"] == pytest.approx(sum(saved) / always_on)
+
+
+def test_bits_per_byte_are_those_of_the_second_halves():
+    """Against one row at a time and the definition."""
+    runs, run_data, experiment = module("runs"), module("run_data"), module("experiment")
+    recipe = experiment.Bases(experiment.RECIPES / "toy", True).lm
+    data = run_data.load_data(recipe, run_data.Sources(str(TEXT)), torch.device("cpu"))
+    model = runs.Run(recipe, data, torch.device("cpu")).model.eval()
+    quality, _ = runs.measure(model, recipe, data)
+    text = TEXT.read_bytes()
+    text = text[len(text) - int(len(text) * 0.05) :]
+    losses = []
+    for start in (0, 32):
+        row = torch.tensor([list(text[start : start + 64])])
+        with torch.no_grad():
+            logs = model(row).logits[0].log_softmax(-1)
+        losses += [-logs[place - 1, row[0, place]] for place in range(32, 64)]
+    assert quality["bits_per_byte"] == pytest.approx(float(sum(losses)) / 64 / 0.6931471805599453, rel=1e-5)
+
+
+def test_equal_seeds_give_equal_runs_and_read_equal_rows():
+    runs, run_data, experiment = module("runs"), module("run_data"), module("experiment")
+    recipe = experiment.Bases(experiment.RECIPES / "toy", True).lm
+    sources, device = run_data.Sources(str(TEXT)), torch.device("cpu")
+    first, second = (runs.execute(recipe, sources, device) for _ in range(2))
+    assert first["quality"] == second["quality"] and first["rates"] == second["rates"]
+    assert first["quality"] != runs.execute(recipe.changed(seed=1), sources, device)["quality"]
+    orders = []
+    for changes in ({}, {"memory_size": 3, "router_type": "never"}):
+        data = run_data.load_data(recipe.changed(**changes), sources, device)
+        orders.append(data.batch(torch.Generator().manual_seed(5))["input_ids"])
+    assert torch.equal(*orders)
+
+
+def test_recurrences_have_about_equally_many_parameters(rows):
+    counts = [record["parameters"] for _, record in rows["recurrences"]]
+    assert max(counts) < 1.01 * min(counts)
+
+
+# Grids, tables, pictures
+
+
+def test_shared_runs_are_made_once(finished, rows):
+    keys = [json.loads(line)["key"] for line in (finished / "results.jsonl").read_text().splitlines()]
+    assert len(keys) == len(set(keys)) < sum(map(len, rows.values()))
+
+
+def test_the_full_grids_are_valid_and_begin_with_each_first_seed():
+    experiment, run_all, plan = module("experiment"), module("run_all"), module("plan")
+    bases = experiment.Bases(experiment.RECIPES, False)
+    planned = [run for name in NAMES for run in run_all.EXPERIMENTS[name].grid(bases)]
+    runs = plan.in_order(planned)
+    assert len({run.key for run in planned}) == len(runs)
+    seeds = [run.recipe.seed for run in runs]
+    assert seeds == sorted(seeds) and set(seeds) == {0, 1, 2}
+    assert [run.alone for run in runs] == sorted((run.alone for run in runs), reverse=True)
+    keys = [run.key for run in runs]
+    likes = [run for run in runs if run.rate_like is not None]
+    assert likes and all(keys.index(run.rate_like.key) < keys.index(run.key) for run in likes)
+    parameters = [5, 10, 20, 40, 100]
+    with torch.device("meta"):
+        for run, millions in zip(run_all.EXPERIMENTS["scale"].grid(bases), parameters, strict=True):
+            model = module("runs").MODELS["lm"](run.recipe.config())
+            assert model.num_parameters() == pytest.approx(1e6 * millions, rel=0.05)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pages_have_a_row_for_each_run_and_a_picture(name, finished, rows):
+    text = (finished / f"{name}.md").read_text("utf-8")
+    tables = {part.split("\n")[0]: part for part in text.split("## ")[1:]}
+    quiet = [row for row in rows[name] if "quality" in row[1]]
+    lines = [line for line in tables["Runs"].splitlines() if line.startswith("| ")]
+    assert len(lines) == 2 + len(quiet)
+    columns = len(lines[0].split(" | "))
+    assert all(len(line.split(" | ")) == columns for line in lines)
+    for (labels, record), line in zip(quiet, lines[2:], strict=True):
+        assert all(f" {value} " in line for value in labels.values())
+        quality = record["quality"].get("bits_per_byte", record["quality"].get("accuracy"))
+        assert f"{quality:.4f}" in line and f"{record['mean_rate']:.1%}" in line
+    timed = [
+        line for line in tables.get("Speed, nothing else on the device", "").splitlines() if line.startswith("| ")
+    ]
+    assert len(timed) == (2 + len(rows[name]) - len(quiet) if len(rows[name]) > len(quiet) else 0)
+    assert (finished / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+    assert f"]({name}.png)" in text and "tinyshakespeare.txt" in text and "planned runs were not made" not in text
+
+
+def test_mean_and_deviation_over_seeds():
+    tables = module("tables")
+    rows = []
+    for seed, (bits, rate) in enumerate([(2.0, 0.25), (3.0, 0.5), (None, None)]):
+        record = {
+            "quality": {"bits_per_byte": bits}, "mean_rate": rate, "mean_span": 10.0, "share_saved": 0.5,
+            "recipe": {"task": "lm"},
+        }  # fmt: skip
+        rows.append(({"router": "x", "seed": seed}, record))
+    line = tables.settings_table(rows).splitlines()[2]
+    assert line == "| x | 3 | bits per byte | 2.5000 ± 0.7071 | 37.5% ± 17.7% | 10 ± 0 | 50.0% |"
+
+
+# The driver
+
+
+def test_finished_runs_are_skipped_and_a_cut_line_is_made_again(finished, tmp_path, capsys):
+    run_all = module("run_all")
+    lines = (finished / "results.jsonl").read_text("utf-8").splitlines()
+    recurrences = {run.key for run in run_all.EXPERIMENTS["recurrences"].grid(toy())}
+    kept = [line for line in lines if json.loads(line)["key"] in recurrences]
+    (tmp_path / "results.jsonl").write_text("\n".join(kept[:-1]) + "\n" + kept[-1][:40], "utf-8")
+    run_all.main(["recurrences", "--toy", "--device", "cpu", "--output", str(tmp_path)])
+    assert f"{len(kept)} runs, {len(kept) - 1} of them made before" in capsys.readouterr().out
+    again = (tmp_path / "results.jsonl").read_text("utf-8").splitlines()
+    assert again[:-1] == kept[:-1] and json.loads(again[-1])["key"] == json.loads(kept[-1])["key"]
+    run_all.main(["recurrences", "--toy", "--device", "cpu", "--output", str(tmp_path)])
+    assert (tmp_path / "results.jsonl").read_text("utf-8").splitlines() == again
+
+
+def toy():
+    experiment = module("experiment")
+    return experiment.Bases(experiment.RECIPES / "toy", True)
+
+
+def test_pages_come_from_a_results_file_alone(finished, tmp_path):
+    arguments = ["scale", "--toy", "--from-results", str(finished / "results.jsonl"), "--write-docs", str(tmp_path)]
+    module("run_all").main(arguments)
+    assert {path.name for path in tmp_path.iterdir()} == {"scale.md", "scale.png"}
+    assert (tmp_path / "scale.md").read_text("utf-8") == (finished / "scale.md").read_text("utf-8")
+
+
+def test_two_processes_share_a_plan(tmp_path):
+    driver, plan, run_data = module("driver"), module("plan"), module("run_data")
+    base = toy().lm
+    planned = [plan.Planned({"seed": seed}, base.changed(seed=seed)) for seed in (0, 1)]
+    planned.append(plan.Planned({}, base.changed(router_type="random"), rate_like=base))
+    # Refused by the worker, which is replaced.
+    planned.insert(0, plan.Planned({}, base.changed(sequence_length=2_000_000)))
+    settings = driver.Settings(run_data.Sources(str(TEXT)), jobs=2)
+    results = driver.make_runs(planned, tmp_path, settings, "a command")
+    assert set(results.records) == {run.key for run in planned[1:]}
+    assert {record["jobs"] for record in results.records.values()} == {2}
+    failure = json.loads((tmp_path / "failures.jsonl").read_text("utf-8"))
+    assert failure["key"] == planned[0].key and "sequence_length 2000000" in failure["error"]
+    alone = module("runs").execute(base, settings.sources, torch.device("cpu"))
+    assert results.records[base.key]["quality"] == alone["quality"]
+
+
+def test_no_run_starts_after_the_time_is_up(tmp_path, capsys):
+    driver, plan, run_data = module("driver"), module("plan"), module("run_data")
+    settings = driver.Settings(run_data.Sources(str(TEXT)), minutes=1e-9)
+    results = driver.make_runs([plan.Planned({}, toy().lm)], tmp_path, settings, "a command")
+    assert not results.records and "1 runs were not started" in capsys.readouterr().out
+
+
+def test_timed_runs_have_the_device_to_themselves():
+    driver, plan, run_data = module("driver"), module("plan"), module("run_data")
+    base = toy().lm
+    timed, other = plan.Planned({}, base.changed(timed_steps=1)), plan.Planned({}, base)
+
+    class Nothing:
+        records: dict = {}
+
+        def add(self, record):
+            pass
+
+    queue = driver.Queue([timed, other], Nothing(), driver.Settings(run_data.Sources(), minutes=1))
+    assert queue.take() is timed
+    assert queue._ready() is None
+    queue.finish(timed, {}, None)
+    assert queue.take() is other
+
+
+def test_a_run_without_the_run_it_depends_on_is_named(tmp_path):
+    driver, plan, run_data = module("driver"), module("plan"), module("run_data")
+    planned = plan.Planned({}, toy().lm.changed(router_type="random"), rate_like=toy().lm)
+    driver.make_runs([planned], tmp_path, driver.Settings(run_data.Sources(str(TEXT))), "a command")
+    assert toy().lm.key in json.loads((tmp_path / "failures.jsonl").read_text("utf-8"))["error"]
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lerning_rate": 1e-3}, "'lerning_rate' is neither a field of a run"),
+        ({"task": "poetry"}, "task must be one of lm, pathfinder, listops, got 'poetry'"),
+        ({"learning_rate": "fast"}, "learning_rate must be a number, got 'fast'"),
+        ({"learning_rate": 0}, "learning_rate must be above 0, got 0.0"),
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"steps": True}, "steps must be an integer, got True"),
+        ({"warmup_steps": 9}, "warmup_steps must be from 0 to steps 3, got 9"),
+        ({"precision": "fp8"}, "precision must be one of bf16, float32, got 'fp8'"),
+        ({"memory_size": 0}, "memory_size=0 is not valid"),
+        ({"router_type": "majority"}, "router_type='majority' is not valid"),
+        ({"preset": "enormous"}, "no preset 'enormous'"),
+        ({"model": {}}, "'model' is neither a field of a run"),
+    ],
+)
+def test_bad_recipes_are_refused_by_name(change, message, tmp_path):
+    import yaml
+
+    run_recipe = module("run_recipe")
+    path = tmp_path / "lm.yaml"
+    path.write_text(yaml.safe_dump(toy().lm.flat() | change), "utf-8")
+    with pytest.raises(ValueError, match=message) as refused:
+        run_recipe.load_recipe(path)
+    assert str(path) in str(refused.value)
+
+
+def test_other_bad_input_is_said_without_a_traceback(finished, tmp_path):
+    run_all = module("run_all")
+    output = ["--device", "cpu", "--output", str(tmp_path / "out")]
+
+    def refused(*arguments) -> str:
+        with pytest.raises(SystemExit) as exit:
+            run_all.main([*arguments, *output])
+        return str(exit.value)
+
+    assert "give --train_file" in refused("scale")
+    assert "there is no text file 'nowhere.txt'" in refused("scale", "--toy", "--train_file", "nowhere.txt")
+    assert "jobs must be at least 1, got 0" in refused("scale", "--toy", "--jobs", "0")
+    assert "minutes must be above 0" in refused("scale", "--toy", "--minutes", "0")
+    assert "there is no recipe" in refused("scale", "--recipes", str(tmp_path))
+    assert "there is no file" in refused("scale", "--from-results", "nowhere.jsonl")
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "short.txt").write_text("short", "utf-8")
+    other = ["scale", "--toy", "--train_file", str(tmp_path / "short.txt"), "--output", str(finished)]
+    with pytest.raises(
+        SystemExit, match="has runs on \\['tinyshakespeare.txt', None\\], not on \\['short.txt', None\\]"
+    ):
+        run_all.main(other)
+
+
+def test_a_results_file_of_something_else_is_refused(tmp_path):
+    plan = module("plan")
+    (tmp_path / "results.jsonl").write_text('{"key": "a"}\nnot json\n', "utf-8")
+    with pytest.raises(ValueError, match="line 2 of .* is no record of a run"):
+        plan.Results(tmp_path / "results.jsonl")
+
+
+def test_folders_of_models_are_measured(finished, tmp_path, capsys):
+    runs, run_data, patterns = module("runs"), module("run_data"), module("activation_patterns")
+    recipe = toy().lm
+    data = run_data.load_data(recipe, run_data.Sources(str(TEXT)), torch.device("cpu"))
+    model = runs.Run(recipe, data, torch.device("cpu")).model
+    model.save_pretrained(tmp_path / "model")
+    options = ["--toy", "--device", "cpu", "--output", str(tmp_path / "out")]
+    patterns.main(["--model", f"lm={tmp_path / 'model'}", *options])
+    _, report = runs.measure(model, recipe, data)
+    table = (tmp_path / "out/activation_patterns.md").read_text("utf-8")
+    assert f"| lm | model | {runs.measure(model, recipe, data)[0]['bits_per_byte']:.4f} |" in table
+    assert ", ".join(f"{rate:.0%}" for rate in report.rates.tolist()) in table
+    assert (tmp_path / "out/activation_patterns.png").is_file()
+    with pytest.raises(SystemExit, match="bidirectional=False, which task 'pathfinder' does not use"):
+        patterns.main(["--model", f"pathfinder={tmp_path / 'model'}", *options])
+    with pytest.raises(SystemExit, match="holds no config.json"):
+        patterns.main(["--model", f"lm={tmp_path}", *options])
+    with pytest.raises(SystemExit):
+        patterns.main(["--model", str(tmp_path), *options])
+    assert "is not TASK=FOLDER" in capsys.readouterr().err
