@@ -11,11 +11,13 @@ result is printed, and written as the JSON that `python -m hub_upload build --ev
 import argparse
 import json
 import math
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+from run_record import published_command
 from text_data import ENWIK8_BYTES, ENWIK8_SPLIT, read_text_file, text_encoder
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -96,6 +98,7 @@ def score(
 
 
 def main(argv: list[str] | None = None) -> dict:
+    argv = sys.argv[1:] if argv is None else argv
     arguments = parse_arguments(argv)
     text = cut_split(read_text_file(arguments.data), arguments.split)[: arguments.max_bytes]
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
@@ -130,6 +133,7 @@ def main(argv: list[str] | None = None) -> dict:
             "context": arguments.context,
             "dtype": arguments.dtype,
         },
+        "command": published_command("examples/evaluate_lm.py", argv),
     }
     if arguments.output is not None:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)

@@ -10,19 +10,19 @@ import torch
 RECORD_FILE = "training_record.json"
 ROOT = Path(__file__).resolve().parent.parent
 # Where a run read and wrote is nobody's business: of these only the last part of the path is kept.
-_PATHS = ("train_file", "dataset_files", "output_dir", "tokenizer")
+_PATHS = ("train_file", "dataset_files", "output_dir", "tokenizer", "data", "output")
 _LEFT_OUT = ("resume_from_checkpoint", "overwrite_output_dir")
 
 
 def published_command(script: str, argv: Sequence[str]) -> str:
-    """The command line of a run as it can be published: the recipe relative to the checkout, no other folders, and as
-    if the run had not been interrupted."""
+    """The command line of a run as it can be published: a recipe or model given first relative to the checkout, no other
+    folders, and as if the run had not been interrupted."""
     words = [script]
     arguments = iter(argv)
     for word in arguments:
         name, separator, value = word.partition("=")
         option = name.removeprefix("--").replace("-", "_")
-        if word.endswith((".yaml", ".yml")) and len(words) == 1:
+        if not word.startswith("--") and len(words) == 1:
             path = Path(word).resolve()
             words.append(path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name)
         elif option in _LEFT_OUT:

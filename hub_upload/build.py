@@ -15,7 +15,7 @@ from modeling_seqboat.configuration_seqboat import SeqBoatConfig
 from .code_files import auto_classes, auto_map, code_files, license_file
 from .errors import TOKEN_PATTERN, HubUploadError
 from .folders import check_output, staged_folder
-from .model_card import CardOptions, write_card
+from .model_card import CardOptions, Published, write_card
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -87,6 +87,8 @@ def build_folder(
     *,
     overwrite: bool = False,
     max_shard_size: str = "5GB",
+    dtype: str | None = None,
+    code: bool = True,
     card: CardOptions | None = None,
 ) -> BuiltFolder:
     """Build a folder that loads with `trust_remote_code=True` where this package is not installed.
@@ -96,6 +98,8 @@ def build_folder(
         output: folder to write. It appears complete or not at all.
         overwrite: replace an existing model folder.
         max_shard_size: largest safetensors file; beyond it weights are split, with an index.
+        dtype: `float32`, `bfloat16` or `float16`, to which the weights are rounded; by default they stay as they are.
+        code: False leaves the Python files out, for a folder that stays beside this package.
         card: what the model card says beyond config and trainer state.
 
     Raises:
@@ -107,18 +111,22 @@ def build_folder(
     config, model_class = read_config(model)
     remarks = []
     tokenizer_files = _checked_tokenizer(model, config, remarks)
-    licence, sources = license_file(), code_files()
+    licence, sources = license_file(), code_files() if code else []
     loaded = load_model(model, model_class)
+    if dtype is not None:
+        loaded.to(getattr(torch, dtype))
     count = sum(parameter.numel() for parameter in loaded.parameters())
     with staged_folder(output, overwrite, keep=model) as stage:
-        loaded.config.auto_map = auto_map()
+        if code:
+            loaded.config.auto_map = auto_map()
         loaded.save_pretrained(stage, max_shard_size=max_shard_size)
         for file in tokenizer_files:
             shutil.copyfile(file, stage / file.name)
         for file in sources:
             shutil.copyfile(file, stage / file.name)
         shutil.copyfile(licence, stage / "LICENSE")
-        remarks += write_card(stage, model, loaded.config, model_class.__name__, count, bool(tokenizer_files), card)
+        published = Published(loaded.config, model_class.__name__, count, bool(tokenizer_files), code)
+        remarks += write_card(stage, model, published, card)
         _refuse_tokens(stage)
         files = sorted(file.name for file in stage.iterdir())
     return BuiltFolder(output, files, model_class.__name__, count, remarks)

@@ -6,6 +6,7 @@ Nothing is estimated here: a value that no source states is None or absent, and 
 import json
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,14 @@ from typing import Any
 from huggingface_hub import EvalResult
 
 from .errors import HubUploadError
+from .long_context import checked_long_context
 
 EVALUATION_FILE = "evaluation.json"
 RECORD_FILE = "training_record.json"
 STATE_FILE = "trainer_state.json"
 METRICS_FILE = "metrics.jsonl"
+# In the folder of a run: several evaluations, and the file of `benchmarks/bench_long_context.py`.
+RUN_EVALUATIONS = ("evaluation*.json", "long_context.json")
 
 # Keys of a run record that the card prints, and how it calls them. Others are not printed: a record may hold paths
 # and names of machines that are nobody's business.
@@ -32,6 +36,7 @@ RECORD_LABELS = {
     "epochs": "Epochs",
     "optimizer": "Optimizer",
     "learning_rate": "Peak learning rate",
+    "router_learning_rate": "Peak learning rate of the routers",
     "weight_decay": "Weight decay",
     "betas": "Betas",
     "max_grad_norm": "Gradient clipping",
@@ -41,6 +46,7 @@ RECORD_LABELS = {
     "seed": "Seed",
     "hardware": "Hardware",
     "wall_clock_hours": "Wall-clock time (h)",
+    "training_hours": "Training time without validation and saving (h)",
     "tokens_per_second": "Tokens a second",
     "train_loss": "Last training loss",
 }
@@ -58,46 +64,62 @@ class Sources:
 
     Attributes:
         procedure: label -> value, for the training table.
+        command: that started the training.
         results: for the metadata's model-index and the table of results.
+        protocols: how the results were measured, one paragraph an evaluation.
+        long_context: measurements of `benchmarks/bench_long_context.py`.
         plain_results: metric -> value where the data that was evaluated on is not named.
         activation_rates: mean share of activated tokens, one a layer, from 0 to 1.
         remarks: for the user, not for the card.
     """
 
     procedure: dict[str, str] = field(default_factory=dict)
+    command: str | None = None
     results: list[EvalResult] = field(default_factory=list)
+    protocols: list[str] = field(default_factory=list)
+    long_context: dict[str, Any] | None = None
     plain_results: dict[str, float] = field(default_factory=dict)
     activation_rates: list[float] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
 
 
 def read_sources(
-    model: Path, layers: int, *, evaluation: Path | None = None, record: Path | None = None, state: Path | None = None
+    model: Path,
+    layers: int,
+    *,
+    records: Path | None = None,
+    evaluations: Sequence[Path] = (),
+    record: Path | None = None,
+    state: Path | None = None,
 ) -> Sources:
     """Read what lies beside a model, or where the caller says.
 
     Args:
         model: the model folder, searched for `evaluation.json`, `training_record.json` and `trainer_state.json` (also
-            that of its last `checkpoint-*`). For the folders `best` and `final` of `examples/train_lm.py` the
-            `metrics.jsonl` beside them is read.
+            that of its last `checkpoint-*`).
         layers: number of layers, which the activation rates must have.
-        evaluation, record, state: files to use instead.
+        records: folder of a run of `examples/train_lm.py`, searched for `metrics.jsonl`, `training_record.json`,
+            `evaluation*.json` and `long_context.json`; for models called `best` and `final` the folder they are in.
+        evaluations, record, state: files to use instead.
 
     Raises HubUploadError when a file that was named does not exist, or one that exists is not what it should be.
     """
     sources = Sources()
+    run = _run_folder(model, records)
     state_file = _existing(state) or _trainer_state(model)
-    metrics_file = _if_file(model.absolute().parent / METRICS_FILE) if model.name in ("best", "final") else None
+    run_state: dict[str, Any] = {}
     if state_file is not None:
         _read_state(_read_object(state_file), sources, layers)
-    elif metrics_file is not None:
-        _read_state(_state_of_metrics(metrics_file, model.name), sources, layers)
+    elif run is not None and (run / METRICS_FILE).is_file():
+        run_state = _state_of_metrics(run / METRICS_FILE, model.name)
+        _read_state(run_state, sources, layers)
     record_file = _existing(record) or _if_file(model / RECORD_FILE)
     if record_file is not None:
         _read_record(_read_object(record_file), record_file, sources)
-    evaluation_file = _existing(evaluation) or _if_file(model / EVALUATION_FILE)
-    if evaluation_file is not None:
-        _read_evaluation(_read_object(evaluation_file), evaluation_file, sources, layers)
+    elif run is not None and (run / RECORD_FILE).is_file():
+        _read_record(_read_object(run / RECORD_FILE) | _reached(run_state), run / RECORD_FILE, sources)
+    for file in _evaluation_files(model, run, evaluations):
+        _read_evaluation(_read_object(file), file, sources, layers)
     return sources
 
 
@@ -106,6 +128,35 @@ def format_number(value: float) -> str:
     if float(value).is_integer() and abs(value) < 1e15:
         return f"{int(value):,}"
     return f"{value:.5g}"
+
+
+def _run_folder(model: Path, records: Path | None) -> Path | None:
+    if records is None:
+        return model.absolute().parent if model.name in ("best", "final") else None
+    if not (records / METRICS_FILE).is_file():
+        raise HubUploadError(f"{records} is not the folder of a run of train_lm.py: it has no {METRICS_FILE}.")
+    return records
+
+
+def _evaluation_files(model: Path, run: Path | None, named: Sequence[Path]) -> list[Path]:
+    if named:
+        return [_existing(file) for file in named]
+    if (model / EVALUATION_FILE).is_file() or run is None:
+        return [file for file in [model / EVALUATION_FILE] if file.is_file()]
+    return [file for pattern in RUN_EVALUATIONS for file in sorted(run.glob(pattern))]
+
+
+def _reached(run_state: dict[str, Any]) -> dict[str, Any]:
+    """What a run's record says of its end, for the step whose weights are published."""
+    last: dict[str, Any] = {}
+    for entry in run_state.get("log_history", []):
+        last |= entry
+    reached = {
+        "steps": run_state.get("global_step"),
+        "tokens_seen": last.get("train/tokens"),
+        "training_hours": round(last["train/seconds"] / 3600, 4) if _is_number(last.get("train/seconds")) else None,
+    }
+    return {name: value for name, value in reached.items() if _is_number(value) and value > 0}
 
 
 def _if_file(path: Path) -> Path | None:
@@ -209,7 +260,11 @@ def _take_plain_results(values: dict[str, Any], sources: Sources) -> None:
 
 
 def _read_record(record: dict[str, Any], path: Path, sources: Sources) -> None:
-    ignored = sorted(set(record) - set(RECORD_LABELS))
+    command = record.get("command")
+    if command is not None and not (isinstance(command, str) and command.strip()):
+        raise HubUploadError(f"{path}: command={command!r} must be a text.")
+    sources.command = command
+    ignored = sorted(set(record) - set(RECORD_LABELS) - {"command"})
     if ignored:
         sources.remarks.append(f"{path.name}: not printed in the card: {', '.join(ignored)}.")
     for key, label in RECORD_LABELS.items():
@@ -237,7 +292,12 @@ def _read_evaluation(evaluation: dict[str, Any], path: Path, sources: Sources, l
             raise HubUploadError(
                 f"{path}: activation_rates={rates!r} must be a list of {layers} numbers from 0 to 1, one a layer."
             )
-        sources.activation_rates = [float(rate) for rate in rates]
+        # Of several evaluations the first one's stand in the card.
+        if not sources.results:
+            sources.activation_rates = [float(rate) for rate in rates]
+    if "long_context" in evaluation:
+        sources.long_context = checked_long_context(evaluation["long_context"], path)
+        return
     if "results" not in evaluation:
         # The flat file that Trainer's save_metrics writes.
         _take_plain_results(evaluation, sources)
@@ -249,6 +309,24 @@ def _read_evaluation(evaluation: dict[str, Any], path: Path, sources: Sources, l
         raise HubUploadError(f"{path}: results must be a list, not a {type(results).__name__}.")
     for number, entry in enumerate(results):
         sources.results += _eval_results(entry, f"{path}: results[{number}]")
+    sources.protocols += _protocol(evaluation, path)
+
+
+def _protocol(evaluation: dict[str, Any], path: Path) -> list[str]:
+    """How `examples/evaluate_lm.py` measured, in words; nothing for files that do not say so."""
+    protocol = evaluation.get("protocol")
+    if protocol is None:
+        return []
+    try:
+        scored, size, context, dtype = (protocol[key] for key in ("scored_tokens", "bytes", "context", "dtype"))
+        seen = "everything before it" if context is None else f"up to {context - 1:,} tokens before it"
+        words = f"{scored:,} tokens of {size:,} bytes scored once each, with {seen} as context, in {dtype}"
+    except (TypeError, KeyError, ValueError) as error:
+        raise HubUploadError(f"{path}: protocol={protocol!r} is not what examples/evaluate_lm.py writes.") from error
+    names = {entry["dataset"]["name"] for entry in evaluation["results"]}
+    command = evaluation.get("command")
+    shown = f":\n\n```\n{command}\n```" if isinstance(command, str) else "."
+    return [f"{', '.join(sorted(names))}: {words}{shown}"]
 
 
 def _eval_results(entry: Any, where: str) -> list[EvalResult]:

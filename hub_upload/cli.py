@@ -31,7 +31,10 @@ def build_parser() -> argparse.ArgumentParser:
     _add_model(build)
     build.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder to write")
     build.add_argument("--overwrite", action="store_true", help="replace an existing model folder")
-    build.add_argument("--repo-id", metavar="NAME/REPO", help="named in the card's examples")
+    build.add_argument("--repo-id", metavar="NAME/REPO", help="or folder that the card's examples load from")
+    build.add_argument(
+        "--without-code", action="store_true", help="leave the Python files out: the folder stays beside this package"
+    )
     build.set_defaults(run=_build)
 
     verify = commands.add_parser("verify", help="load a built folder in a fresh process without this package")
@@ -57,13 +60,28 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, type=Path, metavar="DIR", help="folder with a saved model")
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest weight file (default: 5GB)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="round the weights to this type")
     card = parser.add_argument_group("model card")
     card.add_argument("--license", default="mit", help="licence of the weights (default: mit)")
     card.add_argument("--language", action="append", default=[], metavar="CODE", help="may be repeated")
     card.add_argument("--dataset", action="append", default=[], metavar="NAME", help="training data, may be repeated")
+    card.add_argument("--data-license", metavar="TEXT", help="licence of the training data")
     card.add_argument("--tag", action="append", default=[], help="may be repeated")
     card.add_argument("--base-model", metavar="NAME/REPO", help="the model that this one was fine-tuned from")
-    card.add_argument("--evaluation", type=Path, metavar="FILE", help="default: DIR/evaluation.json if it exists")
+    card.add_argument(
+        "--records",
+        type=Path,
+        metavar="RUN",
+        help="folder of a run of train_lm.py; default: DIR's, for best and final",
+    )
+    card.add_argument(
+        "--evaluation",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="may be repeated; default: those in DIR or else in RUN",
+    )
     card.add_argument("--record", type=Path, metavar="FILE", help="default: DIR/training_record.json if it exists")
     card.add_argument(
         "--trainer-state", type=Path, metavar="FILE", help="default: DIR/trainer_state.json if it exists"
@@ -81,7 +99,9 @@ def _card_options(args: argparse.Namespace):
         datasets=args.dataset,
         tags=args.tag,
         base_model=args.base_model,
-        evaluation=args.evaluation,
+        data_license=args.data_license,
+        records=args.records,
+        evaluations=args.evaluation,
         record=args.record,
         state=args.trainer_state,
         card=args.card,
@@ -115,6 +135,7 @@ def _push(args: argparse.Namespace) -> None:
         token=args.token,
         overwrite=args.overwrite,
         max_shard_size=args.max_shard_size,
+        dtype=args.dtype,
         card=_card_options(args),
         verify=not args.no_verify,
         on_build=_print_built,
@@ -131,6 +152,8 @@ def _build(args: argparse.Namespace) -> None:
         args.output,
         overwrite=args.overwrite,
         max_shard_size=args.max_shard_size,
+        dtype=args.dtype,
+        code=not args.without_code,
         card=_card_options(args),
     )
     _print_built(built)

@@ -11,6 +11,7 @@ from .activation_plot import FILE_NAME as PLOT_FILE
 from .activation_plot import write_activation_plot
 from .card_sources import Sources, format_number, read_sources
 from .errors import HubUploadError
+from .long_context import long_context_section
 
 PAPER = "https://arxiv.org/abs/2306.11197"
 CITATION = """@inproceedings{ren2023seqboat,
@@ -36,8 +37,10 @@ class CardOptions:
         repo_id: `name/repo`, for the usage examples.
         license: the weights' licence, an identifier of the Hub.
         languages, datasets, tags: for the metadata; datasets are Hub ids or plain names.
+        data_license: licence of the training data, in words.
         base_model: Hub id of the model this one was fine-tuned from.
-        evaluation, record, state: files to read instead of those in the model folder.
+        records: folder of a run of `examples/train_lm.py`, to read its records from.
+        evaluations, record, state: files to read instead of those found.
         card: a finished card to be used as it is.
     """
 
@@ -47,27 +50,33 @@ class CardOptions:
     datasets: list[str] = field(default_factory=list)
     tags: list[str] = field(default_factory=list)
     base_model: str | None = None
-    evaluation: Path | None = None
+    data_license: str | None = None
+    records: Path | None = None
+    evaluations: list[Path] = field(default_factory=list)
     record: Path | None = None
     state: Path | None = None
     card: Path | None = None
 
 
-def write_card(
-    folder: Path,
-    model: Path,
-    config: SeqBoatConfig,
-    model_class: str,
-    parameters: int,
-    has_tokenizer: bool,
-    options: CardOptions,
-) -> list[str]:
+@dataclass
+class Published:
+    """The model that a card is about: its config, the name of its class, how many parameters it has, and whether a
+    tokenizer and the code come with it."""
+
+    config: SeqBoatConfig
+    model_class: str
+    parameters: int
+    has_tokenizer: bool
+    has_code: bool = True
+
+
+def write_card(folder: Path, model: Path, published: Published, options: CardOptions) -> list[str]:
     """Write README.md, and the plot of activation rates where there are any, into a Hub folder.
 
     Args:
         folder: where to write.
         model: the model folder, whose trainer state, run record and evaluation are read.
-        config, model_class, parameters, has_tokenizer: of the model.
+        published: what is in the folder.
         options: what the user says.
 
     Returns:
@@ -77,8 +86,14 @@ def write_card(
     """
     if options.card is not None:
         return _copy_card(folder, options.card)
+    config, model_class = published.config, published.model_class
     sources = read_sources(
-        model, config.num_hidden_layers, evaluation=options.evaluation, record=options.record, state=options.state
+        model,
+        config.num_hidden_layers,
+        records=options.records,
+        evaluations=options.evaluations,
+        record=options.record,
+        state=options.state,
     )
     remarks = list(sources.remarks)
     if (model / "README.md").is_file():
@@ -89,13 +104,14 @@ def write_card(
     body = "\n\n".join(
         part
         for part in (
-            _introduction(config, model_class, parameters, options),
-            _usage(config, model_class, has_tokenizer, options),
+            _introduction(config, model_class, published.parameters, options),
+            _usage(published, options),
             _shape(config),
             _training(config, sources, options),
             _results(sources),
+            long_context_section(sources.long_context),
             _activation_rates(sources.activation_rates, plotted),
-            _limits(config, model_class, has_tokenizer, sources),
+            _limits(config, model_class, published.has_tokenizer, sources),
             f"## Citation\n\n```bibtex\n{CITATION}\n```",
         )
         if part
@@ -161,7 +177,8 @@ def _introduction(config: SeqBoatConfig, model_class: str, parameters: int, opti
     )
 
 
-def _usage(config: SeqBoatConfig, model_class: str, has_tokenizer: bool, options: CardOptions) -> str:
+def _usage(published: Published, options: CardOptions) -> str:
+    config, model_class, has_tokenizer = published.config, published.model_class, published.has_tokenizer
     repo = options.repo_id or PLACEHOLDER
     lines = ["import torch"] if not has_tokenizer else []
     if _is_language_model(model_class) and has_tokenizer:
@@ -201,6 +218,12 @@ def _usage(config: SeqBoatConfig, model_class: str, has_tokenizer: bool, options
             f'model = AutoModel.from_pretrained("{repo}", trust_remote_code=True)',
         ]
     code = "\n".join(lines)
+    if not published.has_code:
+        code = "import modeling_seqboat\n" + code.replace(", trust_remote_code=True", "")
+        return (
+            f"## Use\n\n```python\n{code}\n```\n\nThis folder comes with the package `modeling_seqboat`, which is what "
+            "makes the Auto classes know the model."
+        )
     return (
         f"## Use\n\n```python\n{code}\n```\n\n`trust_remote_code=True` runs the Python files of this repo; they need "
         "`torch` and `transformers`, and use `triton` on a GPU where it is installed."
@@ -245,8 +268,12 @@ def _training(config: SeqBoatConfig, sources: Sources, options: CardOptions) -> 
     parts = []
     if options.datasets:
         parts.append("Data: " + ", ".join(options.datasets) + ".")
+    if options.data_license:
+        parts.append(f"Licence of the data: {options.data_license}.")
     if procedure:
         parts.append(_table(procedure))
+    if sources.command:
+        parts.append(f"```\n{sources.command}\n```")
     return "## Training\n\n" + "\n\n".join(parts) if parts else ""
 
 
@@ -257,7 +284,8 @@ def _results(sources: Sources) -> str:
             metric = result.metric_name or result.metric_type
             value = format_number(result.metric_value)
             lines.append(f"| {result.dataset_name} | {result.dataset_split or ''} | {metric} | {value} |")
-        return "## Results\n\n" + "\n".join(lines)
+        notes = "".join(f"\n\n{note}" for note in sources.protocols)
+        return "## Results\n\n" + "\n".join(lines) + notes
     if sources.plain_results:
         rows = {name: format_number(value) for name, value in sources.plain_results.items()}
         return f"## Results\n\nThe last evaluation of the training run:\n\n{_table(rows)}"

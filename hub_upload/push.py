@@ -72,6 +72,7 @@ def push_folder(
     token: str | None = None,
     overwrite: bool = False,
     max_shard_size: str = "5GB",
+    dtype: str | None = None,
     card: CardOptions | None = None,
     verify: bool = True,
     on_build: Callable[[BuiltFolder], None] | None = None,
@@ -117,7 +118,7 @@ def push_folder(
     _check_remote(api, remote, repo_id, revision, private, create_pr, overwrite, tokens)
     scratch = Path(tempfile.mkdtemp(prefix="push-"))
     try:
-        built = build_folder(model, scratch / "folder", max_shard_size=max_shard_size, card=card)
+        built = build_folder(model, scratch / "folder", max_shard_size=max_shard_size, dtype=dtype, card=card)
         if on_build is not None:
             on_build(built)
         if verify:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from .build import build_folder
 from .errors import HubUploadError, redact
 
 CHILD = Path(__file__).with_name("verify_child.py")
@@ -32,17 +33,24 @@ def verify_folder(folder: str | Path, *, on_check: Callable[[Check], None] | Non
     which that process saved.
 
     Args:
-        folder: as `build_folder` writes it. It is only read.
+        folder: as `build_folder` writes it. It is only read. Of one without an `auto_map`, as is kept beside this
+            package, a copy is tried to which the package's code was added, as `push` does.
         on_check: called with each check as it passes.
 
     Raises:
-        HubUploadError: the folder is not there, or the first check that failed, with the process's last words.
+        HubUploadError: the folder is not there, holds no complete model, or the first check that failed, with the
+            process's last words.
     """
     folder = Path(folder).resolve()
     if not (folder / "config.json").is_file():
         raise HubUploadError(f"{folder} is not a model folder: it has no config.json.")
     checks: list[Check] = []
     with tempfile.TemporaryDirectory(prefix="verify-") as scratch:
+        if not _has_code(folder):
+            folder = build_folder(folder, Path(scratch) / "with-code").output
+            checks.append(Check("code", "the folder has none; this package's was added to a copy"))
+            if on_check is not None:
+                on_check(checks[0])
         saved = Path(scratch) / "saved-again"
         for stage, source in (("first", folder), ("again", saved)):
             for check in _run_child(source, saved, stage, Path(scratch) / stage):
@@ -50,6 +58,13 @@ def verify_folder(folder: str | Path, *, on_check: Callable[[Check], None] | Non
                 if on_check is not None:
                     on_check(check)
     return checks
+
+
+def _has_code(folder: Path) -> bool:
+    try:
+        return "auto_map" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise HubUploadError(f"{folder / 'config.json'} is not a JSON file: {error}") from error
 
 
 def _run_child(source: Path, target: Path, stage: str, home: Path):

@@ -64,6 +64,7 @@ def test_a_bounded_context_starts_afresh(evaluate_lm, folder, tmp_path):
     tokens = np.frombuffer(text, dtype=np.uint8)
     want = sum(one_pass(folder, tokens[i : i + 100]) for i in (0, 100, 200)) / 3
     written = json.loads(output.read_text("utf-8"))
+    assert str(tmp_path) not in written["command"] and " --data text.txt --context 100 " in written["command"]
     assert written["results"][0]["metrics"][0]["value"] == pytest.approx(want, abs=2e-4)
     with pytest.raises(SystemExit):
         evaluate_lm.main(arguments)

@@ -333,7 +333,112 @@ def test_the_log_of_train_lm_is_read_up_to_the_weights_it_belongs_to(tmp_path):
 def test_the_flat_file_of_save_metrics_is_read(copied, tmp_path):
     file = tmp_path / "eval_results.json"
     file.write_text(json.dumps({"eval_loss": 1.25, "eval_accuracy": 0.5, "eval_runtime": 9.0, "epoch": 3.0}))
-    assert read_sources(copied, 2, evaluation=file).plain_results == {"loss": 1.25, "accuracy": 0.5}
+    assert read_sources(copied, 2, evaluations=[file]).plain_results == {"loss": 1.25, "accuracy": 0.5}
+
+
+RECORD = {
+    "dataset": "enwik8", "steps": 20, "tokens_seen": 2000, "training_hours": 0.2, "tokens_per_second": 3,
+    "hardware": "1 x some GPU", "command": "python examples/train_lm.py recipe.yaml --max_minutes 5",
+}  # fmt: skip
+LONG_CONTEXT = {
+    "protocol": "The same bytes for every length.", "command": "python benchmarks/bench_long_context.py MODEL",
+    "hardware": "some GPU",
+    "quality": [
+        {"context_bytes": 1024, "scored_bytes": 512, "bits_per_byte": 1.61},
+        {"context_bytes": 262144, "scored_bytes": 512, "bits_per_byte": 1.5},
+    ],
+    "generation": [
+        {"prompt_bytes": 1000000, "prefill_seconds": 12.34, "tokens_per_second": 80.6, "cache_bytes": 4096,
+         "peak_memory_mib": None, "sample": "the ```end``` of it"},
+    ],
+}  # fmt: skip
+
+
+@pytest.fixture
+def run_folder(copied, tmp_path):
+    """A run of train_lm.py with its evaluations beside `best` and `final`."""
+    run = tmp_path / "run"
+    shutil.copytree(copied, run / "best")
+    shutil.copytree(copied, run / "final")
+    log = [
+        {"step": 10, "train/loss": 2.0, "train/seconds": 360.0, "train/tokens": 1000},
+        {"step": 10, "validation/bits_per_byte": 2.5},
+        {"step": 20, "train/loss": 1.0, "train/seconds": 720.0, "train/tokens": 2000},
+        {"step": 20, "validation/bits_per_byte": 2.75},
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in log))
+    (run / "training_record.json").write_text(json.dumps(RECORD))
+    protocol = {"scored_tokens": 39999, "bytes": 40000, "context": None, "dtype": "float32"}
+    command = "python examples/evaluate_lm.py MODEL --split test"
+    (run / "evaluation.json").write_text(json.dumps({**EVALUATION, "protocol": protocol, "command": command}))
+    second = json.loads(json.dumps(EVALUATION))
+    second["results"][0]["dataset"] = {"name": "excerpt"}
+    second["activation_rates"] = [0.5, 0.5]
+    (run / "evaluation_excerpt.json").write_text(json.dumps(second))
+    (run / "long_context.json").write_text(json.dumps({"long_context": LONG_CONTEXT}))
+    return run
+
+
+def test_the_card_is_written_from_the_records_of_a_run(run_folder, tmp_path):
+    options = CardOptions(records=run_folder, data_license="CC BY-SA 3.0", repo_id="ann/boat")
+    build_folder(run_folder / "best", tmp_path / "out", card=options)
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    for part in (
+        "Licence of the data: CC BY-SA 3.0.",
+        "| Data | enwik8 |",
+        # Of the step whose weights these are, not of the last.
+        "| Optimizer steps | 10 |",
+        "| Tokens seen | 1,000 |",
+        "| Training time without validation and saving (h) | 0.1 |",
+        "| Hardware | 1 x some GPU |",
+        "```\npython examples/train_lm.py recipe.yaml --max_minutes 5\n```",
+        "| enwik8 | test | Bits per byte | 1.5235 |",
+        "| excerpt |  | Bits per byte | 1.5235 |",
+        "enwik8: 39,999 tokens of 40,000 bytes scored once each, with everything before it as context, in float32:",
+        "```\npython examples/evaluate_lm.py MODEL --split test\n```",
+        "| 1 | 75.0 % |",
+        "The same bytes for every length.",
+        "| 262,144 | 512 | 1.5000 |",
+        "| 1,000,000 | 12.3 | 81 | 4,096 |  |",
+        "````text\nthe ```end``` of it\n````",
+    ):
+        assert part in card.text
+    assert len(card.data.eval_results) == 2
+    # Without being told, the folders of a run are known by their names.
+    sources = read_sources(run_folder / "final", 2)
+    assert (sources.procedure["Optimizer steps"], sources.procedure["Tokens seen"]) == ("20", "2,000")
+    assert len(sources.results) == 2 and sources.long_context == LONG_CONTEXT
+    named = read_sources(run_folder / "final", 2, evaluations=[run_folder / "evaluation_excerpt.json"])
+    assert (len(named.results), named.activation_rates, named.long_context) == (1, [0.5, 0.5], None)
+    with pytest.raises(HubUploadError, match="is not the folder of a run"):
+        read_sources(run_folder / "final", 2, records=tmp_path)
+    for name, content in (
+        ("long_context.json", {"long_context": {**LONG_CONTEXT, "quality": [{"context_bytes": 1}]}}),
+        ("evaluation.json", {**EVALUATION, "protocol": {"bytes": 3}}),
+        ("training_record.json", {"command": 3}),
+    ):
+        (run_folder / name).write_text(json.dumps(content))
+        with pytest.raises(HubUploadError, match=name):
+            read_sources(run_folder / "final", 2)
+
+
+def test_weights_are_rounded_on_request(copied, tmp_path):
+    arguments = ["build", "--model", str(copied), "--output", str(tmp_path / "out"), "--dtype", "bfloat16"]
+    assert main(arguments) == 0
+    weights, before = load_file(tmp_path / "out/model.safetensors"), load_file(copied / "model.safetensors")
+    assert all(torch.equal(weights[name], before[name].bfloat16()) for name in before)
+    assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_a_folder_without_code_is_verified_with_the_packages(copied, tmp_path):
+    output = tmp_path / "out"
+    assert main(["build", "--model", str(copied), "--output", str(output), "--without-code"]) == 0
+    assert not list(output.glob("*.py")) and "auto_map" not in json.loads((output / "config.json").read_text())
+    card = (output / "README.md").read_text()
+    assert "import modeling_seqboat" in card and "trust_remote_code" not in card
+    checks = verify_folder(output)
+    assert (checks[0].name, checks[1].name) == ("code", "AutoConfig")
+    assert not list(output.glob("*.py"))
 
 
 @pytest.mark.parametrize(
@@ -353,7 +458,7 @@ def test_the_flat_file_of_save_metrics_is_read(copied, tmp_path):
 def test_bad_evaluation_files_are_refused(content, copied, tmp_path):
     file = tmp_path / "evaluation.json"
     file.write_text(content)
-    assert "evaluation.json" in refused(copied, tmp_path, card=CardOptions(evaluation=file))
+    assert "evaluation.json" in refused(copied, tmp_path, card=CardOptions(evaluations=[file]))
 
 
 def test_named_files_must_exist(copied, tmp_path):
