@@ -338,6 +338,10 @@ class SeqBoatDecoderLayer(GradientCheckpointingLayer):
         self.attention = SeqBoatAttention(config)
         self.ffn = SeqBoatFFN(config) if config.intermediate_size > 0 else None
         self.activation = ACT2FN[config.hidden_act]
+        # Set where nothing may wait for the device, as in a CUDA graph: the fused path then runs over a stream of this
+        # length and leaves the number of activated tokens, (1,) int32, in `stream_count`.
+        self.stream_capacity: int | None = None
+        self.stream_count: Tensor | None = None
 
     def forward(
         self, hidden_states: Tensor, context: SequenceContext, past_key_values=None
@@ -400,7 +404,10 @@ class SeqBoatDecoderLayer(GradientCheckpointingLayer):
         m, _ = self.ssm(h, context, None)
         m = F.dropout(m, config.hidden_dropout, self.training)
         confidence, active, miss = self.router(m, context.real, context.places)
-        pending = begin_stream(active, config.memory_size, config.bidirectional, context.segment_bounds())
+        pending = begin_stream(
+            active, config.memory_size, config.bidirectional, context.segment_bounds(), self.stream_capacity
+        )
+        self.stream_count = pending.count
         # Before the wait, so that the device has work meanwhile.
         hidden = self.hidden_proj(m)
         stream = pending.wait()
@@ -408,8 +415,9 @@ class SeqBoatDecoderLayer(GradientCheckpointingLayer):
         dropout_p = config.hidden_dropout if self.training and not config.bidirectional else 0.0
         with without_autocast(x.device):
             added = run_extract_residual(
-                hidden.flatten(0, 1), residual.flatten(0, 1), out, confidence.flatten().float(), stream.slot, dropout_p
-            )
+                hidden.flatten(0, 1), residual.flatten(0, 1), out, confidence.flatten().float(), stream.slot, dropout_p,
+                stream.padded,
+            )  # fmt: skip
         return self._finish(added.view_as(x), context), confidence, miss
 
     def _state_dtype(self, x: Tensor) -> torch.dtype:

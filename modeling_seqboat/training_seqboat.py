@@ -100,7 +100,7 @@ class RouterMonitor:
     """
 
     def __init__(self, model: nn.Module):
-        self._sums: dict[int, list[Tensor]] = {}
+        self._sums: dict[int, Tensor] = {}
         self._handles = []
         for name, router in _routers(model):
             layer = int(_LAYER.search(f"{name}.")[1])
@@ -113,16 +113,16 @@ class RouterMonitor:
                 return
             active, real = output[1], args[1]
             with torch.no_grad():
-                tokens = (
-                    active.new_tensor(active.numel(), dtype=torch.float64) if real is None else real.sum().double()
-                )
-                temperature = module.log_temperature.detach().double().exp().sum()
-                if module.log_temperature.numel() == 0:
-                    temperature = temperature + torch.nan
-                now = [active.sum().double(), tokens]
-                before = self._sums.get(layer)
-                counts = now if before is None else [a + b for a, b in zip(before[:2], now, strict=True)]
-                self._sums[layer] = [*counts, temperature]
+                # Written in place, so that a CUDA graph goes on counting where it was captured.
+                sums = self._sums.get(layer)
+                if sums is None:
+                    sums = self._sums[layer] = torch.zeros(3, dtype=torch.float64, device=active.device)
+                sums[0].add_(active.sum())
+                sums[1].add_(active.numel() if real is None else real.sum())
+                if module.log_temperature.numel() > 0:
+                    sums[2].copy_(module.log_temperature.detach().double().exp()[0])
+                else:
+                    sums[2].fill_(torch.nan)
 
         return count
 
@@ -131,16 +131,18 @@ class RouterMonitor:
         layers = sorted(self._sums)
         if not layers:
             return {}
-        device = self._sums[layers[0]][0].device
-        table = torch.stack([torch.stack([value.to(device) for value in self._sums[layer]]) for layer in layers])
-        self._sums.clear()
+        device = self._sums[layers[0]].device
+        table = torch.stack([self._sums[layer].to(device) for layer in layers])
+        for sums in self._sums.values():
+            sums.zero_()
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             counts = table[:, :2].float().contiguous()
             dist.all_reduce(counts)
             table[:, :2] = counts.double()
         return {
-            layer: RouterStatistics(active / max(tokens, 1.0), temperature)
+            layer: RouterStatistics(active / tokens, temperature)
             for layer, (active, tokens, temperature) in zip(layers, table.tolist(), strict=True)
+            if tokens > 0
         }
 
     def close(self) -> None:

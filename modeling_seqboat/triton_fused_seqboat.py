@@ -49,10 +49,10 @@ def _gather_kernel(x, index, out, count, x_stride, D: tl.constexpr, ROWS: tl.con
 @jit
 def _kept(seed, place, dropout):
     """What dropout multiplies with: 0 or 1 / (1 - dropout), drawn by the place in the tensor."""
-    return tl.where(tl.rand(seed, place) >= dropout, 1 / (1 - dropout), 0.0)
+    return tl.where(tl.rand(tl.load(seed), place) >= dropout, 1 / (1 - dropout), 0.0)
 
 
-@kernel("count", "seed", "dropout")
+@kernel("count", "dropout")
 def _extract_kernel(
     hidden, residual, out, confidence, slot, result, count, seed, dropout,
     DROPOUT: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
@@ -73,7 +73,7 @@ def _extract_kernel(
     tl.store(result + place, (total * tl.sigmoid(total)).to(result.dtype.element_ty), mask=inside)
 
 
-@kernel("count", "seed", "dropout")
+@kernel("count", "dropout")
 def _extract_backward_kernel(
     grad, hidden, residual, out, confidence, slot, grad_hidden, grad_residual, grad_out, grad_confidence, count,
     seed, dropout,
@@ -136,7 +136,7 @@ def _load_angles(cos, sin, table_rows, rows, valid, HAS_ROWS: tl.constexpr, HALF
     pairs = tl.arange(0, BLOCK)
     source = rows
     if HAS_ROWS:
-        source = tl.load(table_rows + rows, mask=valid, other=0)
+        source = tl.maximum(tl.load(table_rows + rows, mask=valid, other=0), 0)  # -1: no token
     place = source.to(tl.int64)[:, None] * HALF + pairs[None, :]
     inside = valid[:, None] & (pairs < HALF)[None, :]
     return tl.load(cos + place, mask=inside, other=1.0), tl.load(sin + place, mask=inside, other=0.0)
@@ -294,7 +294,7 @@ def gather_rows(x: Tensor, index: Tensor, slot: Tensor) -> Tensor:
 
     Args:
         x: (R, D), any floating dtype; its rows may lie apart.
-        index: (M,) int64, the activated tokens, none twice.
+        index: (M,) int64, the activated tokens, none twice; -1 for a row of zeros.
         slot: (R,) int64, with slot[index[i]] == i and -1 elsewhere.
 
     Returns:
@@ -312,9 +312,9 @@ def _extract_key(hidden: Tensor, *others: Tensor, dropped: bool) -> tuple | None
 
 class _ExtractResidual(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, residual, out, confidence, slot, dropout_p, seed):
-        ctx.save_for_backward(hidden, residual, out, confidence, slot)
-        ctx.dropout = dropout_p, seed
+    def forward(ctx, hidden, residual, out, confidence, slot, seed, dropout_p, padded):
+        ctx.save_for_backward(hidden, residual, out, confidence, slot, seed)
+        ctx.dropout_p, ctx.padded = dropout_p, padded
         result = torch.empty(
             hidden.shape, dtype=torch.promote_types(hidden.dtype, residual.dtype), device=hidden.device
         )
@@ -333,13 +333,15 @@ class _ExtractResidual(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        hidden, residual, out, confidence, slot = ctx.saved_tensors
+        hidden, residual, out, confidence, slot, seed = ctx.saved_tensors
         count, width = hidden.shape
         grad_hidden = torch.empty_like(hidden)
-        dropout_p, seed = ctx.dropout
+        dropout_p = ctx.dropout_p
         same = hidden.dtype == residual.dtype and dropout_p == 0
         grad_residual = grad_hidden if same else torch.empty_like(residual)
-        grad_out, grad_confidence = torch.empty_like(out), torch.empty_like(confidence)
+        # Rows of no token get no gradient from the kernel, and must not bring any to the linear before them.
+        grad_out = torch.zeros_like(out) if ctx.padded else torch.empty_like(out)
+        grad_confidence = torch.empty_like(confidence)
         if count > 0:
             rows, columns = row_block(width)
             grad = grad.contiguous()
@@ -352,7 +354,7 @@ class _ExtractResidual(torch.autograd.Function):
                     options={"num_warps": 4},
                     DROPOUT=dropout_p > 0, SAME=same, D=width, ROWS=rows, WIDTH=columns,
                 )  # fmt: skip
-        return grad_hidden, grad_residual, grad_out, grad_confidence, None, None, None
+        return grad_hidden, grad_residual, grad_out, grad_confidence, None, None, None, None
 
 
 def extract_residual(
@@ -362,6 +364,7 @@ def extract_residual(
     confidence: Tensor,
     slot: Tensor,
     dropout_p: float = 0.0,
+    padded: bool = False,
 ) -> Tensor:
     """Extract and residual (arXiv 2306.11197, section 3.2): silu(dropout(hidden + confidence * out[slot]) + residual).
 
@@ -370,7 +373,8 @@ def extract_residual(
         out: (M, D), the attention's output for the activated tokens; M may be 0.
         confidence: (R,) float32, 0 where not activated.
         slot: (R,) int64, the row of `out` of each token, each row once, or -1 where not activated.
-        dropout_p: the dropout's probability, below 1; its seed is drawn from torch's CPU generator.
+        dropout_p: the dropout's probability, below 1; its seed is drawn from the device's generator.
+        padded: whether `out` may have rows that no slot names; they get a gradient of 0.
 
     Returns:
         (R, D) of the wider dtype of hidden and residual; the sum is float32. Gradients for the first four arguments.
@@ -384,10 +388,10 @@ def extract_residual(
         raise ValueError(f"confidence and slot must be ({hidden.shape[0]},), and confidence float32")
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must be at least 0 and below 1, got {dropout_p}")
-    # On the CPU, where a draw waits for nothing and a recomputed layer finds the generator's state restored.
-    seed = int(torch.randint(2**31 - 1, ())) if dropout_p > 0 else 0
+    # On the device, where a CUDA graph draws anew at every replay; a layer that runs twice finds the state restored.
+    seed = torch.randint(2**31 - 1, (1,), device=hidden.device) if dropout_p > 0 else None
     tensors = (hidden, residual, out, confidence, slot)
-    return _ExtractResidual.apply(*(t.contiguous() for t in tensors), float(dropout_p), seed)
+    return _ExtractResidual.apply(*(t.contiguous() for t in tensors), seed, float(dropout_p), padded)
 
 
 def _project(projected, scale, offset, cos, sin, table_rows, width, with_gate):

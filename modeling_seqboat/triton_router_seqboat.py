@@ -177,9 +177,9 @@ def route(
     return _Route.apply(*(t.contiguous() for t in tensors), real, float(shift))
 
 
-@kernel("count", "length", "memory")
+@kernel("count", "length", "memory", "capacity")
 def _stream_kernel(
-    total, first, last, index, slot, start, end, count, length, memory,
+    total, first, last, index, slot, start, end, count, length, memory, capacity,
     SEGMENTS: tl.constexpr, BIDIRECTIONAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -196,10 +196,18 @@ def _stream_kernel(
     stop = place + 1
     if BIDIRECTIONAL:
         stop = tl.minimum(place + memory + 1, tl.load(total + final, mask=active, other=0))
+    active = active & (place < capacity)
     tl.store(index + place, at, mask=active)
     tl.store(start + place, tl.maximum(place - memory, low).to(tl.int64), mask=active)
-    tl.store(end + place, stop.to(tl.int64), mask=active)
+    tl.store(end + place, tl.minimum(stop, capacity).to(tl.int64), mask=active)
     tl.store(slot + at, tl.where(active, place, -1).to(tl.int64), mask=valid)
+    # Behind the last token: no token, and no key. Empty runs at the border of a tile take no tile.
+    size = tl.minimum(tl.load(total + count - 1), capacity)
+    behind = (at >= size) & (at < capacity)
+    border = tl.zeros((BLOCK,), tl.int64) + tl.minimum((size + 127) // 128 * 128, capacity)
+    tl.store(index + at, border * 0 - 1, mask=behind)
+    tl.store(start + at, border, mask=behind)
+    tl.store(end + at, border, mask=behind)
 
 
 @dataclass
@@ -208,14 +216,16 @@ class TokenStream:
 
     Attributes:
         slot: (R,) int64, the place of each activated token in the stream, -1 for the others.
-        index: (M,) int64, places of the activated tokens among the R.
+        index: (M,) int64, places of the activated tokens among the R; -1 where a padded stream has none.
         key_start, key_end: (M,) int64, the keys each attends to.
+        padded: whether the stream may be longer than its tokens.
     """
 
     slot: Tensor
     index: Tensor
     key_start: Tensor
     key_end: Tensor
+    padded: bool
 
 
 class PendingStream:
@@ -227,30 +237,48 @@ class PendingStream:
             when `bidirectional`).
         bounds: first and last column of each token's segment, (2, B * L) int64 places among the R; None where every
             row is one segment.
+        capacity: None, or a fixed length of the stream for which nobody waits: it is filled up with no tokens, and of
+            more activated tokens than that the last are left out.
+
+    Attributes:
+        count: (1,) int32 on the device, how many tokens are activated, the ones left out included.
     """
 
-    def __init__(self, active: Tensor, memory_size: int, bidirectional: bool, bounds: Tensor | None = None):
+    def __init__(
+        self,
+        active: Tensor,
+        memory_size: int,
+        bidirectional: bool,
+        bounds: Tensor | None = None,
+        capacity: int | None = None,
+    ):
         flat, length = active.flatten(), active.shape[1]
-        count, device = flat.shape[0], flat.device
+        tokens, device = flat.shape[0], flat.device
         total = flat.cumsum(0, dtype=torch.int32)
-        self.slot, *self.lists = torch.empty(4, count, dtype=torch.int64, device=device).unbind()
+        self.padded = capacity is not None
+        capacity = tokens if capacity is None else min(capacity, tokens)
+        self.slot, *lists = torch.empty(4, tokens, dtype=torch.int64, device=device).unbind()
         first, last = (None, None) if bounds is None else bounds.unbind()
         with on_device(active):
             _stream_kernel(
-                (blocks_of(count, _BLOCK),), (device, bounds is None, bidirectional, count % 2 == 0),
-                total, first, last, self.lists[0], self.slot, *self.lists[1:], count, length, memory_size,
+                (blocks_of(tokens, _BLOCK),), (device, bounds is None, bidirectional, tokens % 2 == 0),
+                total, first, last, lists[0], self.slot, *lists[1:], tokens, length, memory_size, capacity,
                 options={"num_warps": 4},
                 SEGMENTS=bounds is not None, BIDIRECTIONAL=bidirectional, BLOCK=_BLOCK,
             )  # fmt: skip
-            self.size = total[-1:].to("cpu", non_blocking=True)
-            self.arrival = None
-            if not interpreted():
-                self.arrival = torch.cuda.Event()
-                self.arrival.record()
+            self.lists, self.count = [part[:capacity] for part in lists], total[-1:]
+            self.size = self.arrival = None
+            if not self.padded:
+                self.size = self.count.to("cpu", non_blocking=True)
+                if not interpreted():
+                    self.arrival = torch.cuda.Event()
+                    self.arrival.record()
 
     def wait(self) -> TokenStream:
-        """The layer's one synchronisation with the device."""
+        """The layer's one synchronisation with the device, or none with a `capacity`."""
+        if self.padded:
+            return TokenStream(self.slot, *self.lists, padded=True)
         if self.arrival is not None:
             self.arrival.synchronize()
         size = int(self.size)
-        return TokenStream(self.slot, *(part[:size] for part in self.lists))
+        return TokenStream(self.slot, *(part[:size] for part in self.lists), padded=False)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from modeling_seqboat import SeqBoatCache, SeqBoatConfig, SeqBoatForCausalLM, SeqBoatForSequenceClassification
+from modeling_seqboat.graphed_step_seqboat import GraphedStep
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -222,3 +223,75 @@ def test_a_bidirectional_model_agrees_on_both_paths(truncation):
     torch.testing.assert_close(found[0][0], found[1][0], atol=1e-3, rtol=1e-3)
     for fast, slow in zip(found[0][1], found[1][1], strict=True):
         assert (fast - slow).norm() < 2e-3 * slow.norm().clamp_min(1e-6)
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_a_graphed_step_gives_the_gradients_of_an_eager_one():
+    model = build().train()
+    step = GraphedStep(model, divisor=2)
+    for turn in range(4):
+        batches = [ids_of(2, 500, seed=10 * turn + part) for part in range(2)]
+        model.zero_grad()
+        with torch.autocast("cuda", torch.bfloat16):
+            for ids in batches:
+                loss = step(input_ids=ids, labels=ids)
+        found = gradients(model)
+        model.zero_grad(set_to_none=turn % 2 == 0)
+        with torch.autocast("cuda", torch.bfloat16):
+            for ids in batches:
+                expected = model(ids, labels=ids, use_cache=False).loss
+                (expected / 2).backward()
+        torch.testing.assert_close(loss, expected.detach(), atol=1e-5, rtol=1e-5)
+        for name, grad in gradients(model).items():
+            assert (found[name] - grad).norm() < 1e-2 * grad.norm().clamp_min(1e-6), (turn, name)
+        with torch.no_grad():
+            for p in model.parameters():
+                # The graph must read the weights as they are now.
+                p.add_(0.01 * torch.randn_like(p))
+    assert step.captures == 1 and step.overflows == 0
+
+
+def test_a_graphed_step_with_more_tokens_than_room_is_computed_again():
+    model = build().train()
+    step = GraphedStep(model, headroom=1.0)
+    ids = ids_of(2, 2000)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.router.bias.copy_(torch.tensor([4.0, 0.0]))
+    for _ in range(2):
+        step(input_ids=ids, labels=ids)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.router.bias.copy_(torch.tensor([-30.0, 0.0]))
+    model.zero_grad()
+    loss = step(input_ids=ids, labels=ids)
+    found = gradients(model)
+    model.zero_grad()
+    expected = model(ids, labels=ids, use_cache=False).loss
+    expected.backward()
+    assert step.overflows == 1 and torch.equal(loss, expected.detach())
+    for name, grad in gradients(model).items():
+        torch.testing.assert_close(found[name], grad, atol=1e-6, rtol=1e-4)
+    step(input_ids=ids, labels=ids)
+    assert step.captures == 2 and step.overflows == 1
+
+
+def test_a_graphed_step_draws_dropout_anew_and_takes_another_shape():
+    model = build(hidden_dropout=0.2).train()
+    step = GraphedStep(model)
+    ids = ids_of(2, 300)
+    losses = [float(step(input_ids=ids, labels=ids)) for _ in range(4)]
+    assert len(set(losses)) == 4
+    longer = ids_of(3, 400)
+    model.eval()
+    assert float(step(input_ids=longer, labels=longer)) == float(model(longer, labels=longer, use_cache=False).loss)
+    assert step.captures == 1
+
+
+def test_a_graphed_step_refuses_a_model_without_fused_kernels():
+    ids = ids_of(1, 100)
+    with pytest.raises(ValueError, match="fused kernels in every layer"):
+        GraphedStep(build(attention_activation="laplace").train())(input_ids=ids, labels=ids)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from modeling_seqboat import SeqBoatConfig, SeqBoatForCausalLM, SeqBoatForSequenceClassification
+from modeling_seqboat.graphed_step_seqboat import GraphedStep
 from modeling_seqboat.kernels_seqboat import choose_backend, requested_backend, why_not_triton
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -147,3 +148,33 @@ def test_dropout_takes_the_kernels_too_and_is_drawn_alike_when_a_layer_runs_twic
         torch.testing.assert_close(twice, once, atol=1e-6, rtol=1e-5)
     clean, _ = whole_model_on("triton", built.eval(), monkeypatch, input_ids=ids, labels=ids)
     assert not torch.allclose(clean.logits, found[0][0].logits, atol=1e-3)
+
+
+@pytest.mark.parametrize("positions", ["rotary", "local", "simple"])
+def test_a_stream_filled_up_to_a_capacity_changes_no_number(positions, monkeypatch):
+    built = model(position_embedding_type=positions, max_position_embeddings=64).train()
+    ids = torch.randint(0, 256, (2, 50), generator=torch.Generator().manual_seed(1))
+    inputs = {"input_ids": ids, "labels": ids}
+    waiting, waiting_grads = whole_model_on("triton", built, monkeypatch, **inputs)
+    counts = [int((probs > 0).sum()) for probs in waiting.router_probs]
+    for layer, count in zip(built.model.layers, counts, strict=True):
+        layer.stream_capacity = count + 7
+    padded, padded_grads = whole_model_on("triton", built, monkeypatch, **inputs)
+    assert [int(layer.stream_count) for layer in built.model.layers] == counts
+    torch.testing.assert_close(padded.logits, waiting.logits, atol=1e-6, rtol=1e-6)
+    for a, b in zip(padded_grads, waiting_grads, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+
+def test_a_stream_too_short_reports_its_count_and_stays_finite(monkeypatch):
+    built = model().train()
+    ids = torch.randint(0, 256, (2, 50), generator=torch.Generator().manual_seed(1))
+    built.model.layers[0].stream_capacity = 5
+    out, grads = whole_model_on("triton", built, monkeypatch, input_ids=ids, labels=ids)
+    assert int(built.model.layers[0].stream_count) == int((out.router_probs[0] > 0).sum()) > 5
+    assert bool(out.logits.isfinite().all()) and all(bool(grad.isfinite().all()) for grad in grads)
+
+
+def test_a_graphed_step_refuses_a_model_that_is_not_on_a_gpu():
+    with pytest.raises(ValueError, match="on one CUDA device, got \\['cpu'\\]"):
+        GraphedStep(model())
