@@ -13,6 +13,7 @@ whichever is larger. `--model_type llama` trains a LlamaForCausalLM in the same 
 
 import json
 import math
+import os
 import shutil
 import signal
 import sys
@@ -42,6 +43,7 @@ from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 
 from modeling_seqboat import SeqBoatConfig, SeqBoatForCausalLM
+from modeling_seqboat.graphed_step_seqboat import GraphedStep
 from modeling_seqboat.training_seqboat import CollapseWarning, RouterMonitor, parameter_groups, statistics_as_logs
 
 
@@ -85,6 +87,9 @@ class TrainArguments:
     mixed_precision: str | None = field(default=None, metadata={"help": "no, bf16 or fp16; default: Accelerate's"})
     gradient_checkpointing: bool = field(default=False)
     compile: bool = field(default=False, metadata={"help": "torch.compile the model"})
+    cuda_graphs: bool = field(
+        default=False, metadata={"help": "forward and backward as one CUDA graph; one process on a GPU"}
+    )
     cpu: bool = field(default=False, metadata={"help": "do not use a GPU"})
     eval_steps: int = field(default=100)
     eval_context: int | None = field(
@@ -150,6 +155,20 @@ def build_config(a: TrainArguments, tokenizer: PreTrainedTokenizerBase) -> PreTr
         raise ValueError(f"config_overrides: {', '.join(unknown)} is no field of LlamaConfig")
     fields = {"vocab_size": len(tokenizer), "max_position_embeddings": a.sequence_length, **ids, **overrides}
     return LlamaConfig(**fields)
+
+
+def check_graphs(a: TrainArguments, on_cpu: bool) -> None:
+    """Raises ValueError where `cuda_graphs` cannot be had, saying why."""
+    reasons = {
+        "it needs a GPU": on_cpu,
+        "it is for SeqBoat": a.model_type != "seqboat",
+        "it runs in one process": int(os.environ.get("WORLD_SIZE", 1)) > 1,
+        "it does not go with compile": a.compile,
+        "fp16 scales its loss outside the graph; use bf16": a.mixed_precision == "fp16",
+    }
+    reason = next((text for text, applies in reasons.items() if applies), None)
+    if a.cuda_graphs and reason is not None:
+        raise ValueError(f"cuda_graphs cannot be used: {reason}")
 
 
 def load_data(a: TrainArguments, tokenizer):
@@ -363,6 +382,7 @@ def main(argv: list[str] | None = None) -> dict:
     check_arguments(a)
     on_cpu = a.cpu or not torch.accelerator.is_available()
     check_launch(on_cpu)
+    check_graphs(a, on_cpu)
     tokenizer = load_tokenizer(a.tokenizer)
     config = build_config(a, tokenizer)
     checkpoint = find_checkpoint(a, config)
@@ -490,6 +510,7 @@ def run(a, accelerator, model, optimizer, schedule, loader, progress, saver, mon
         return value
 
     batches = iter(loader)
+    graphed = GraphedStep(model, divisor=a.gradient_accumulation_steps) if a.cuda_graphs else None
     model.train()
     try:
         while progress.step < a.max_steps and progress.time_share < 1 and not stop:
@@ -497,8 +518,11 @@ def run(a, accelerator, model, optimizer, schedule, loader, progress, saver, mon
             for _ in range(a.gradient_accumulation_steps):
                 ids = next(batches)["input_ids"].to(device, non_blocking=True)
                 with accelerator.accumulate(model):
-                    loss = model(input_ids=ids, labels=ids).loss
-                    accelerator.backward(loss)
+                    if graphed is not None:
+                        loss = graphed(input_ids=ids, labels=ids)
+                    else:
+                        loss = model(input_ids=ids, labels=ids).loss
+                        accelerator.backward(loss)
                     if accelerator.sync_gradients:
                         accelerator.clip_grad_norm_(model.parameters(), a.max_grad_norm)
                     optimizer.step()

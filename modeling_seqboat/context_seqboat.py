@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .cache_seqboat import SeqBoatCache
 from .configuration_seqboat import SeqBoatConfig
+from .kernels_seqboat import choose_backend, requested_backend
 from .ops_attention_seqboat import rotary_tables
 from .ops_layout_seqboat import build_scan_plan
 from .ops_ssm_seqboat import chunk_size_for
@@ -31,13 +32,13 @@ def real_columns(attention_mask: Tensor | None, batch: int, length: int, cache: 
             "own windows and needs to know only which columns are padding"
         )
     width = attention_mask.shape[1]
-    stepping = torch.compiler.is_compiling() or (cache is not None and length == 1)
+    stepping = _must_not_wait(attention_mask.device) or (cache is not None and length == 1)
     if attention_mask.shape[0] != batch or width < length:
         raise ValueError(
             f"attention_mask of shape {tuple(attention_mask.shape)} does not fit {batch} rows of {length} new columns"
         )
     # Only a static cache, whose count of columns is on the device, has to be believed.
-    unknown = torch.compiler.is_compiling() or (stepping and cache.layers[0].static)
+    unknown = torch.compiler.is_compiling() or (stepping and cache is not None and cache.layers[0].static)
     if width != length and not unknown:
         past = 0 if cache is None else cache.get_seq_length()
         if width != past + length:
@@ -50,6 +51,11 @@ def real_columns(attention_mask: Tensor | None, batch: int, length: int, cache: 
         # A decode step does not wait for the device to say whether a row is padded.
         return real if real.device.type != "cpu" or torch.compiler.is_compiling() else _unless_all(real)
     return _unless_all(real)
+
+
+def _must_not_wait(device: torch.device) -> bool:
+    """Whether no value may be read off the device: a compiler traces, or a CUDA graph is captured."""
+    return torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
 
 
 def _unless_all(real: Tensor) -> Tensor | None:
@@ -103,7 +109,7 @@ def segment_starts(
         if batch != 1:
             raise ValueError(f"cu_seq_lens_q needs a batch of one packed row, got {batch} rows")
         borders = cu_seq_lens_q.to(device=device, dtype=torch.long).flatten()
-        if not torch.compiler.is_compiling() and (
+        if not _must_not_wait(device) and (
             borders.numel() < 2 or borders[0] != 0 or borders[-1] != length or bool((borders.diff() < 0).any())
         ):
             raise ValueError(f"cu_seq_lens_q must rise from 0 to the row's length {length}, got {borders.tolist()}")
@@ -117,7 +123,7 @@ def segment_starts(
         )
     names = list(found)
     for name in names[1:]:
-        if not torch.compiler.is_compiling() and not torch.equal(found[names[0]], found[name]):
+        if not _must_not_wait(device) and not torch.equal(found[names[0]], found[name]):
             at = (found[names[0]] != found[name]).nonzero()[0].tolist()
             raise ValueError(f"{names[0]} and {name} disagree on where segments start (row {at[0]}, column {at[1]})")
     return found[names[0]] if names else None
@@ -143,7 +149,7 @@ def build_context(
             raise ValueError(f"position_ids must be of shape {(batch, length)}, got {tuple(position_ids.shape)}")
         position_ids = position_ids.to(device=device, dtype=torch.long).expand(batch, -1)
     reset = segment_starts(real, batch, length, device, position_ids, seq_idx, cu_seq_lens_q, cache)
-    stepping = length == 1 and (device.type != "cpu" or torch.compiler.is_compiling())
+    stepping = _must_not_wait(device) or (length == 1 and device.type != "cpu")
     if reset is not None and not stepping and not bool(reset.any()):
         reset = None
     segment = None if reset is None else reset.long().cumsum(1)
@@ -164,7 +170,9 @@ def build_context(
         context.places = places
     if config.position_embedding_type == "rotary":
         context.cos, context.sin = rotary_tables(context.positions, config.qk_head_dim, config.rope_theta)
-    if length > 1:
+    # The kernels make no use of a layout.
+    scan = choose_backend(f"{config.ssm_type}_scan", requested_backend(config.kernel_backend), device, torch.float32)
+    if length > 1 and scan == "torch":
         size = chunk_size_for(length)
         context.plan = build_scan_plan(batch, length, size, device, real, reset)
         if config.bidirectional:

@@ -343,3 +343,9 @@ def test_shipped_recipes_are_valid(path, examples):
     overrides = json.loads(arguments.config_overrides or "{}")
     config = examples.SeqBoatConfig.from_preset(arguments.preset, **overrides)
     assert set(overrides) <= set(config.__dataclass_fields__)
+
+
+def test_cuda_graphs_are_refused_without_a_gpu(examples, tmp_path):
+    with pytest.raises(ValueError, match="cuda_graphs cannot be used: it needs a GPU"):
+        run(examples, tmp_path / "run", "--cuda_graphs")
+    assert not (tmp_path / "run").exists()
