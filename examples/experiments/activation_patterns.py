@@ -9,12 +9,11 @@ The first trains a model a task, the second measures folders that `save_pretrain
 
 import argparse
 import math
-import shlex
 import sys
 from pathlib import Path
 
 import torch
-from experiment import Bases, Experiment, bases_of, build_parser, launch, settings_of, write_page
+from experiment import Bases, Experiment, bases_of, build_parser, command_line, launch, settings_of, write_page
 from figures import panels, save
 from plan import Planned
 from run_data import Sources, load_data
@@ -110,11 +109,10 @@ def main(argv: list[str] | None = None) -> None:
     if not arguments.model:
         launch([EXPERIMENT], arguments)
         return
-    settings, command = settings_of(arguments), shlex.join(["python", *sys.argv])
-    device = torch.device(settings.device)
     try:
-        bases = bases_of(arguments)
-        rows = [measure_folder(*named, bases, settings.sources, device, command) for named in arguments.model]
+        settings, bases = settings_of(arguments), bases_of(arguments)
+        device = torch.device(settings.device)
+        rows = [measure_folder(*named, bases, settings.sources, device, command_line()) for named in arguments.model]
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
     write_page(EXPERIMENT, rows, 0, arguments.write_docs or arguments.output)

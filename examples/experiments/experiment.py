@@ -152,12 +152,17 @@ def run(experiments: list[Experiment], arguments: argparse.Namespace) -> Results
         results = Results(arguments.from_results)
     else:
         every = [run for plan in plans.values() for run in plan]
-        results = make_runs(every, arguments.output, settings_of(arguments), shlex.join(["python", *sys.argv]))
+        results = make_runs(every, arguments.output, settings_of(arguments), command_line())
     for experiment in experiments:
         plan = plans[experiment.name]
         rows = finished(plan, results.records)
         write_page(experiment, rows, len(plan) - len(rows), arguments.write_docs or arguments.output)
     return results
+
+
+def command_line() -> str:
+    """How this script was called, for records: without the folders of the machine it ran on."""
+    return shlex.join(["python", *(Path(word).name if Path(word).is_absolute() else word for word in sys.argv)])
 
 
 def settings_of(arguments: argparse.Namespace) -> Settings:
