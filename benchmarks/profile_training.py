@@ -6,7 +6,9 @@ python benchmarks/profile_training.py [--rate 0.5] [--batch 4] [--length 8192]
 import argparse
 
 import torch
-from bench_models import median_ms, seqboat, set_activation_rate, train_step
+from bench_models import autocast, median_ms, seqboat, set_activation_rate, train_step
+
+from modeling_seqboat.graphed_step_seqboat import GraphedStep
 
 
 def main() -> None:
@@ -24,6 +26,27 @@ def main() -> None:
     torch.cuda.reset_peak_memory_stats()
     print(f"step {median_ms(lambda: train_step(model, ids), device, 7):.1f} ms")
     print(f"peak {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
+    layers = model.model.layers
+    for capacity in (None, int(1.2 * arguments.rate * ids.numel()), ids.numel()):
+        for layer in layers:
+            layer.stream_capacity = capacity
+        name = "waiting for the count" if capacity is None else f"padded to {capacity} tokens"
+        print(f"launched one by one, {name}: step {median_ms(lambda: train_step(model, ids), device, 7):.1f} ms")
+    for layer in layers:
+        layer.stream_capacity = None
+    model.zero_grad(set_to_none=True)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    graphed = GraphedStep(model)
+
+    def replay():
+        model.zero_grad(set_to_none=True)
+        with autocast(device):
+            graphed(input_ids=ids, labels=ids)
+
+    print(f"as one CUDA graph: step {median_ms(replay, device, 7):.1f} ms")
+    print(f"peak {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
+    model.zero_grad(set_to_none=True)
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
         train_step(model, ids)

@@ -21,8 +21,8 @@ class GraphedStep:
 
     The loss of `model(**batch)` is computed, and gradients are added to the parameters' `.grad` as by
     `(loss / divisor).backward()`; clipping, optimiser and `zero_grad` (of either kind) stay the caller's. The first call
-    runs as usual and measures, the second captures. Inputs of another shape or dtype are captured anew, so rows should
-    be of one length. Mixed precision: call it under `torch.autocast`, or give a model that autocasts itself, as
+    runs as usual and measures, the second captures. A batch of another shape runs without a graph, and is captured in its
+    place when it comes twice in a row, so rows should be of one length. Mixed precision: call it under `torch.autocast`, or give a model that autocasts itself, as
     Accelerate's `prepare` makes it.
 
     Args:
@@ -53,6 +53,7 @@ class GraphedStep:
         self.captures = self.overflows = 0
         self._peaks: list[int] | None = None
         self._calls = 0
+        self._other: dict | None = None
         self._forget()
 
     def _forget(self) -> None:
@@ -64,8 +65,12 @@ class GraphedStep:
         """batch: keyword arguments of the model, tensors on its device; returns the loss, (), detached."""
         form = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in batch.items()}
         if form != self._form:
+            if self._form is not None and form != self._other:
+                # Once, as the last batch of an epoch: not worth a graph.
+                self._other = form
+                return self._backward(batch)
             self._forget()
-            self._peaks, self._form = None, form
+            self._peaks, self._form, self._other = None, form, None
         if self._peaks is None:
             return self._eager(batch)
         if self._graph is None:
@@ -73,7 +78,12 @@ class GraphedStep:
         return self._replay(batch)
 
     def _backward(self, batch: dict[str, Tensor]) -> Tensor:
-        loss = self.model(**batch).loss
+        kind = self.parameters[0].device.type
+        # Casts of weights belong to a step: one that autocast kept for later would tie its graph to the current stream.
+        with torch.autocast(
+            kind, torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind), cache_enabled=False
+        ):
+            loss = self.model(**batch).loss
         (loss / self.divisor if self.divisor != 1 else loss).backward()
         return loss.detach()
 
@@ -101,17 +111,13 @@ class GraphedStep:
         kept = [parameter.grad for parameter in self.parameters]
         self._capacities = self._room()
         self._inputs = {name: tensor.clone() for name, tensor in batch.items()}
-        kind = self.parameters[0].device.type
-        # Casts of weights belong to the graph, and none made outside may be taken over.
-        precision = torch.autocast(
-            kind, torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind), cache_enabled=False
-        )
+        torch.clear_autocast_cache()
         try:
             for layer, capacity in zip(self.layers, self._capacities, strict=True):
                 layer.stream_capacity = capacity
             aside = torch.cuda.Stream()
             aside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(aside), precision:
+            with torch.cuda.stream(aside):
                 self._clear()
                 state = torch.cuda.get_rng_state()
                 self._backward(self._inputs)  # compiles the kernels that these shapes need
@@ -121,7 +127,7 @@ class GraphedStep:
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph), precision:
+            with torch.cuda.graph(graph):
                 self._loss = self._backward(self._inputs)
                 self._counts = torch.cat([layer.stream_count for layer in self.layers])
             self._grads = [parameter.grad for parameter in self.parameters]

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
+from .graphed_step_seqboat import GraphedStep
+
 logger = logging.get_logger(__name__)
 
 _LAYER = re.compile(r"\blayers\.(\d+)\.")
@@ -241,11 +243,39 @@ class RouterCallback(TrainerCallback):
 
 
 class SeqBoatTrainerMixin:
-    """Gives a Trainer the right weight decay: `class MyTrainer(SeqBoatTrainerMixin, SFTTrainer): pass`."""
+    """Gives a Trainer the right weight decay: `class MyTrainer(SeqBoatTrainerMixin, SFTTrainer): pass`.
+
+    Args:
+        cuda_graphs: run forward and backward of a batch as one CUDA graph (`GraphedStep`): for one process on a GPU, in
+            float32 or bf16, where batches are of one shape. The loss is the model's own, whatever `compute_loss` is.
+    """
+
+    def __init__(self, *args, cuda_graphs: bool = False, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._graphed: GraphedStep | None = None
+        self.cuda_graphs = cuda_graphs
+        reasons = {
+            "it needs a GPU": self.args.device.type != "cuda",
+            "it runs in one process on one GPU": self.args.world_size > 1 or self.args.n_gpu > 1,
+            "gradient_accumulation_steps must be 1": self.args.gradient_accumulation_steps != 1,
+            "fp16 scales its loss outside the graph; use bf16": self.args.fp16,
+            "the loss must be the model's": self.compute_loss_func is not None or self.label_smoother is not None,
+        }
+        reason = next((text for text, applies in reasons.items() if applies), None)
+        if cuda_graphs and reason is not None:
+            raise ValueError(f"cuda_graphs cannot be used: {reason}")
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         return decay_parameter_names(model)
 
+    def training_step(self, model: nn.Module, inputs: dict, *args, **kwargs) -> Tensor:
+        if not self.cuda_graphs:
+            return super().training_step(model, inputs, *args, **kwargs)
+        model.train()
+        if self._graphed is None or self._graphed.model is not model:
+            self._graphed = GraphedStep(model)
+        return self._graphed(**self._prepare_inputs(inputs))
+
 
 class SeqBoatTrainer(SeqBoatTrainerMixin, Trainer):
-    """transformers' Trainer, with weight decay on the matrices only."""
+    """transformers' Trainer, with weight decay on the matrices only, and with `cuda_graphs`."""

@@ -210,6 +210,7 @@ def test_bad_settings_are_refused(tmp_path, monkeypatch):
         ({"max_minutes": 0}, "max_minutes must be greater than 0"),
         ({"lr_scheduler_type": "constant"}, "linear or cosine, got 'constant'"),
         ({"augment": True}, "no variants for task 'text'"),
+        ({"cuda_graphs": True}, "cuda_graphs needs a GPU"),
     ]
     for settings, message in cases:
         with pytest.raises(ValueError, match=message):
@@ -229,8 +230,9 @@ def test_every_short_recipe_runs_on_a_slice(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(module("pathfinder").os, "cpu_count", lambda: 1)
     contours = 3 if recipe == "lra-pathfinder" else None
     results = run(
-        f"short/{recipe}", tmp_path / "run", **WRITERS[recipe](tmp_path), num_workers=0, short_contours=contours
-    )
+        f"short/{recipe}", tmp_path / "run", **WRITERS[recipe](tmp_path), num_workers=0, short_contours=contours,
+        cuda_graphs=False,
+    )  # fmt: skip
     assert results["steps"] == 2 and results["arguments"]["max_minutes"] < 10
 
 
@@ -253,7 +255,7 @@ def test_tasks_run_together_and_their_results_make_a_page(tmp_path):
     reviews, pictures = write_reviews(tmp_path), write_gray_pictures(tmp_path)
     settings = {
         "config_overrides": json.dumps(TINY), "max_steps": 2, "eval_steps": 1, "batch_size": 4, "validation_size": 4,
-        "warmup_steps": 1, "use_cpu": True, "num_workers": 0, "eval_batch_size": 4,
+        "warmup_steps": 1, "use_cpu": True, "num_workers": 0, "eval_batch_size": 4, "cuda_graphs": False,
     }  # fmt: skip
     flags = [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
     collected, output = tmp_path / "back/all.tar.gz", tmp_path / "out"

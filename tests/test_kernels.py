@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from triton_interpreter import DEVICE  # first, before anything imports triton
 
 from modeling_seqboat import SeqBoatConfig, SeqBoatForCausalLM, SeqBoatForSequenceClassification
 from modeling_seqboat.graphed_step_seqboat import GraphedStep
@@ -80,8 +81,8 @@ def test_the_environment_overrides_the_config(monkeypatch):
 def whole_model_on(backend, built, monkeypatch, **inputs):
     """Outputs, and gradients of every parameter."""
     monkeypatch.setenv("SEQBOAT_KERNEL_BACKEND", backend)
-    built.zero_grad()
-    out = built(**inputs, output_router_probs=True)
+    built.to(DEVICE).zero_grad()
+    out = built(**{name: tensor.to(DEVICE) for name, tensor in inputs.items()}, output_router_probs=True)
     out.loss.backward()
     return out, [parameter.grad.clone() for parameter in built.parameters()]
 

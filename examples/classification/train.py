@@ -74,6 +74,7 @@ class ClassificationArguments(DataArguments):
     logging_steps: int = field(default=50)
     resume_from_checkpoint: str | None = field(default=None, metadata={"help": "a checkpoint folder, or 'latest'"})
     overwrite_output_dir: bool = field(default=False)
+    cuda_graphs: bool = field(default=False, metadata={"help": "steps as CUDA graphs, for rows of one length"})
     seed: int = field(default=0)
 
 
@@ -178,6 +179,8 @@ def check_arguments(a: ClassificationArguments) -> None:
         raise ValueError(f"max_minutes must be greater than 0, got {a.max_minutes}")
     if a.max_minutes is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("max_minutes is for one process: several would read their clocks apart")
+    if a.cuda_graphs and (a.use_cpu or not torch.cuda.is_available()):
+        raise ValueError("cuda_graphs needs a GPU; add --cuda_graphs False")
     if a.lr_scheduler_type not in ("linear", "cosine"):
         raise ValueError(f"lr_scheduler_type must be linear or cosine, got {a.lr_scheduler_type!r}")
     if a.mixed_precision not in (None, "no", "bf16", "fp16"):
@@ -278,7 +281,7 @@ def build_trainer(
     steps = min(a.eval_steps, a.max_steps)
     trainer = ClassificationTrainer(
         model=model, router_learning_rate=a.router_learning_rate, group_by_length=a.group_by_length,
-        augment=data.augment if a.augment else None, budget=budget,
+        augment=data.augment if a.augment else None, budget=budget, cuda_graphs=a.cuda_graphs,
         compute_metrics=accuracy, data_collator=data.collate,
         train_dataset=data.train, eval_dataset=data.validation,
         args=TrainingArguments(
