@@ -22,6 +22,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+# Threads that wait for work would spin, which costs a machine shared with other programs most of its speed.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, set_seed
@@ -452,11 +455,14 @@ def run_record(a: TrainArguments, argv: list[str], accelerator: Accelerator, pro
     """What the model card tells of a run."""
     rows = a.batch_size * a.gradient_accumulation_steps * accelerator.num_processes
     tokens = progress.step * rows * a.sequence_length
+    precision = accelerator.mixed_precision
     return {
         "dataset": Path(a.train_file).name.split(".")[0] if a.train_file else a.dataset_name,
         "command": published_command("examples/train_lm.py", argv),
         "hardware": hardware(accelerator.device, accelerator.num_processes),
-        "precision": accelerator.mixed_precision,
+        "precision": {"no": "float32", "bf16": "bfloat16 autocast", "fp16": "float16 autocast"}.get(
+            precision, precision
+        ),
         "steps": progress.step,
         "tokens_seen": tokens,
         "sequence_length": a.sequence_length,

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from modeling_seqboat import SeqBoatConfig, SeqBoatForCausalLM, build_byte_tokenizer
 
 SCRIPT = Path(__file__).resolve().parent.parent / "examples/quickstart.py"
+DOCUMENT = SCRIPT.parent / "data/enwik8_excerpt.txt"
 # Packages of the extras are found neither by `import` nor by those who ask whether they are there.
 WITHOUT_EXTRAS = """
 from importlib.machinery import PathFinder
@@ -113,3 +114,11 @@ def test_refuses_what_it_cannot_use_before_any_work(model, tmp_path):
     assert result.returncode == 2
     assert "there is no model in" in result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_the_excerpt_is_what_its_licence_says():
+    data = DOCUMENT.read_bytes()
+    data.decode("utf-8")
+    licence = DOCUMENT.with_suffix(".LICENSE").read_text("utf-8")
+    assert len(data) == 300_000 and "first 300,000 bytes of the usual test split" in " ".join(licence.split())
+    assert "CC BY-SA 3.0" in licence

@@ -186,7 +186,7 @@ def test_record_of_a_run_names_no_folders(tmp_path, examples):
     assert str(tmp_path) not in text and str(ROOT) not in text and "resume" not in text
     assert record["command"].startswith("python examples/train_lm.py --preset tiny --train_file tinyshakespeare.txt")
     assert " --output_dir run " in record["command"]
-    assert (record["dataset"], record["hardware"], record["precision"]) == ("tinyshakespeare", "1 x CPU", "no")
+    assert (record["dataset"], record["hardware"], record["precision"]) == ("tinyshakespeare", "1 x CPU", "float32")
     assert (record["steps"], record["batch_size"], record["tokens_seen"]) == (6, 8, 6 * 8 * 32)
     assert record["training_hours"] >= 0 and record["tokens_per_second"] > 0
     command = examples.published_command
