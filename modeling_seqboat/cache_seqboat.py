@@ -272,8 +272,6 @@ class SeqBoatCacheLayer(CacheLayerMixin):
             hidden: (B, 1, D); real, reset: (B, 1) bool or None; ssm_state: of the buffer's shape.
             active: (B,) bool; key: (B, Z); value: (B, V); position: (B,) int64.
         """
-        if self._journal:
-            self._journal = []
         if reset is not None:
             starts = reset[:, 0] if real is None else (reset & real)[:, 0]
             if self.ssm_inputs is not None:
@@ -295,10 +293,22 @@ class SeqBoatCacheLayer(CacheLayerMixin):
             buffer.scatter_(1, index, torch.where(written[:, :, None], new[:, None].to(buffer.dtype), old))
         old = self.positions.gather(1, slot)
         self.positions.scatter_(1, slot, torch.where(chosen, position[:, None], old))
+        self.count_step(real, ssm_state, active)
+
+    def count_step(self, real: Tensor | None, ssm_state: Tensor, active: Tensor) -> None:
+        """The end of a step whose key, value and position stand in the memory already; arguments as in `commit_step`."""
+        if self._journal:
+            self._journal = []
         self.activated_count.add_(active.long())
         self.token_count.add_(1 if real is None else real[:, 0].long())
         self._store("ssm_state", ssm_state)
         self._advance(1)
+
+    @property
+    def steps_in_place(self) -> bool:
+        """Whether one column may overwrite the state: a recorded forward keeps what a rollback needs, and a graph of
+        autograd must not see its inputs overwritten."""
+        return not self.record_past and not torch.is_grad_enabled()
 
     def _advance(self, length: int) -> None:
         if isinstance(self.seen, Tensor):

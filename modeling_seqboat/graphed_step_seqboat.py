@@ -7,6 +7,8 @@ loss; a step in which a layer had more tokens than room is computed again withou
 the model and not of the capacity.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -77,15 +79,28 @@ class GraphedStep:
             self._capture(batch)
         return self._replay(batch)
 
-    def _backward(self, batch: dict[str, Tensor]) -> Tensor:
+    def _backward(self, batch: dict[str, Tensor], model: Callable | None = None) -> Tensor:
         kind = self.parameters[0].device.type
         # Casts of weights belong to a step: one that autocast kept for later would tie its graph to the current stream.
         with torch.autocast(
             kind, torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind), cache_enabled=False
         ):
-            loss = self.model(**batch).loss
+            loss = (model or self.model)(**batch).loss
         (loss / self.divisor if self.divisor != 1 else loss).backward()
         return loss.detach()
+
+    def _on_aliases(self) -> tuple[Callable, list[nn.Parameter]]:
+        """The model on leaves that share the parameters' memory, and these. Where autograd adds up a gradient is tied to
+        the stream on which a leaf was first used, and the parameters may be in use by a graph that the caller holds."""
+        aliases = {
+            name: nn.Parameter(parameter.detach(), parameter.requires_grad)
+            for name, parameter in self.model.named_parameters()
+        }
+
+        def run(**batch: Tensor):
+            return torch.func.functional_call(self.model, aliases, (), batch)
+
+        return run, [parameter for parameter in aliases.values() if parameter.requires_grad]
 
     def _eager(self, batch: dict[str, Tensor]) -> Tensor:
         for layer in self.layers:
@@ -108,7 +123,6 @@ class GraphedStep:
         return [-(-int(self.headroom * peak + _SPARE) // _STEP) * _STEP for peak in self._peaks]
 
     def _capture(self, batch: dict[str, Tensor]) -> None:
-        kept = [parameter.grad for parameter in self.parameters]
         self._capacities = self._room()
         self._inputs = {name: tensor.clone() for name, tensor in batch.items()}
         torch.clear_autocast_cache()
@@ -118,31 +132,24 @@ class GraphedStep:
             aside = torch.cuda.Stream()
             aside.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(aside):
-                self._clear()
                 state = torch.cuda.get_rng_state()
-                self._backward(self._inputs)  # compiles the kernels that these shapes need
+                self._backward(self._inputs, self._on_aliases()[0])  # compiles the kernels that these shapes need
                 torch.cuda.set_rng_state(state)
             torch.cuda.current_stream().wait_stream(aside)
-            self._clear()
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
+            model, aliases = self._on_aliases()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                self._loss = self._backward(self._inputs)
+                self._loss = self._backward(self._inputs, model)
                 self._counts = torch.cat([layer.stream_count for layer in self.layers])
-            self._grads = [parameter.grad for parameter in self.parameters]
+            self._grads = [alias.grad for alias in aliases]
             self._graph = graph
         finally:
             for layer in self.layers:
                 layer.stream_capacity = layer.stream_count = None
-            for parameter, grad in zip(self.parameters, kept, strict=True):
-                parameter.grad = grad
         self._peaks, self._calls = None, 0
         self.captures += 1
-
-    def _clear(self) -> None:
-        for parameter in self.parameters:
-            parameter.grad = None
 
     def _replay(self, batch: dict[str, Tensor]) -> Tensor:
         for name, tensor in batch.items():

@@ -20,8 +20,9 @@ try:
     import triton
 
     from .triton_attention_seqboat import windowed_attention_triton
+    from .triton_decode_seqboat import ema_step, memory_attention_op, memory_attention_step
     from .triton_ema_seqboat import ema_scan_triton
-    from .triton_fused_seqboat import extract_residual, gated_unit, gather_rows
+    from .triton_fused_seqboat import extract_residual, gated_unit, gather_rows, project_unit
     from .triton_norm_seqboat import layer_norm_residual
     from .triton_parameters_seqboat import ema_parameters_triton
     from .triton_router_seqboat import PendingStream, route
@@ -43,8 +44,8 @@ def requested_backend(config_value: str) -> str:
 def why_not_triton(
     op: str, device: torch.device, dtype: torch.dtype, *, activation: str = "softmax", dropout_p: float = 0.0
 ) -> str | None:
-    """The reason why the Triton kernel of `op` (`ema_scan`, `ema_parameters`, `s4d_scan`, `s5_scan`, `route` or
-    `windowed_attention`) cannot run, or None if it can.
+    """The reason why the Triton kernel of `op` (`ema_scan`, `ema_parameters`, `s4d_scan`, `s5_scan`, `route`,
+    `project_unit`, `memory_step` or `windowed_attention`) cannot run, or None if it can.
 
     Triton's interpreter (TRITON_INTERPRET=1) runs kernels on CPU tensors.
     """
@@ -115,6 +116,50 @@ def run_ema_scan(
     return (y if activation is None else torch.nn.functional.silu(y)), state
 
 
+def run_ema_step(
+    requested: str,
+    x: Tensor,
+    *args,
+    real: Tensor | None,
+    reset: Tensor | None,
+    activation: str | None,
+) -> Tensor | None:
+    """The scan of one column in one kernel, which overwrites the state: y (B, 1, D); None where torch is to make it.
+
+    Args:
+        x: (B, 1, D); the rest as in `ema_step`, with real and reset (B, 1).
+    """
+    if torch.compiler.is_compiling() or choose_backend("ema_scan", requested, x.device, x.dtype) == "torch":
+        return None
+    real, reset = (None if marks is None else marks[:, 0] for marks in (real, reset))
+    return ema_step(x[:, 0], *args, real=real, reset=reset, activation=activation)[:, None]
+
+
+def run_project_unit(requested: str, projected: Tensor, *args) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+    """`project_unit` in one kernel; None where torch is to make it: inside a compiled graph, or as the table says."""
+    if torch.compiler.is_compiling():
+        return None
+    if choose_backend("project_unit", requested, projected.device, projected.dtype) == "torch":
+        return None
+    return project_unit(projected, *args)
+
+
+def runs_memory_step(requested: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether one token's attention over the memory runs in a kernel of its own, which writes the token into it."""
+    return choose_backend("memory_step", requested, device, dtype) == "triton"
+
+
+def run_memory_step(*args, activation: str, scale: float, position: Tensor, bias_table: Tensor | None = None,
+                    bias_center: int = 0, bias_by_index: bool = False) -> Tensor:  # fmt: skip
+    """`memory_attention_step` of the decode kernels; only where `runs_memory_step` says so."""
+    if torch.compiler.is_compiling():
+        return memory_attention_op(*args, activation, scale, bias_table, bias_center, bias_by_index, position)
+    return memory_attention_step(
+        *args, activation=activation, scale=scale, position=position, bias_table=bias_table, bias_center=bias_center,
+        bias_by_index=bias_by_index,
+    )  # fmt: skip
+
+
 def run_ema_parameters(
     requested: str, delta: Tensor, alpha: Tensor, beta: Tensor, gamma: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -135,12 +180,12 @@ def run_route(
     shift: float,
 ) -> tuple[Tensor, Tensor] | None:
     """The decision of the tempered softmax in one kernel: confidence (B, L) float32 and active (B, L) bool; None where
-    torch is to make it: for one column, inside a compiled graph, or as the table says.
+    torch is to make it: inside a compiled graph, or as the table says.
 
     Args:
         x: (B, L, D); the rest as in `route`, with real (B, L).
     """
-    if x.shape[1] == 1 or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
         return None
     if choose_backend("route", requested, x.device, x.dtype) == "torch":
         return None

@@ -19,8 +19,11 @@ from .kernels_seqboat import (
     run_gated_unit,
     run_gather_rows,
     run_layer_norm_residual,
+    run_memory_step,
+    run_project_unit,
     run_windowed_attention,
     runs_fused,
+    runs_memory_step,
 )
 from .ops_attention_seqboat import (
     apply_rotary,
@@ -157,11 +160,18 @@ class SeqBoatAttention(nn.Module):
 
     def project(self, x: Tensor, cos: Tensor | None, sin: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """x (..., D) -> q, k (..., Z), v, gate (..., V); q and k rotated when the positions are rotary."""
-        z, gate, v = self.activation(self.in_proj(x)).split(self.sizes, dim=-1)
-        q, k = ((z * s + o).to(z.dtype) for s, o in zip(self.qk_scale, self.qk_offset, strict=True))
-        if cos is not None:
-            q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
-        v = F.dropout(v, self.config.value_dropout, self.training)
+        config, projected, parts = self.config, self.in_proj(x), None
+        if config.hidden_act == "silu" and x.dim() == 2:
+            backend = requested_backend(config.kernel_backend)
+            parts = run_project_unit(backend, projected, self.qk_scale, self.qk_offset, cos, sin)
+        if parts is not None:
+            q, k, v, gate = parts
+        else:
+            z, gate, v = self.activation(projected).split(self.sizes, dim=-1)
+            q, k = ((z * s + o).to(z.dtype) for s, o in zip(self.qk_scale, self.qk_offset, strict=True))
+            if cos is not None:
+                q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
+        v = F.dropout(v, config.value_dropout, self.training)
         return q, k, v, gate
 
     def finish(self, attended: Tensor, gate: Tensor) -> Tensor:
@@ -175,7 +185,7 @@ class SeqBoatAttention(nn.Module):
         return {"bias_table": self.position_bias(), "bias_center": self.position_bias.center}
 
     def forward(self, method: str, *args) -> tuple[Tensor, ...] | Tensor:
-        """Runs `compressed`, `fused` or `step`: hooks on the module, which load offloaded weights for one, see each."""
+        """Runs `compressed`, `fused`, `step` or `step_in_memory`: hooks on the module, which load offloaded weights for one, see each."""
         return getattr(self, method)(*args)
 
     @torch.compiler.disable
@@ -303,6 +313,28 @@ class SeqBoatAttention(nn.Module):
             )  # fmt: skip
         return self.finish(attended.to(gate.dtype), gate), k, v, position
 
+    def step_in_memory(self, x: Tensor, active: Tensor, context: SequenceContext, cache: SeqBoatCacheLayer) -> Tensor:
+        """`step` by a kernel that reads the memory of activated rows alone and writes the token into it.
+
+        Args:
+            x: (B, 1, D); active: (B,) bool.
+
+        Returns:
+            out (B, D), of no meaning where not activated.
+        """
+        config, bias = self.config, self._bias()
+        cos, sin = (None, None) if context.cos is None else (context.cos[:, 0], context.sin[:, 0])
+        q, k, v, gate = self.project(x[:, 0], cos, sin)
+        position = context.positions[:, 0]
+        by_index = config.position_embedding_type == "local"
+        with without_autocast(x.device):
+            attended = run_memory_step(
+                q, k, v, cache.keys, cache.values, cache.positions, cache.activated_count, active,
+                cache.activated_count if by_index else position, activation=config.attention_activation,
+                scale=self.scale, position=position, bias_by_index=by_index, **bias,
+            )  # fmt: skip
+        return self.finish(attended, gate)
+
 
 class SeqBoatFFN(nn.Module):
     """Step 11: the normalised feed-forward block, x + dropout(fc2(dropout(silu(fc1(norm(x))))))."""
@@ -362,8 +394,9 @@ class SeqBoatDecoderLayer(GradientCheckpointingLayer):
         m = F.dropout(m, config.hidden_dropout, self.training)
         hidden = self.hidden_proj(m)
         confidence, active, miss = self.router(m, context.real, context.places)
-        if cache is not None and x.shape[1] == 1 and self._steps_in_place(cache):
-            hidden = self._step(h, m, hidden, confidence, active, context, cache, scanned)
+        if cache is not None and x.shape[1] == 1 and cache.steps_in_place:
+            step = self._step_in_memory if self._steps_in_memory(context, cache) else self._step
+            hidden = step(h, m, hidden, confidence, active, context, cache, scanned)
         else:
             flat, out, entries = self.attention("compressed", m, active, context, cache)
             out = (out * confidence.flatten()[flat, None]).to(hidden.dtype)
@@ -426,10 +459,17 @@ class SeqBoatDecoderLayer(GradientCheckpointingLayer):
             return torch.get_autocast_dtype(kind)
         return x.dtype
 
-    @staticmethod
-    def _steps_in_place(cache: SeqBoatCacheLayer) -> bool:
-        # A recorded forward keeps what a rollback needs, and a graph must not see its inputs overwritten.
-        return not cache.record_past and not torch.is_grad_enabled()
+    def _steps_in_memory(self, context: SequenceContext, cache: SeqBoatCacheLayer) -> bool:
+        # Where segments may start, or a delayed input is kept, the general step clears and fills what this one does not.
+        if context.reset is not None or cache.ssm_inputs is not None:
+            return False
+        return runs_memory_step(requested_backend(self.config.kernel_backend), cache.keys.device, cache.keys.dtype)
+
+    def _step_in_memory(self, h, m, hidden, confidence, active, context, cache, scanned) -> Tensor:
+        """One column for every row, on a device where looking for rows that skip would cost a wait."""
+        out = self.attention("step_in_memory", m, active[:, 0], context, cache)
+        cache.count_step(context.real, scanned["ssm_state"], active[:, 0])
+        return hidden + (out * confidence).to(hidden.dtype)[:, None]
 
     def _step(self, h, m, hidden, confidence, active, context, cache, scanned) -> Tensor:
         """One column for every row; rows that skip cost no attention on the CPU, where looking is free."""

@@ -13,7 +13,7 @@ from transformers.activations import ACT2FN
 
 from .cache_seqboat import SeqBoatCacheLayer
 from .configuration_seqboat import SeqBoatConfig
-from .kernels_seqboat import requested_backend, run_diagonal_scan, run_ema_parameters, run_ema_scan
+from .kernels_seqboat import requested_backend, run_diagonal_scan, run_ema_parameters, run_ema_scan, run_ema_step
 from .ops_diagonal_seqboat import complex_product, zero_order_hold
 from .ops_layout_seqboat import shift_real_tokens
 from .ops_ssm_seqboat import without_autocast
@@ -50,6 +50,14 @@ class SeqBoatEMA(nn.Module):
             )
             ways = list(zip(*(table.split(self.hidden_size) for table in tables), strict=True))
             history = state = None
+            if cache is not None and x.shape[1] == 1 and cache.steps_in_place and self.truncation is None:
+                y = run_ema_step(
+                    requested_backend(self.config.kernel_backend), x, *ways[0], self.omega.to(tables[0].dtype),
+                    cache.ssm_state, real=context.real, reset=context.reset, activation=self.fused_activation,
+                )  # fmt: skip
+                if y is not None:
+                    y = y if self.fused_activation else self.activation(y)
+                    return y, {"ssm_state": cache.ssm_state}
             if cache is not None:
                 state, history = cache.ssm_state, cache.recent_inputs(x.shape[1])
                 if cache.static and torch.is_grad_enabled():

@@ -9,6 +9,8 @@ a decode step can be captured in a CUDA graph. Rows that do not take part return
 
 from __future__ import annotations
 
+import re
+
 import torch
 
 from .triton_ema_seqboat import expect, expect_runnable
@@ -377,3 +379,34 @@ def memory_attention_step(
             bias_, top, total, part, out, float(scale), bias_center, **sizes, **combine, options={"num_warps": 4},
         )  # fmt: skip
     return out
+
+
+_SCHEMA = (
+    "(Tensor q, Tensor k_new, Tensor v_new, Tensor(a!) keys, Tensor(b!) values, Tensor(c!) positions, "
+    "Tensor activated_count, Tensor active, Tensor place_q, str activation, float scale, Tensor? bias_table, "
+    "int bias_center, bool bias_by_index, Tensor? position) -> Tensor"
+)
+
+
+def _memory_attention(
+    q, k_new, v_new, keys, values, positions, activated_count, active, place_q, activation, scale, bias_table,
+    bias_center, bias_by_index, position,
+) -> torch.Tensor:  # fmt: skip
+    return memory_attention_step(
+        q, k_new, v_new, keys, values, positions, activated_count, active, place_q, activation=activation, scale=scale,
+        bias_table=bias_table, bias_center=bias_center, bias_by_index=bias_by_index, position=position,
+    )  # fmt: skip
+
+
+# For compilers, which take it as it is. A copy of this file that came with a checkpoint registers its own.
+memory_attention_op = torch.library.custom_op(
+    f"{re.sub(r'[^0-9a-zA-Z]', '_', __name__)}::memory_attention_step",
+    _memory_attention,
+    mutates_args=("keys", "values", "positions"),
+    schema=_SCHEMA,
+)
+
+
+@memory_attention_op.register_fake
+def _(q, k_new, v_new, *others) -> torch.Tensor:
+    return torch.empty_like(v_new)

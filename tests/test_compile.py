@@ -4,6 +4,7 @@ import pytest
 import torch
 from small_models import pad_left, random_ids, small_lm
 from torch._dynamo.utils import counters
+from triton_interpreter import DEVICE  # before anything imports triton
 
 from modeling_seqboat import SeqBoatCache
 
@@ -85,4 +86,35 @@ def test_the_step_of_a_dynamic_cache_compiles_too():
     # The count of columns is a plain integer here: it becomes a symbol after the first steps.
     assert counters["stats"]["unique_graphs"] <= 3
     assert caches[0].get_seq_length() == 21
+    assert_states_close(*caches)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"position_embedding_type": "simple", "attention_activation": "relu2"},
+        {"position_embedding_type": "local", "attention_activation": "softmax", "intermediate_size": 24},
+    ],
+    ids=["rotary-softmax", "simple-relu2", "local-ffn"],
+)
+@pytest.mark.parametrize("compiles", [False, True])
+def test_a_step_by_kernels_is_the_step_in_torch(options, compiles, monkeypatch):
+    """The kernels that a GPU takes, here in Triton's interpreter; under a compiler as an op of its own."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    model, steps = small_lm(**options).to(DEVICE), random_ids(3, 12, seed=4).to(DEVICE)
+    prompt = {name: tensor.to(DEVICE) for name, tensor in pad_left([row for row in random_ids(3, 9)]).items()}
+    caches = [SeqBoatCache(model.config, static=static) for static in (compiles, False)]
+    for cache in caches:
+        model(**prompt, past_key_values=cache)
+    forward = torch.compile(model.forward, fullgraph=True, backend="aot_eager") if compiles else model.forward
+    mask = torch.tensor([[1], [0], [1]], device=DEVICE)
+    for column in range(12):
+        token = steps[:, column : column + 1]
+        arguments = {"attention_mask": mask} if compiles or column == 5 else {}
+        logits = []
+        for call, backend, cache in ((forward, "triton", caches[0]), (model, "torch", caches[1])):
+            monkeypatch.setenv("SEQBOAT_KERNEL_BACKEND", backend)
+            logits.append(call(token, past_key_values=cache, use_cache=True, **arguments).logits)
+        torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-4)
     assert_states_close(*caches)
