@@ -1,199 +1,142 @@
-"""SeqBoat against a Llama of equal size, side by side in one process: training step, prefill, decode.
+"""SeqBoat against the models that people would pick instead, of equal size, in one process.
 
-    python benchmarks/bench_models.py --output benchmarks/results/models.csv
+    python benchmarks/bench_models.py --output outputs/benchmark --minutes 6
 
-Runs on a GPU when there is one (the enwik8 shape, bfloat16 autocast), else on the CPU at a small shape. Times are
-medians over repeats after a warm-up, measured with the device synchronised. A step is forward and backward without an
-optimiser. Router biases are set so that a stated share of tokens is activated in every layer.
+Measures the training step (forward + backward, no optimiser), decoding, forwards without a cache and prefill in chunks
+with one: SeqBoat launched op by op ("eager"), as a CUDA graph and compiled, a Llama, a Mistral with a sliding window, and
+Mamba-2 and GLA where `mamba_ssm` and `fla` are installed. On a GPU at the enwik8 shape (39.1 M parameters), under bfloat16
+autocast for training and forwards and in bfloat16 for prefill and decoding; without a GPU at a small shape in float32.
+Tokens are random; router biases are set so that the stated share of tokens is activated in every layer.
+
+Parts, in order of importance, with the time that each is expected to take on an H200 behind a slow host (10 to 20 µs a
+launch, 25 s to compile a model, empty Triton cache):
+
+    start     imports, first use of the device                                 25 s
+    roofline  copy bandwidth and bfloat16 matmul rate, in the same run          2 s
+    train     4 x 8,192 at 0, 10, 50 and 100 %, 1 x 1,024 to 131,072; others  100 s
+    decode    contexts of 1k to 1M at batch 1, 32k at batch 64; Llama         110 s
+    forward   1 x 8k to 1M without a cache                                     30 s
+    prefill   8k to 1M in chunks of 8,192 with a cache                         15 s
+
+Rows that the targets depend on most come first, whatever their part. `--minutes` bounds the whole: a row that would start
+later is skipped, and named in the results. A row that runs out of memory or fails is recorded as such. Every row is in the
+CSV as soon as it is measured, so that an interrupted run keeps what it has; `--from-csv` draws tables and plots of it.
+
+Times are medians with the device synchronised, so they include waiting for the host. Peak memory is what torch has
+allocated, weights and gradients included; that of a CUDA graph is taken while it is captured. Decoding is the forward of
+one token, the choice of the next left out; the state of a batch of rows is one row's, repeated. The line of the least time
+in the plot is bytes / copy bandwidth + matmul FLOPs / matmul rate, see roofline.py.
+
+Writes results.csv, results.md, time_against_length.png and memory_against_length.png.
 """
 
 import argparse
-import csv
+import gc
 import platform
-import statistics
+import shlex
+import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import transformers
-from transformers import LlamaConfig, LlamaForCausalLM
+from measuring import release_memory
+from report import CsvFile, read_rows, write_report
+from workloads import CPU, GPU, PARTS, TOY, Row, Scale, Workbench, plan
 
-from modeling_seqboat import SeqBoatCache, SeqBoatConfig, SeqBoatForCausalLM
 
-
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, help="CSV file to write")
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--parts", default="train,rates,prefill,decode", help="comma-separated parts to run")
-    parser.add_argument("--backends", default="triton,torch", help="SeqBoat kernel backends for the training step")
-    return parser.parse_args()
+    parser.add_argument("--output", type=Path, required=True, help="folder for the results")
+    parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated, of %(default)s")
+    parser.add_argument("--minutes", type=float, help="start no row after this long; by default all are measured")
+    parser.add_argument("--from-csv", type=Path, help="draw tables and plots of these results instead of measuring")
+    parser.add_argument("--toy", action="store_true", help="tiny models on the CPU, to try the benchmark itself")
+    arguments = parser.parse_args(argv)
+    arguments.parts = arguments.parts.split(",")
+    unknown = [part for part in arguments.parts if part not in PARTS]
+    if unknown:
+        parser.error(f"--parts must be of {', '.join(PARTS)}, got {', '.join(unknown)}")
+    if arguments.minutes is not None and arguments.minutes <= 0:
+        parser.error(f"--minutes must be above 0, got {arguments.minutes}")
+    if arguments.from_csv is not None and not arguments.from_csv.is_file():
+        parser.error(f"--from-csv names no file: {arguments.from_csv}")
+    return arguments
 
 
-def synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+def scale_of(device: torch.device, arguments: argparse.Namespace) -> Scale:
+    return TOY if arguments.toy else GPU if device.type == "cuda" else CPU
 
 
-def median_ms(run: Callable[[], object], device: torch.device, repeats: int) -> float:
-    for _ in range(2):
-        run()
-    times = []
-    for _ in range(repeats):
-        synchronise(device)
-        start = time.perf_counter()
-        run()
-        synchronise(device)
-        times.append((time.perf_counter() - start) * 1e3)
-    return statistics.median(times)
-
-
-def seqboat(device: torch.device, backend: str = "auto") -> SeqBoatForCausalLM:
-    torch.manual_seed(0)
-    if device.type == "cuda":
-        config = SeqBoatConfig(kernel_backend=backend)
-    else:
-        config = SeqBoatConfig(
-            hidden_size=256,
-            num_hidden_layers=4,
-            v_head_dim=512,
-            qk_head_dim=64,
-            memory_size=256,
-            kernel_backend=backend,
-        )
-    return SeqBoatForCausalLM(config).to(device)
-
-
-def llama(device: torch.device) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    shape = (512, 12, 1368, 8) if device.type == "cuda" else (256, 4, 512, 4)
-    config = LlamaConfig(
-        vocab_size=264, hidden_size=shape[0], num_hidden_layers=shape[1], intermediate_size=shape[2],
-        num_attention_heads=shape[3], max_position_embeddings=1 << 20, tie_word_embeddings=True,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).to(device)
-
-
-@torch.no_grad()
-def set_activation_rate(model: SeqBoatForCausalLM, ids: torch.Tensor, rate: float) -> None:
-    """Moves each router's bias so that this share of these tokens is activated, layer by layer in one forward."""
-
-    def shift(router, args):
-        logits = torch.nn.functional.linear(args[0].float(), router.weight.float())
-        margin = (logits[..., 1] - logits[..., 0]).flatten()
-        order = margin.sort().values
-        cut = order[min(int((1 - rate) * len(order)), len(order) - 1)] - (1.0 if rate == 1 else 0)
-        router.bias.copy_(torch.stack([cut, torch.zeros_like(cut)]).to(router.bias.dtype))
-
-    for layer in model.model.layers:
-        layer.router.weight.normal_(0, 0.02)
-    handles = [layer.router.register_forward_pre_hook(shift) for layer in model.model.layers]
-    with autocast(ids.device):
-        model(ids, use_cache=False)
-    for handle in handles:
-        handle.remove()
-
-
-def autocast(device: torch.device) -> torch.autocast:
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
-
-
-def train_step(model: torch.nn.Module, ids: torch.Tensor) -> None:
-    model.zero_grad(set_to_none=True)
-    with autocast(ids.device):
-        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-    loss.backward()
-
-
-def measure_training(name: str, model, shape: tuple[int, int], device, repeats: int) -> dict:
-    model.train()
-    ids = torch.randint(0, 256, shape, device=device)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    step = median_ms(lambda: train_step(model, ids), device, repeats)
-
-    def forward():
-        with torch.no_grad(), autocast(device):
-            model(input_ids=ids, labels=ids, use_cache=False)
-
-    peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else float("nan")
-    ahead = median_ms(forward, device, repeats)
-    tokens = shape[0] * shape[1]
+def describe(device: torch.device, arguments: argparse.Namespace, argv: list[str]) -> dict[str, str]:
+    try:
+        from triton import __version__ as triton_version
+    except ImportError:
+        triton_version = "not installed"
+    threads = f"{platform.machine()}, {torch.get_num_threads()} threads"
+    shown = [part.replace(str(arguments.output), "FOLDER") for part in argv]
     return {
-        "part": "train", "model": name, "batch": shape[0], "length": shape[1], "step_ms": step, "forward_ms": ahead,
-        "tokens_per_s": tokens / step * 1e3, "peak_gib": peak,
-    }  # fmt: skip
+        "date": time.strftime("%Y-%m-%d"),
+        "card": torch.cuda.get_device_name() if device.type == "cuda" else threads,
+        "device": device.type,
+        "size": scale_of(device, arguments).size,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": triton_version,
+        "transformers": transformers.__version__,
+        "command": f"python benchmarks/bench_models.py {shlex.join(shown)}",
+    }
 
 
-@torch.no_grad()
-def measure_decode(model: SeqBoatForCausalLM, batch: int, context: int, device, repeats: int, static: bool) -> dict:
-    model.eval()
-    cache = SeqBoatCache(model.config, static=static)
-    with autocast(device):
-        for start in range(0, context, 8192):
-            width = min(8192, context - start)
-            model(torch.randint(0, 256, (batch, width), device=device), past_key_values=cache, logits_to_keep=1)
-    token = torch.randint(0, 256, (batch, 1), device=device)
-    forward = torch.compile(model.forward, mode="reduce-overhead", fullgraph=True) if static else model.forward
-
-    def run():
-        with autocast(device):
-            for _ in range(16):
-                forward(token, past_key_values=cache)
-
-    per_token = median_ms(run, device, repeats) / 16
-    return {
-        "part": "decode", "model": f"seqboat {'static, compiled' if static else 'eager'}", "batch": batch,
-        "length": context, "step_ms": per_token, "tokens_per_s": batch / per_token * 1e3,
-    }  # fmt: skip
+def attempt(bench: Workbench, row: Row) -> dict:
+    """What was measured, or why it was not."""
+    try:
+        return {"status": "ok", **row.measure(bench, row)}
+    except torch.cuda.OutOfMemoryError:
+        return {"status": "out of memory"}
+    except ModuleNotFoundError as error:
+        return {"status": "not installed", "note": str(error)}
+    except Exception as error:  # noqa: BLE001
+        message = " ".join(str(error).split())[:300]
+        return {"status": "failed", "note": f"{type(error).__name__}: {message}"}
 
 
-def main() -> None:
-    arguments = parse_arguments()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    card = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
-    print(f"{card}; torch {torch.__version__}; transformers {transformers.__version__}", flush=True)
-    parts = arguments.parts.split(",")
-    shape = (4, 8192) if device.type == "cuda" else (2, 2048)
-    rows: list[dict] = []
+def measure_all(arguments: argparse.Namespace, device: torch.device, file: CsvFile, started: float) -> None:
+    scale = scale_of(device, arguments)
+    bench = Workbench(device, scale)
+    # What is there by now stays: the collections between rows need not look at it.
+    gc.freeze()
+    for row in plan(scale, arguments.parts):
+        begun = time.perf_counter()
+        late = arguments.minutes is not None and begun - started > 60 * arguments.minutes
+        found = {"status": "skipped", "note": f"after {arguments.minutes:g} minutes"} if late else attempt(bench, row)
+        if not late:
+            release_memory(device)
+        fields = {
+            name: getattr(row, name) for name in ("part", "model", "mode", "batch", "length", "active", "repeats")
+        }
+        seconds = time.perf_counter() - begun
+        file.add({**fields, **found, "seconds": round(seconds, 2)})
+        numbers = ", ".join(f"{name} {value:.4g}" for name, value in found.items() if isinstance(value, float))
+        said = numbers or f"{found['status']} {found.get('note', '')}"
+        print(f"[{time.perf_counter() - started:6.1f} s] {row.name}: {said}", flush=True)
 
-    def keep(row: dict) -> None:
-        rows.append(row)
-        print({key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()}, flush=True)
 
-    if "train" in parts:
-        keep(measure_training("llama sdpa", llama(device), shape, device, arguments.repeats))
-        for backend in arguments.backends.split(","):
-            if backend == "triton" and device.type == "cpu":
-                continue
-            model = seqboat(device, backend)
-            set_activation_rate(model, torch.randint(0, 256, shape, device=device), 0.5)
-            keep(measure_training(f"seqboat {backend}, 50 % active", model, shape, device, arguments.repeats))
-    if "rates" in parts:
-        for rate in (0.1, 1.0):
-            model = seqboat(device)
-            set_activation_rate(model, torch.randint(0, 256, shape, device=device), rate)
-            keep(measure_training(f"seqboat auto, {rate:.0%} active", model, shape, device, arguments.repeats))
-    if "prefill" in parts and device.type == "cuda":
-        for length in (32768, 131072):
-            model = seqboat(device)
-            set_activation_rate(model, torch.randint(0, 256, (1, 8192), device=device), 0.5)
-            keep(measure_training("seqboat auto, 50 % active", model, (1, length), device, 3))
-    if "decode" in parts:
-        model = seqboat(device).to(torch.bfloat16 if device.type == "cuda" else torch.float32)
-        set_activation_rate(model, torch.randint(0, 256, (1, 2048), device=device), 0.5)
-        for batch, context, static in ((1, 1024, False), (1, 32768, False), (1, 32768, True), (64, 2048, True)):
-            if device.type == "cpu" and (static or batch > 1):
-                continue
-            keep(measure_decode(model, batch, context, device, arguments.repeats, static))
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        names = sorted({key for row in rows for key in row}, key=str)
-        with arguments.output.open("w", newline="") as file:
-            writer = csv.DictWriter(file, names)
-            writer.writeheader()
-            writer.writerows(rows)
+def main(argv: list[str] | None = None) -> None:
+    started = time.perf_counter()
+    argv = sys.argv[1:] if argv is None else argv
+    arguments = parse_arguments(argv)
+    if arguments.from_csv is not None:
+        write_report(read_rows(arguments.from_csv), arguments.output)
+        return
+    device = torch.device("cuda" if torch.cuda.is_available() and not arguments.toy else "cpu")
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    path = arguments.output / "results.csv"
+    with CsvFile(path) as file:
+        for name, value in describe(device, arguments, argv).items():
+            file.add({"part": "run", "model": name, "note": value})
+        measure_all(arguments, device, file, started)
+    write_report(read_rows(path), arguments.output)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ python benchmarks/profile_training.py [--rate 0.5] [--batch 4] [--length 8192]
 import argparse
 
 import torch
-from bench_models import autocast, median_ms, seqboat, set_activation_rate, train_step
+from competitors import seqboat, set_activation_rate
+from measuring import autocast, median_ms, train_step
 
 from modeling_seqboat.graphed_step_seqboat import GraphedStep
 

@@ -1,0 +1,372 @@
+"""What the benchmark measures, row by row, and how."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from competitors import PACKAGES, UNMASKED, build, set_activation_rate
+from measuring import autocast, captured, fixed_streams, median_ms, peak_gib, synchronise, train_step
+from roofline import copy_bytes_per_second, matmul_flops_per_second
+from targets import COMPILED, GRAPH
+from torch import Tensor, nn
+from transformers import DynamicCache, StaticCache
+
+from modeling_seqboat import SeqBoatCache
+from modeling_seqboat.graphed_step_seqboat import GraphedStep
+
+PARTS = ("roofline", "train", "decode", "forward", "prefill")
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much is measured.
+
+    Attributes:
+        size: of the models, see competitors.SIZES.
+        train: (B, L) of the training step; train_lengths: L of further steps at batch 1.
+        forward_lengths: L of forwards without a cache; llama_lengths: those that the Llama does too.
+        chunk, prefill_lengths: columns a forward with a cache, and of the whole prompt.
+        contexts: tokens in the state before decoding; wide: (B, context) of a batch.
+        graphs: whether CUDA graphs are there to be measured; compile_options: of `torch.compile`, None without it.
+        steps: tokens that one timing of decoding takes.
+    """
+
+    size: str
+    train: tuple[int, int]
+    train_lengths: tuple[int, ...]
+    forward_lengths: tuple[int, ...]
+    llama_lengths: tuple[int, ...]
+    chunk: int
+    prefill_lengths: tuple[int, ...]
+    contexts: tuple[int, ...]
+    wide: tuple[int, int]
+    repeats: int
+    steps: int = 16
+    graphs: bool = False
+    compile_options: dict[str, str] | None = None
+
+
+GPU = Scale(
+    "enwik8", (4, 8192), (32768, 131072, 8192, 1024), (8192, 131072, 1 << 20, 32768, 1 << 19), (8192, 32768, 131072),
+    8192, (8192, 131072, 1 << 20), (1024, 32768, 1 << 20), (64, 32768), 5, graphs=True,
+    compile_options={"mode": "reduce-overhead"},
+)  # fmt: skip
+CPU = Scale(
+    "small", (2, 2048), (1024, 8192), (2048, 16384, 65536), (2048, 8192), 2048, (2048, 16384, 65536),
+    (1024, 16384, 65536), (8, 16384), 3,
+)  # fmt: skip
+TOY = Scale(
+    "toy", (2, 32), (16, 48), (16, 40), (16,), 16, (16, 40), (8, 24, 40), (3, 24), 1, steps=2,
+    compile_options={"backend": "eager"},
+)  # fmt: skip
+
+
+@dataclass
+class Row:
+    """One thing to measure; `measure` gives the numbers. `core` rows of all parts come before the others."""
+
+    part: str
+    model: str
+    mode: str
+    batch: int
+    length: int
+    measure: Callable[["Workbench", "Row"], dict] = field(repr=False)
+    active: float | None = None
+    core: bool = False
+    repeats: int = 5
+    warmups: int = 1
+
+    @property
+    def name(self) -> str:
+        where = f"{self.model} {self.mode}, {self.batch} × {self.length:,}" if self.length else self.model
+        return f"{self.part}: {where}" + ("" if self.active is None else f", {self.active:.0%} active")
+
+
+class Workbench:
+    """Models that are built once; only the one in use is on the device, so that a peak of memory is its own."""
+
+    def __init__(self, device: torch.device, scale: Scale):
+        self.device, self.scale = device, scale
+        self.models: dict[str, nn.Module] = {}
+        self.rates: dict[str, tuple] = {}
+        self.compiled: dict[str, Callable] = {}
+        self.states: dict[int, dict[str, Tensor]] = {}
+        self.filled: tuple[int, SeqBoatCache] | None = None
+
+    def ids(self, batch: int, length: int) -> Tensor:
+        return torch.randint(0, 256, (batch, length), device=self.device)
+
+    def model(self, name: str, active: float | None = None, shape: tuple[int, int] | None = None, half: bool = False):
+        """The model, with `active` of the tokens of a random batch of `shape` activated; in bfloat16 with `half`."""
+        if not half and (self.compiled or self.states):
+            self.forget_decoding()
+        key = f"{name} in bfloat16" if half and self.device.type == "cuda" else name
+        for other, model in self.models.items():
+            model.zero_grad(set_to_none=True)
+            if other != key:
+                model.to("cpu")
+        if key not in self.models:
+            model = build(name, self.device, self.scale.size)
+            self.models[key] = model.to(torch.bfloat16) if key != name else model
+        model = self.models[key].to(self.device)
+        if active is not None and self.rates.get(key) != (active, shape):
+            set_activation_rate(model, self.ids(*shape), active)
+            self.rates[key] = (active, shape)
+        return model
+
+    def forget_decoding(self) -> None:
+        """Frees caches and compiled steps, whose memory would count for what is measured next."""
+        self.compiled, self.states, self.filled = {}, {}, None
+        torch._dynamo.reset()
+
+    def decoder(self, name: str, model: nn.Module, mode: str) -> Callable:
+        if mode != COMPILED:
+            return model.forward
+        if name not in self.compiled:
+            self.compiled[name] = torch.compile(
+                model.forward, dynamic=False, fullgraph=name == "seqboat", **self.scale.compile_options
+            )
+        return self.compiled[name]
+
+    def seqboat_state(self, model: nn.Module, context: int) -> dict[str, Tensor]:
+        """The cache's tensors after `context` random tokens of one row; a longer context goes on from a shorter one."""
+        if context not in self.states:
+            done, cache = self.filled or (0, SeqBoatCache(model.config))
+            if done > context:
+                done, cache = 0, SeqBoatCache(model.config)
+            fill(model, cache, self, context - done)
+            self.filled = (context, cache)
+            self.states[context] = {name: tensor.clone() for name, tensor in cache.tensors()}
+        return self.states[context]
+
+
+def fill(model: nn.Module, cache, bench: Workbench, length: int) -> None:
+    """Feeds `length` random tokens of one row, chunk by chunk."""
+    for start in range(0, length, bench.scale.chunk):
+        ids = bench.ids(1, min(bench.scale.chunk, length - start))
+        model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+
+def measure_roofline(bench: Workbench, row: Row) -> dict:
+    if row.model == "copy":
+        return {"bytes_per_s": copy_bytes_per_second(bench.device)}
+    return {"flop_per_s": matmul_flops_per_second(bench.device)}
+
+
+def measure_training(bench: Workbench, row: Row) -> dict:
+    device, ours = bench.device, row.model.startswith("seqboat")
+    model = bench.model(row.model, row.active, bench.scale.train).train()
+    ids = bench.ids(row.batch, row.length)
+    if row.mode == GRAPH and ours:
+        graphed = GraphedStep(model)
+
+        def run():
+            model.zero_grad(set_to_none=True)
+            with autocast(device):
+                graphed(input_ids=ids, labels=ids)
+
+        # The first call runs as usual, the second captures; a replay allocates nothing.
+        peak = peak_gib(lambda: (run(), run()), device)
+    elif row.mode == GRAPH:
+        usual = model.config._attn_implementation
+        model.set_attn_implementation(UNMASKED)
+        replays = []
+        try:
+            peak = peak_gib(lambda: replays.append(captured(lambda: train_step(model, ids))), device)
+        finally:
+            model.set_attn_implementation(usual)
+        run = replays[0]
+    else:
+
+        def run():
+            train_step(model, ids)
+
+        peak = peak_gib(run, device)
+    step = median_ms(run, device, row.repeats, row.warmups)
+    found = {"ms": step, "tokens_per_s": row.batch * row.length / step * 1e3, "peak_gib": peak}
+    if row.mode == "eager":
+        found["forward_ms"] = median_ms(lambda: forward(model, ids, labels=ids), device, row.repeats, row.warmups)
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+@torch.no_grad()
+def forward(model: nn.Module, ids: Tensor, **options) -> None:
+    with autocast(ids.device):
+        model(input_ids=ids, use_cache=False, **options)
+
+
+def measure_forward(bench: Workbench, row: Row) -> dict:
+    device = bench.device
+    model = bench.model(row.model, row.active, bench.scale.train).eval()
+    ids = bench.ids(row.batch, row.length)
+
+    def run():
+        forward(model, ids, logits_to_keep=1)
+
+    if row.mode == GRAPH:
+        with fixed_streams(model, run):
+            replays = []
+            peak = peak_gib(lambda: replays.append(captured(run)), device)
+            run = replays[0]
+    else:
+        peak = peak_gib(run, device)
+    taken = median_ms(run, device, row.repeats, row.warmups)
+    return {"ms": taken, "tokens_per_s": row.batch * row.length / taken * 1e3, "peak_gib": peak}
+
+
+@torch.no_grad()
+def measure_prefill(bench: Workbench, row: Row) -> dict:
+    device = bench.device
+    model = bench.model(row.model, row.active, (1, bench.scale.chunk), half=True).eval()
+    caches = []
+
+    def run():
+        caches[:] = [SeqBoatCache(model.config)]
+        fill(model, caches[0], bench, row.length)
+
+    taken = []
+    for _ in range(row.warmups):
+        run()
+    peak = peak_gib(lambda: taken.append(median_ms(run, device, row.repeats, 0)), device)
+    return {
+        "ms": taken[0], "tokens_per_s": row.batch * row.length / taken[0] * 1e3, "peak_gib": peak,
+        "cache_mib": caches[0].memory_bytes() / 2**20,
+    }  # fmt: skip
+
+
+@torch.no_grad()
+def measure_decode(bench: Workbench, row: Row) -> dict:
+    device, scale = bench.device, bench.scale
+    half_shape = (1, scale.chunk)
+    model = bench.model(row.model, row.active, half_shape, half=True).eval()
+    token = bench.ids(row.batch, 1)
+    cache = (seqboat_cache if row.model == "seqboat" else attention_cache)(bench, model, row)
+    step = bench.decoder(row.model, model, row.mode)
+    counters = torch._dynamo.utils.counters
+    skipped = counters["inductor"]["cudagraph_skips"]
+
+    def run():
+        for _ in range(scale.steps):
+            step(input_ids=token, past_key_values=cache, use_cache=True)
+
+    taken = median_ms(run, device, row.repeats, 2) / scale.steps
+    synchronise(device)
+    found = {"ms": taken, "tokens_per_s": row.batch / taken * 1e3, "cache_mib": cache_mib(cache)}
+    if counters["inductor"]["cudagraph_skips"] > skipped:
+        found["note"] = "compiled without CUDA graphs"
+    return found
+
+
+def seqboat_cache(bench: Workbench, model: nn.Module, row: Row) -> SeqBoatCache:
+    """The state after `row.length` tokens of one row, repeated to `row.batch` rows.
+
+    A compiled step is tied to the addresses of a static cache, so that all contexts of a batch size share one.
+    """
+    state = bench.seqboat_state(model, row.length)
+    key = f"cache of {row.batch} rows"
+    cache = bench.compiled.get(key) if row.mode == COMPILED else None
+    if cache is None:
+        cache = SeqBoatCache(model.config, static=row.mode == COMPILED)
+        for layer in cache.layers:
+            layer.initialize(row.batch, model.dtype, bench.device)
+        if row.mode == COMPILED:
+            bench.compiled[key] = cache
+    for name, tensor in cache.tensors():
+        tensor.copy_(state[name].expand_as(tensor))
+    for layer in cache.layers:
+        if isinstance(layer.seen, Tensor):
+            layer.seen.fill_(row.length)
+        else:
+            layer.seen = row.length
+    return cache
+
+
+def attention_cache(bench: Workbench, model: nn.Module, row: Row) -> StaticCache | DynamicCache:
+    """Keys and values of `row.length` tokens, with room for those that are decoded in all timings."""
+    room = (row.repeats + 2) * bench.scale.steps
+    if row.mode == COMPILED:
+        cache = StaticCache(config=model.config, max_cache_len=row.length + room)
+    else:
+        cache = DynamicCache(config=model.config)
+    fill(model, cache, bench, row.length)
+    return cache
+
+
+def cache_mib(cache) -> float:
+    if isinstance(cache, SeqBoatCache):
+        return cache.memory_bytes() / 2**20
+    tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 2**20
+
+
+def plan(scale: Scale, parts: list[str]) -> list[Row]:
+    """The rows of these parts, the most important first."""
+    makers = {
+        "roofline": _roofline, "train": _training, "decode": _decoding, "forward": _forwards, "prefill": _prefills
+    }  # fmt: skip
+    rows = [row for part in PARTS if part in parts for row in makers[part](scale)]
+    return sorted(rows, key=lambda row: not row.core)
+
+
+def _roofline(scale: Scale) -> list[Row]:
+    return [Row("roofline", name, "", 0, 0, measure_roofline, core=True) for name in ("copy", "matmul")]
+
+
+def _training(scale: Scale) -> list[Row]:
+    repeats, modes = scale.repeats, ("eager", GRAPH) if scale.graphs else ("eager",)
+
+    def row(model: str, mode: str, shape: tuple[int, int], active: float | None, **options) -> Row:
+        return Row("train", model, mode, *shape, measure_training, active, **{"repeats": repeats, **options})
+
+    rows = [row("seqboat", mode, scale.train, 0.5, core=True) for mode in modes]
+    rows += [row("llama", mode, scale.train, None, core=True) for mode in modes]
+    rows += [row("seqboat", mode, scale.train, rate) for rate in (0.1, 1.0) for mode in modes]
+    rows += [row("seqboat", modes[-1], scale.train, 0.0)]
+    few = min(3, repeats)
+    for length in scale.train_lengths:
+        rows += [row("seqboat", mode, (1, length), 0.5, repeats=few) for mode in modes]
+    rows += [row("llama", "eager", (1, scale.train_lengths[0]), None, repeats=few)]
+    rows += [row("mistral", "eager", scale.train, None, repeats=few)]
+    rows += [row(name, "eager", scale.train, None, repeats=few) for name in PACKAGES]
+    if scale.graphs:
+        rows += [row("seqboat-torch", "eager", scale.train, 0.5, repeats=1, warmups=0)]
+    return rows
+
+
+def _decoding(scale: Scale) -> list[Row]:
+    repeats = scale.repeats
+
+    def row(model: str, mode: str, batch: int, context: int, **options) -> Row:
+        active = 0.5 if model == "seqboat" else None
+        return Row("decode", model, mode, batch, context, measure_decode, active, repeats=repeats, **options)
+
+    first, second, *_ = scale.contexts
+    if scale.compile_options is None:
+        rows = [row("seqboat", "eager", 1, context, core=True) for context in scale.contexts]
+        rows += [row("llama", "eager", 1, context) for context in (first, second)]
+        return rows + [row("seqboat", "eager", *scale.wide)]
+    rows = [row("seqboat", COMPILED, 1, context, core=True) for context in scale.contexts]
+    rows += [row("seqboat", COMPILED, *scale.wide, core=True), row("llama", COMPILED, 1, second, core=True)]
+    return rows + [row("seqboat", "eager", 1, first), row("llama", "eager", 1, first)]
+
+
+def _forwards(scale: Scale) -> list[Row]:
+    def row(model: str, mode: str, length: int, active: float | None) -> Row:
+        repeats = 1 if length > 1 << 18 else min(3, scale.repeats) if length > 1 << 16 else scale.repeats
+        return Row("forward", model, mode, 1, length, measure_forward, active, repeats=repeats)
+
+    modes = (GRAPH, "eager") if scale.graphs else ("eager",)
+    rows = [row("seqboat", mode, length, 0.5) for mode in modes for length in scale.forward_lengths]
+    return rows + [row("llama", "eager", length, None) for length in scale.llama_lengths]
+
+
+def _prefills(scale: Scale) -> list[Row]:
+    rows = []
+    for length in scale.prefill_lengths:
+        chunks = -(-length // scale.chunk)
+        repeats, warmups = (scale.repeats, 1) if chunks == 1 else (1, 0)
+        rows.append(
+            Row("prefill", "seqboat", "eager", 1, length, measure_prefill, 0.5, repeats=repeats, warmups=warmups)
+        )
+    return rows
