@@ -19,8 +19,6 @@ EXCERPT = ROOT / "examples/data/enwik8_excerpt.txt"
 HELD_OUT_BYTES = 100_000
 LARGEST_FILE = 12_000_000
 
-pytestmark = pytest.mark.skipif(not FOLDER.exists(), reason="no trained model yet")  # delete with the first weights
-
 
 @pytest.fixture(scope="module")
 def model() -> SeqBoatForCausalLM:

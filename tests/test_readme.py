@@ -20,7 +20,7 @@ def test_python_blocks_run_in_order(tmp_path):
     for package in ("peft", "accelerate"):
         pytest.importorskip(package)
     torch.manual_seed(0)
-    model = tmp_path / "outputs/train_from_scratch"
+    model = tmp_path / "examples/pretrained/seqboat-enwik8-small"
     SeqBoatForCausalLM(SeqBoatConfig.from_preset("tiny")).save_pretrained(model)
     build_byte_tokenizer().save_pretrained(model)
     data = tmp_path / "examples/data/tinyshakespeare.txt"
@@ -51,7 +51,7 @@ def test_no_block_is_longer_than_promised():
 @pytest.mark.parametrize(
     "command",
     [
-        "pip install -c constraints.txt -e . && python examples/train_from_scratch.py",
+        'pip install -c constraints.txt -e ".[train]" && python examples/quickstart.py',
         'pip install -c constraints.txt -e ".[test]" && pytest',
         'pip install -c constraints-min.txt -e ".[test]" && pytest',
     ],

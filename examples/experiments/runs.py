@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, set_seed
 import modeling_seqboat
 from modeling_seqboat import SeqBoatForCausalLM, SeqBoatForImageClassification, SeqBoatForSequenceClassification
 from modeling_seqboat.analysis_seqboat import ActivationReport, analyse_activations
+from modeling_seqboat.graphed_step_seqboat import GraphedStep
 from modeling_seqboat.training_seqboat import parameter_groups
 
 MODELS = {
@@ -52,13 +53,24 @@ class Run:
             groups, lr=recipe.learning_rate, betas=(0.9, 0.98), fused=device.type == "cuda"
         )
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: rate_factor(recipe, step))
+        # The recurrences without kernels of their own are not worth a graph.
+        config = recipe.config()
+        graphs = device.type == "cuda" and config.ssm_type == "ema" and config.kernel_backend == "auto"
+        self.graphed = GraphedStep(self.model) if graphs else None
         # Runs with the same seed read the same rows in the same order, whatever else differs.
         self.order = torch.Generator().manual_seed(recipe.seed)
 
-    def step(self) -> None:
+    def step(self, launched: bool = False) -> None:
+        """One step of training; `launched` kernel by kernel, or as a CUDA graph where there can be one."""
+        batch = self.data.batch(self.order)
         with autocast(self.recipe, self.device):
-            loss = self.model(**self.data.batch(self.order)).loss
-        loss.backward()
+            if launched or self.graphed is None:
+                loss = self.model(**batch).loss
+            else:
+                self.graphed(**batch)
+                loss = None
+        if loss is not None:
+            loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -96,10 +108,10 @@ class Run:
         """Speed alone, of a model that has hardly learnt anything: about half of the tokens are activated."""
         self.model.train()
         for _ in range(self.recipe.timed_steps):
-            self.step()
+            self.step(launched=True)
         started = self.wait()
         for _ in range(self.recipe.timed_steps):
-            self.step()
+            self.step(launched=True)
         seconds = (self.wait() - started) / self.recipe.timed_steps
         return {"tokens_per_second": self.data.tokens_a_step / seconds, "seconds_a_step": seconds}
 
