@@ -18,7 +18,7 @@ launch, 25 s to compile a model, empty Triton cache):
     forward   1 x 8k to 1M without a cache                                     30 s
     prefill   8k to 1M in chunks of 8,192 with a cache                         15 s
 
-Rows that the targets depend on most come first, whatever their part. `--minutes` bounds the whole: a row that would start
+Rows that a target depends on come first, whatever their part. `--minutes` bounds the whole: a row that would start
 later is skipped, and named in the results. A row that runs out of memory or fails is recorded as such. Every row is in the
 CSV as soon as it is measured, so that an interrupted run keeps what it has; `--from-csv` draws tables and plots of it.
 
@@ -49,7 +49,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for the results")
     parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated, of %(default)s")
-    parser.add_argument("--minutes", type=float, help="start no row after this long; by default all are measured")
+    parser.add_argument(
+        "--minutes", type=float, help="start no row this long after the imports; by default all are measured"
+    )
     parser.add_argument("--from-csv", type=Path, help="draw tables and plots of these results instead of measuring")
     parser.add_argument("--toy", action="store_true", help="tiny models on the CPU, to try the benchmark itself")
     arguments = parser.parse_args(argv)
@@ -120,6 +122,7 @@ def measure_all(arguments: argparse.Namespace, device: torch.device, file: CsvFi
         numbers = ", ".join(f"{name} {value:.4g}" for name, value in found.items() if isinstance(value, float))
         said = numbers or f"{found['status']} {found.get('note', '')}"
         print(f"[{time.perf_counter() - started:6.1f} s] {row.name}: {said}", flush=True)
+    gc.unfreeze()
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -20,6 +20,9 @@ COLUMNS = (
     "cache_mib", "bytes_per_s", "flop_per_s", "repeats", "seconds", "note",
 )  # fmt: skip
 WHOLE = ("batch", "length", "repeats")
+COLORS = {
+    "seqboat": "tab:blue", "llama": "tab:orange", "mistral": "tab:green", "mamba2": "tab:red", "gla": "tab:purple"
+}  # fmt: skip
 TITLES = {
     "train": "Training step (forward + backward)",
     "decode": "Decoding, one token",
@@ -181,15 +184,29 @@ def _series(rows: list[dict], part: str, measure: str, batch: int = 1) -> dict[s
     return {name: sorted(points) for name, points in sorted(found.items())}
 
 
-def _curves(axes, series: dict[str, list[tuple[int, float]]], prefix: str = "") -> None:
+def _curves(axes, series: dict[str, list[tuple[int, float]]], prefix: str = "", marker: str = "o") -> None:
     for name, points in series.items():
-        style = "o--" if name.endswith("eager") else "o-"
-        color = {"seqboat": "tab:blue", "llama": "tab:orange", "mistral": "tab:green"}.get(name.split(",")[0])
-        axes.plot(*zip(*points, strict=True), style, label=prefix + name, color=color, markersize=4)
+        style = f"{marker}--" if name.endswith("eager") else f"{marker}-"
+        color = COLORS.get(name.split(",")[0])
+        axes.plot(*zip(*points, strict=True), style, label=prefix + name, color=color, markersize=5)
+
+
+def _length_name(length: float, place: int | None = None) -> str:
+    for unit, size in (("M", 1 << 20), ("k", 1 << 10)):
+        if length >= size:
+            return f"{length / size:g}{unit}"
+    return f"{length:g}"
 
 
 def _finish(axes, title: str, below: str, left: str) -> None:
-    axes.set(title=title, xlabel=below, ylabel=left, xscale="log", yscale="log")
+    axes.set(title=title, xlabel=below, ylabel=left, yscale="log")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(_length_name)
+    low, high = axes.get_ylim()
+    if high < 10 * low:
+        # What is flat is to look flat.
+        middle = (low * high) ** 0.5
+        axes.set_ylim(middle / 10**0.5, middle * 10**0.5)
     axes.grid(True, which="major", alpha=0.3)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize=8)
@@ -225,7 +242,7 @@ def draw_time(rows: list[dict], path: Path) -> None:
         series = _series(rows, part, "ms")
         _curves(axes, series)
         if part == "forward":
-            _curves(axes, _series(rows, "prefill", "ms"), "chunks with a cache: ")
+            _curves(axes, _series(rows, "prefill", "ms"), "chunks with a cache: ", "^")
         lengths = sorted({length for points in series.values() for length, _ in points})
         if times:
             _draw_roofline(axes, rows, lengths, times)
@@ -238,8 +255,8 @@ def draw_time(rows: list[dict], path: Path) -> None:
 def draw_memory(rows: list[dict], path: Path) -> None:
     """Peak memory of training steps, forwards and chunked prefill, and the cache's size, on log axes."""
     pyplot, figure, panels = _figure(2)
-    for part in ("train", "forward", "prefill"):
-        _curves(panels[0], _series(rows, part, "peak_gib"), f"{part}: ")
+    for part, marker in (("train", "o"), ("forward", "s"), ("prefill", "^")):
+        _curves(panels[0], _series(rows, part, "peak_gib"), f"{part}: ", marker)
     _finish(panels[0], "peak memory, batch 1", "tokens", "GiB")
     _curves(panels[1], _series(rows, "decode", "cache_mib"))
     _finish(panels[1], "size of the cache, batch 1", "tokens of context", "MiB")

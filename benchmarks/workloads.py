@@ -63,7 +63,10 @@ TOY = Scale(
 
 @dataclass
 class Row:
-    """One thing to measure; `measure` gives the numbers. `core` rows of all parts come before the others."""
+    """One thing to measure; `measure` gives the numbers.
+
+    Rows of a lower `rank` come first, whatever their part: 0 are the headlines, 1 what else a target needs, 2 the rest.
+    """
 
     part: str
     model: str
@@ -72,7 +75,7 @@ class Row:
     length: int
     measure: Callable[["Workbench", "Row"], dict] = field(repr=False)
     active: float | None = None
-    core: bool = False
+    rank: int = 2
     repeats: int = 5
     warmups: int = 1
 
@@ -306,11 +309,11 @@ def plan(scale: Scale, parts: list[str]) -> list[Row]:
         "roofline": _roofline, "train": _training, "decode": _decoding, "forward": _forwards, "prefill": _prefills
     }  # fmt: skip
     rows = [row for part in PARTS if part in parts for row in makers[part](scale)]
-    return sorted(rows, key=lambda row: not row.core)
+    return sorted(rows, key=lambda row: row.rank)
 
 
 def _roofline(scale: Scale) -> list[Row]:
-    return [Row("roofline", name, "", 0, 0, measure_roofline, core=True) for name in ("copy", "matmul")]
+    return [Row("roofline", name, "", 0, 0, measure_roofline, rank=0) for name in ("copy", "matmul")]
 
 
 def _training(scale: Scale) -> list[Row]:
@@ -319,42 +322,42 @@ def _training(scale: Scale) -> list[Row]:
     def row(model: str, mode: str, shape: tuple[int, int], active: float | None, **options) -> Row:
         return Row("train", model, mode, *shape, measure_training, active, **{"repeats": repeats, **options})
 
-    rows = [row("seqboat", mode, scale.train, 0.5, core=True) for mode in modes]
-    rows += [row("llama", mode, scale.train, None, core=True) for mode in modes]
-    rows += [row("seqboat", mode, scale.train, rate) for rate in (0.1, 1.0) for mode in modes]
-    rows += [row("seqboat", modes[-1], scale.train, 0.0)]
+    rows = [row("seqboat", mode, scale.train, 0.5, rank=0) for mode in modes]
+    rows += [row("llama", mode, scale.train, None, rank=0) for mode in modes]
     few = min(3, repeats)
-    for length in scale.train_lengths:
-        rows += [row("seqboat", mode, (1, length), 0.5, repeats=few) for mode in modes]
-    rows += [row("llama", "eager", (1, scale.train_lengths[0]), None, repeats=few)]
+    rows += [row("seqboat", modes[-1], scale.train, rate, rank=1) for rate in (0.0, 0.1, 1.0)]
+    long, short = scale.train_lengths[:2], scale.train_lengths[2:]
+    rows += [row("seqboat", mode, (1, length), 0.5, repeats=few, rank=1) for length in long for mode in modes]
     rows += [row("mistral", "eager", scale.train, None, repeats=few)]
+    rows += [row("llama", "eager", (1, long[0]), None, repeats=few)]
     rows += [row(name, "eager", scale.train, None, repeats=few) for name in PACKAGES]
     if scale.graphs:
+        rows += [row("seqboat", "eager", scale.train, rate, repeats=few) for rate in (0.1, 1.0)]
         rows += [row("seqboat-torch", "eager", scale.train, 0.5, repeats=1, warmups=0)]
-    return rows
+    return rows + [row("seqboat", mode, (1, length), 0.5, repeats=few) for length in short for mode in modes]
 
 
 def _decoding(scale: Scale) -> list[Row]:
-    repeats = scale.repeats
-
     def row(model: str, mode: str, batch: int, context: int, **options) -> Row:
         active = 0.5 if model == "seqboat" else None
+        repeats = scale.repeats if mode == COMPILED else min(3, scale.repeats)
         return Row("decode", model, mode, batch, context, measure_decode, active, repeats=repeats, **options)
 
     first, second, *_ = scale.contexts
     if scale.compile_options is None:
-        rows = [row("seqboat", "eager", 1, context, core=True) for context in scale.contexts]
+        rows = [row("seqboat", "eager", 1, context, rank=0) for context in scale.contexts]
         rows += [row("llama", "eager", 1, context) for context in (first, second)]
         return rows + [row("seqboat", "eager", *scale.wide)]
-    rows = [row("seqboat", COMPILED, 1, context, core=True) for context in scale.contexts]
-    rows += [row("seqboat", COMPILED, *scale.wide, core=True), row("llama", COMPILED, 1, second, core=True)]
+    rows = [row("seqboat", COMPILED, 1, context, rank=0) for context in scale.contexts]
+    rows += [row("seqboat", COMPILED, *scale.wide, rank=0), row("llama", COMPILED, 1, second, rank=0)]
     return rows + [row("seqboat", "eager", 1, first), row("llama", "eager", 1, first)]
 
 
 def _forwards(scale: Scale) -> list[Row]:
     def row(model: str, mode: str, length: int, active: float | None) -> Row:
         repeats = 1 if length > 1 << 18 else min(3, scale.repeats) if length > 1 << 16 else scale.repeats
-        return Row("forward", model, mode, 1, length, measure_forward, active, repeats=repeats)
+        rank = 1 if mode == modes[0] and model == "seqboat" and length in scale.prefill_lengths else 2
+        return Row("forward", model, mode, 1, length, measure_forward, active, repeats=repeats, rank=rank)
 
     modes = (GRAPH, "eager") if scale.graphs else ("eager",)
     rows = [row("seqboat", mode, length, 0.5) for mode in modes for length in scale.forward_lengths]
