@@ -11,12 +11,12 @@ Tokens are random; router biases are set so that the stated share of tokens is a
 Parts, in order of importance, with the time that each is expected to take on an H200 behind a slow host (10 to 20 µs a
 launch, 25 s to compile a model, empty Triton cache):
 
-    start     imports, first use of the device                                 25 s
-    roofline  copy bandwidth and bfloat16 matmul rate, in the same run          2 s
-    train     4 x 8,192 at 0, 10, 50 and 100 %, 1 x 1,024 to 131,072; others  100 s
-    decode    contexts of 1k to 1M at batch 1, 32k at batch 64; Llama         110 s
-    forward   1 x 8k to 1M without a cache                                     30 s
-    prefill   8k to 1M in chunks of 8,192 with a cache                         15 s
+    start     imports, first use of the device                                          25 s
+    roofline  copy bandwidth and bfloat16 matmul rate, in the same run                   2 s
+    train     4 x 8,192 at 0, 10, 50 and 100 %, 1 x 1,024 to 131,072; the others       110 s
+    decode    contexts of 1k to 1M at batch 1, 32k at batch 64; Llama (3 compilations) 110 s
+    forward   1 x 8k to 1M without a cache                                              30 s
+    prefill   8k to 1M in chunks of 8,192 with a cache                                  15 s
 
 Rows that a target depends on come first, whatever their part. `--minutes` bounds the whole: a row that would start
 later is skipped, and named in the results. A row that runs out of memory or fails is recorded as such. Every row is in the

@@ -1,6 +1,7 @@
 """The files that a run leaves: results as CSV, tables in markdown, and plots of time and memory against length."""
 
 import csv
+import importlib.util
 from pathlib import Path
 from types import TracebackType
 
@@ -74,9 +75,12 @@ def _parse(name: str, text: str) -> str | float | int | None:
 
 
 def write_report(rows: list[dict], folder: Path) -> None:
-    """Writes results.md and both plots into `folder`, which may have to be made."""
+    """Writes results.md and, where matplotlib is installed, both plots into `folder`, which may have to be made."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.md").write_text(markdown(rows), encoding="utf-8")
+    if importlib.util.find_spec("matplotlib") is None:
+        print("matplotlib is not installed: no plots; --from-csv draws them where it is")
+        return
     draw_time(rows, folder / "time_against_length.png")
     draw_memory(rows, folder / "memory_against_length.png")
 

@@ -28,7 +28,7 @@ class Scale:
         chunk, prefill_lengths: columns a forward with a cache, and of the whole prompt.
         contexts: tokens in the state before decoding; wide: (B, context) of a batch.
         graphs: whether CUDA graphs are there to be measured; compile_options: of `torch.compile`, None without it.
-        steps: tokens that one timing of decoding takes.
+        compiled_steps, eager_steps: tokens that one timing of decoding takes.
     """
 
     size: str
@@ -41,9 +41,13 @@ class Scale:
     contexts: tuple[int, ...]
     wide: tuple[int, int]
     repeats: int
-    steps: int = 16
+    compiled_steps: int = 64
+    eager_steps: int = 16
     graphs: bool = False
     compile_options: dict[str, str] | None = None
+
+    def steps(self, mode: str) -> int:
+        return self.compiled_steps if mode == COMPILED else self.eager_steps
 
 
 GPU = Scale(
@@ -53,10 +57,10 @@ GPU = Scale(
 )  # fmt: skip
 CPU = Scale(
     "small", (2, 2048), (1024, 8192), (2048, 16384, 65536), (2048, 8192), 2048, (2048, 16384, 65536),
-    (1024, 16384, 65536), (8, 16384), 3,
+    (1024, 16384, 65536), (8, 16384), 3, eager_steps=64,
 )  # fmt: skip
 TOY = Scale(
-    "toy", (2, 32), (16, 48), (16, 40), (16,), 16, (16, 40), (8, 24, 40), (3, 24), 1, steps=2,
+    "toy", (2, 32), (16, 48), (16, 40), (16,), 16, (16, 40), (8, 24, 40), (3, 24), 1, 2, 2,
     compile_options={"backend": "eager"},
 )  # fmt: skip
 
@@ -243,17 +247,19 @@ def measure_decode(bench: Workbench, row: Row) -> dict:
     device, scale = bench.device, bench.scale
     half_shape = (1, scale.chunk)
     model = bench.model(row.model, row.active, half_shape, half=True).eval()
-    token = bench.ids(row.batch, 1)
+    steps = scale.steps(row.mode)
+    # A token that is always the same might always be skipped; and contexts compare where all get the same tokens.
+    drawn = torch.randint(0, 256, (steps, row.batch, 1), generator=torch.Generator().manual_seed(0)).to(device)
     cache = (seqboat_cache if row.model == "seqboat" else attention_cache)(bench, model, row)
     step = bench.decoder(row.model, model, row.mode)
     counters = torch._dynamo.utils.counters
     skipped = counters["inductor"]["cudagraph_skips"]
 
     def run():
-        for _ in range(scale.steps):
+        for token in drawn:
             step(input_ids=token, past_key_values=cache, use_cache=True)
 
-    taken = median_ms(run, device, row.repeats, 2) / scale.steps
+    taken = median_ms(run, device, row.repeats, 2) / steps
     synchronise(device)
     found = {"ms": taken, "tokens_per_s": row.batch / taken * 1e3, "cache_mib": cache_mib(cache)}
     if counters["inductor"]["cudagraph_skips"] > skipped:
@@ -287,7 +293,7 @@ def seqboat_cache(bench: Workbench, model: nn.Module, row: Row) -> SeqBoatCache:
 
 def attention_cache(bench: Workbench, model: nn.Module, row: Row) -> StaticCache | DynamicCache:
     """Keys and values of `row.length` tokens, with room for those that are decoded in all timings."""
-    room = (row.repeats + 2) * bench.scale.steps
+    room = (row.repeats + 2) * bench.scale.steps(row.mode)
     if row.mode == COMPILED:
         cache = StaticCache(config=model.config, max_cache_len=row.length + room)
     else:
@@ -334,7 +340,8 @@ def _training(scale: Scale) -> list[Row]:
     if scale.graphs:
         rows += [row("seqboat", "eager", scale.train, rate, repeats=few) for rate in (0.1, 1.0)]
         rows += [row("seqboat-torch", "eager", scale.train, 0.5, repeats=1, warmups=0)]
-    return rows + [row("seqboat", mode, (1, length), 0.5, repeats=few) for length in short for mode in modes]
+    rows += [row("seqboat", mode, (1, length), 0.5, repeats=few) for length in short for mode in modes]
+    return rows + [row("llama", "eager", (1, length), None, repeats=few) for length in (*short, *long[1:])]
 
 
 def _decoding(scale: Scale) -> list[Row]:
@@ -369,7 +376,5 @@ def _prefills(scale: Scale) -> list[Row]:
     for length in scale.prefill_lengths:
         chunks = -(-length // scale.chunk)
         repeats, warmups = (scale.repeats, 1) if chunks == 1 else (1, 0)
-        rows.append(
-            Row("prefill", "seqboat", "eager", 1, length, measure_prefill, 0.5, repeats=repeats, warmups=warmups)
-        )
+        rows.append(Row("prefill", "seqboat", "eager", 1, length, measure_prefill, 0.5, 1, repeats, warmups))
     return rows

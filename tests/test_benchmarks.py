@@ -242,6 +242,28 @@ def test_one_compiled_step_serves_every_context(bench):
     assert not bench_.compiled and not bench_.states, "caches would count for the memory of the next row"
 
 
+def test_every_context_decodes_the_same_varied_tokens(bench):
+    """One token over and over would be skipped, or not, in all steps of a context."""
+    import workloads
+
+    bench_ = workloads.Workbench(torch.device("cpu"), bench.CPU)
+    fed = []
+    bench_.decoder = lambda name, model, mode: lambda input_ids, **rest: fed.append(input_ids.tolist())
+    bench_.model = lambda *args, **kwargs: model
+    model = workloads.build("seqboat", torch.device("cpu"), "toy")
+    cache = workloads.SeqBoatCache(model.config)
+    model.eval()(torch.tensor([[1]]), past_key_values=cache)
+    bench_.seqboat_state = lambda model, context: dict(cache.tensors())
+    rows = [row for row in bench.plan(bench.CPU, ["decode"]) if row.model == "seqboat" and row.batch == 1]
+    sequences = []
+    for row in rows:
+        row.measure(bench_, row)
+        sequences.append(fed[: bench.CPU.eager_steps])
+        fed.clear()
+    assert len(rows) == 3 and sequences[0] == sequences[1] == sequences[2]
+    assert len({str(token) for token in sequences[0]}) > 20
+
+
 def test_the_state_before_decoding_is_that_of_the_whole_context(bench):
     import workloads
 
