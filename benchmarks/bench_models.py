@@ -41,7 +41,7 @@ from pathlib import Path
 import torch
 import transformers
 from measuring import release_memory
-from report import CsvFile, read_rows, write_report
+from result_files import CsvFile, read_rows, write_report
 from workloads import CPU, GPU, PARTS, TOY, Row, Scale, Workbench, plan
 
 

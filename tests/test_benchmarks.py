@@ -25,9 +25,9 @@ def bench():
 
 @pytest.fixture(scope="module")
 def report(bench):
-    import report
+    import result_files
 
-    return report
+    return result_files
 
 
 @pytest.fixture(scope="module")
