@@ -38,7 +38,7 @@ def examples(monkeypatch):
     _forget_accelerator()
     yield importlib.import_module("train_lm")
     _forget_accelerator()
-    for name in ("train_lm", "recipes", "run_record", "text_data"):
+    for name in ("train_lm", "lm_arguments", "lm_checkpoints", "lm_data", "recipes", "run_record", "text_data"):
         sys.modules.pop(name, None)
 
 
@@ -128,7 +128,8 @@ def test_interrupt_saves_a_checkpoint_that_latest_finds(tmp_path, examples, monk
 def seconds(monkeypatch, examples):
     """A clock by which each reading comes a second after the last."""
     ticks = itertools.count()
-    monkeypatch.setattr(examples, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
+    clock = importlib.import_module("lm_checkpoints")
+    monkeypatch.setattr(clock, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
 
 
 def test_time_budget_ends_the_run_and_counts_what_a_resumed_one_has_used(tmp_path, examples, seconds):

@@ -1,0 +1,114 @@
+"""What `train_lm.py` can be told, and what it refuses before it starts."""
+
+import math
+import os
+from dataclasses import dataclass, field
+
+
+@dataclass
+class TrainArguments:
+    output_dir: str = field(metadata={"help": "must be new or empty, unless resuming"})
+    model_type: str = field(default="seqboat", metadata={"help": "seqboat, or llama for comparison"})
+    preset: str = field(default="small", metadata={"help": "a preset of configuration/; not used for llama"})
+    config_overrides: str | None = field(
+        default=None, metadata={"help": "JSON of config fields to change; for llama: the fields of a LlamaConfig"}
+    )
+    tokenizer: str = field(default="byte", metadata={"help": "'byte' or a name for AutoTokenizer"})
+    train_file: str | None = field(default=None, metadata={"help": "text or enwik8, plain, .gz or .xz"})
+    max_bytes: int | None = field(default=None, metadata={"help": "use this much of train_file"})
+    validation_fraction: float = field(default=0.05, metadata={"help": "end of train_file kept for validation"})
+    dataset_name: str | None = field(default=None, metadata={"help": "instead of train_file: for load_dataset"})
+    dataset_config: str | None = field(default=None)
+    dataset_files: str | None = field(default=None, metadata={"help": "data_files of load_dataset"})
+    dataset_split: str = field(default="train")
+    validation_split: str | None = field(default=None, metadata={"help": "default: the first rows of dataset_split"})
+    text_column: str = field(default="text")
+    streaming: bool = field(default=False)
+    sequence_length: int = field(default=1024)
+    batch_size: int = field(default=8, metadata={"help": "rows a process and micro-batch"})
+    gradient_accumulation_steps: int = field(default=1)
+    max_steps: int | None = field(default=None, metadata={"help": "default: 500, or no limit with max_minutes"})
+    max_minutes: float | None = field(
+        default=None, metadata={"help": "end after this much training time, validation and saving not counted"}
+    )
+    optimizer: str = field(default="adamw", metadata={"help": "adamw or radam"})
+    learning_rate: float = field(default=2e-3)
+    router_learning_rate: float | None = field(default=None, metadata={"help": "peak rate of the routers"})
+    beta1: float = field(default=0.9)
+    beta2: float = field(default=0.98)
+    weight_decay: float = field(default=0.1)
+    warmup_steps: int = field(default=100)
+    warmup_start: float = field(default=0.0, metadata={"help": "first learning rate, as a part of the peak"})
+    schedule: str = field(default="cosine", metadata={"help": "linear or cosine decay after the warm-up"})
+    final_rate: float = field(default=0.02, metadata={"help": "last learning rate, as a part of the peak"})
+    max_grad_norm: float = field(default=0.25)
+    mixed_precision: str | None = field(default=None, metadata={"help": "no, bf16 or fp16; default: Accelerate's"})
+    gradient_checkpointing: bool = field(default=False)
+    compile: bool = field(default=False, metadata={"help": "torch.compile the model"})
+    cuda_graphs: bool = field(
+        default=False, metadata={"help": "forward and backward as one CUDA graph; one process on a GPU"}
+    )
+    cpu: bool = field(default=False, metadata={"help": "do not use a GPU"})
+    eval_steps: int = field(default=100)
+    eval_context: int | None = field(
+        default=None, metadata={"help": "tokens of each validation row that are context only; default: half"}
+    )
+    eval_tokens: int = field(default=100_000, metadata={"help": "validation tokens that are scored"})
+    eval_batch_size: int = field(default=8)
+    save_steps: int = field(default=100)
+    save_total_limit: int = field(default=2, metadata={"help": "checkpoints kept besides best and final"})
+    logging_steps: int = field(default=10)
+    resume_from_checkpoint: str | None = field(default=None, metadata={"help": "a checkpoint folder, or 'latest'"})
+    overwrite_output_dir: bool = field(default=False)
+    seed: int = field(default=0)
+
+    def __post_init__(self):
+        if self.max_steps is None:
+            self.max_steps = 500 if self.max_minutes is None else math.inf
+
+
+def check_arguments(a: TrainArguments) -> None:
+    """Raises ValueError for values that no run can use, naming them."""
+    choices = {
+        "model_type": (a.model_type, ("seqboat", "llama")),
+        "optimizer": (a.optimizer, ("adamw", "radam")),
+        "schedule": (a.schedule, ("linear", "cosine")),
+        "mixed_precision": (a.mixed_precision, (None, "no", "bf16", "fp16")),
+    }
+    for name, (value, allowed) in choices.items():
+        if value not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(str(x) for x in allowed if x)}, got {value!r}")
+    if (a.train_file is None) == (a.dataset_name is None):
+        raise ValueError(f"give one of train_file and dataset_name, got {a.train_file!r} and {a.dataset_name!r}")
+    for name in (
+        "batch_size",
+        "gradient_accumulation_steps",
+        "max_steps",
+        "eval_steps",
+        "save_steps",
+        "logging_steps",
+    ):
+        if getattr(a, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(a, name)}")
+    if a.sequence_length < 2:
+        raise ValueError(f"sequence_length must be at least 2, got {a.sequence_length}")
+    if a.eval_context is not None and not 1 <= a.eval_context < a.sequence_length:
+        raise ValueError(f"eval_context must be from 1 to {a.sequence_length - 1}, got {a.eval_context}")
+    if not 0 < a.validation_fraction < 1:
+        raise ValueError(f"validation_fraction must lie between 0 and 1, got {a.validation_fraction}")
+    if a.max_minutes is not None and not 0 < a.max_minutes < math.inf:
+        raise ValueError(f"max_minutes must be above 0, got {a.max_minutes}")
+
+
+def check_graphs(a: TrainArguments, on_cpu: bool) -> None:
+    """Raises ValueError where `cuda_graphs` cannot be had, saying why."""
+    reasons = {
+        "it needs a GPU": on_cpu,
+        "it is for SeqBoat": a.model_type != "seqboat",
+        "it runs in one process": int(os.environ.get("WORLD_SIZE", 1)) > 1,
+        "it does not go with compile": a.compile,
+        "fp16 scales its loss outside the graph; use bf16": a.mixed_precision == "fp16",
+    }
+    reason = next((text for text, applies in reasons.items() if applies), None)
+    if a.cuda_graphs and reason is not None:
+        raise ValueError(f"cuda_graphs cannot be used: {reason}")

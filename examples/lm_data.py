@@ -1,0 +1,72 @@
+"""Training rows and validation tokens of `train_lm.py`, and the order in which a process reads them."""
+
+import torch
+from accelerate import Accelerator
+from lm_arguments import TrainArguments
+from text_data import (
+    RowOrder,
+    StreamedBlocks,
+    TokenBlocks,
+    joined_tokens,
+    read_text_file,
+    split_text,
+    text_of,
+)
+from torch.utils.data import DataLoader
+
+
+def load_data(a: TrainArguments, tokenizer):
+    """Training rows, validation tokens, and bytes of text a validation token."""
+    if a.train_file is not None:
+        text = read_text_file(a.train_file)
+        splits = split_text(text, tokenizer, a.validation_fraction, a.max_bytes)
+        return TokenBlocks(splits.train, a.sequence_length), splits.validation, splits.bytes_per_token
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
+
+    def load(split: str):
+        return load_dataset(
+            a.dataset_name, a.dataset_config, data_files=a.dataset_files, split=split, streaming=a.streaming
+        )
+
+    try:
+        train = load(a.dataset_split)
+    except DatasetGenerationError as error:
+        raise ValueError(f"dataset {a.dataset_name!r} cannot be read or is empty: {error.__cause__}") from error
+    if next(iter(train), None) is None:
+        raise ValueError(f"split {a.dataset_split!r} of dataset {a.dataset_name!r} is empty")
+    if a.validation_split is not None:
+        held_out = load(a.validation_split)
+    else:
+        # Rows at the beginning, since a streamed dataset has no known end.
+        kept = 0
+        size = 0
+        for example in train:
+            kept += 1
+            size += len(text_of(example, a.text_column).encode("utf-8"))
+            if size >= a.eval_tokens:
+                break
+        if not a.streaming:
+            kept = min(kept, max(1, int(len(train) * a.validation_fraction)))
+        if next(iter(train.skip(kept)), None) is None if a.streaming else kept == len(train):
+            raise ValueError(f"dataset {a.dataset_name!r} is too small: validation takes all of its {kept} rows")
+        held_out, train = train.take(kept), train.skip(kept)
+    limit = a.eval_tokens + a.sequence_length
+    validation, bytes_per_token = joined_tokens(held_out, a.text_column, tokenizer, limit)
+    if not a.streaming:
+        rows, _ = joined_tokens(train, a.text_column, tokenizer, 2**62)
+        return TokenBlocks(rows, a.sequence_length), validation, bytes_per_token
+    return StreamedBlocks(train, a.text_column, tokenizer, a.sequence_length), validation, bytes_per_token
+
+
+def build_loader(a: TrainArguments, accelerator: Accelerator, rows, start: int) -> DataLoader:
+    """This process's batches from micro-batch `start` on. Not prepared by Accelerate: the order has to be a function
+    of seed and position for an exact resume."""
+    # Without a generator of its own, starting the loader would draw from the random state that dropout goes on with.
+    generator = torch.Generator()
+    place = {"start": start, "rank": accelerator.process_index, "world": accelerator.num_processes}
+    if isinstance(rows, StreamedBlocks):
+        rows.place(a.batch_size, **place)
+        return DataLoader(rows, batch_size=a.batch_size, generator=generator)
+    order = RowOrder(len(rows), a.batch_size, a.seed, **place)
+    return DataLoader(rows, batch_size=a.batch_size, sampler=order, generator=generator)
