@@ -28,6 +28,9 @@ TEST = [
     "triton>=3.6; platform_system == 'Linux'",
 ]
 
+# The loss of large vocabularies without their logits, on a GPU.
+LIGER = ["liger-kernel>=0.6.2"]
+
 setup(
     name="seqboat-transformers",
     version=VERSION,
@@ -56,7 +59,7 @@ setup(
         "tqdm>=4.66",
         "transformers>=5.17",
     ],
-    extras_require={"train": TRAIN, "test": TEST},
+    extras_require={"train": TRAIN, "test": TEST, "liger": LIGER},
     packages=["modeling_seqboat", "modeling_seqboat.configuration", "hub_upload"],
     package_dir={"modeling_seqboat.configuration": "configuration"},
     package_data={

@@ -154,6 +154,7 @@ FIELD_CHECKS: dict[str, Check] = {
     "bos_token_id": _token_id(),
     "eos_token_id": _token_id(several=True),
     "kernel_backend": _one_of("auto", "torch", "triton"),
+    "loss_implementation": _one_of("torch", "liger"),
 }
 
 # Keys that transformers and its companions put into a config without declaring them on the base class.
@@ -174,6 +175,11 @@ def _contradictions(config: Mapping[str, Any]) -> Iterator[str]:
     if config["bidirectional"]:
         if config["use_cache"]:
             yield f"{pair('use_cache', 'bidirectional')}: a bidirectional model has no cache; set use_cache=False."
+        if config["loss_implementation"] == "liger":
+            yield (
+                f"{pair('loss_implementation', 'bidirectional')}: it is made for the causal language model's loss; use "
+                "loss_implementation='torch'."
+            )
     else:
         if config["norm_type"] == "batchnorm":
             yield (
@@ -285,6 +291,10 @@ class SeqBoatConfig(PreTrainedConfig):
         pad_token_id, bos_token_id, eos_token_id: ids or None. The defaults are the byte tokenizer's, and None where
             `vocab_size` is too small for them.
         kernel_backend: `auto`, `torch` or `triton`; the environment variable SEQBOAT_KERNEL_BACKEND overrides it.
+        loss_implementation: `torch`, or `liger` for large vocabularies: in training, `SeqBoatForCausalLM` then has its
+            loss from Liger's fused linear cross entropy (the package liger-kernel, on a GPU), never holds the logits of
+            all tokens, and returns logits None. Where that cannot run, forward raises ValueError. Other heads have no
+            such loss and do not read it. Read at every forward.
     """
 
     model_type = "seqboat"
@@ -337,6 +347,7 @@ class SeqBoatConfig(PreTrainedConfig):
     bos_token_id: int | None = _DefaultTokenId(257)
     eos_token_id: int | list[int] | None = _DefaultTokenId(258)
     kernel_backend: str = "auto"
+    loss_implementation: str = "torch"
 
     def __post_init__(self, **kwargs: Any) -> None:
         given_type = kwargs.pop("model_type", self.model_type)

@@ -31,6 +31,7 @@ from .layers_seqboat import (
     SeqBoatValueEmbedding,
     build_norm,
 )
+from .loss_seqboat import expect_liger, fused_linear_cross_entropy
 from .router_seqboat import SeqBoatRouter
 from .ssm_seqboat import SeqBoatEMA, SeqBoatS4D, SeqBoatS5
 
@@ -74,8 +75,8 @@ class SeqBoatModelOutput(ModelOutput):
 
 @dataclass
 class SeqBoatCausalLMOutput(ModelOutput):
-    """Output of `SeqBoatForCausalLM`: loss (scalar, with labels), logits (B, kept columns, vocab), and the rest of
-    `SeqBoatModelOutput`."""
+    """Output of `SeqBoatForCausalLM`: loss (scalar, with labels), logits (B, kept columns, vocab) or None where
+    `loss_implementation` does without them, and the rest of `SeqBoatModelOutput`."""
 
     loss: Tensor | None = None
     logits: Tensor | None = None
@@ -469,8 +470,14 @@ class SeqBoatForCausalLM(SeqBoatPreTrainedModel, GenerationMixin):
             labels: (B, L) int64 next-token targets before shifting (labels[t] is compared with what is predicted at
                 the real token before t); -100, padding and the first token of a segment are ignored.
             logits_to_keep: how many of the last columns get logits (0: all), or the (n,) indices of those that do.
+            skip_logits: with labels and `loss_implementation` liger, whether to compute the loss without the logits,
+                which are then None; by default in training only. The Trainer's evaluation asks for it where it needs
+                the loss alone.
 
         The other arguments are those of `SeqBoatModel.forward`.
+
+        Raises:
+            ValueError: also where `loss_implementation` liger cannot run, with the reason.
         """
         given = input_ids if inputs_embeds is None else inputs_embeds
         if labels is not None and given is not None:
@@ -478,6 +485,10 @@ class SeqBoatForCausalLM(SeqBoatPreTrainedModel, GenerationMixin):
                 raise ValueError(f"labels must be of shape {tuple(given.shape[:2])}, got {tuple(labels.shape)}")
             if not isinstance(logits_to_keep, int) or 0 < logits_to_keep < labels.shape[1]:
                 raise ValueError(f"labels need the logits of every column: logits_to_keep=0, got {logits_to_keep}")
+        fused = labels is not None and self.config.loss_implementation == "liger"
+        fused = fused and kwargs.get("skip_logits", self.training)
+        if fused:
+            expect_liger(self.lm_head)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -494,15 +505,19 @@ class SeqBoatForCausalLM(SeqBoatPreTrainedModel, GenerationMixin):
             return_dict=True,
             **{name: kwargs[name] for name in _PAGED_ARGUMENTS if name in kwargs},
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
-        loss = None
+        hidden, logits, loss = outputs.last_hidden_state, None, None
+        if not fused:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden[:, kept, :])
         if labels is not None:
             shifted = self._next_labels(labels, attention_mask, position_ids, seq_idx, cu_seq_lens_q)
-            passed = {name: kwargs[name] for name in ("num_items_in_batch",) if name in kwargs}
-            loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.vocab_size, shift_labels=shifted, **passed
-            )
+            if fused:
+                loss = fused_linear_cross_entropy(hidden, self.lm_head, shifted, kwargs.get("num_items_in_batch"))
+            else:
+                passed = {name: kwargs[name] for name in ("num_items_in_batch",) if name in kwargs}
+                loss = self.loss_function(
+                    logits=logits, labels=labels, vocab_size=self.config.vocab_size, shift_labels=shifted, **passed
+                )
             loss = self._with_router_penalty(loss, outputs.router_penalty, shifted, kwargs.get("num_items_in_batch"))
         return SeqBoatCausalLMOutput(
             loss=loss,
