@@ -462,6 +462,7 @@ class SeqBoatForCausalLM(SeqBoatPreTrainedModel, GenerationMixin):
         cu_seq_lens_q: Tensor | None = None,
         cu_seq_lens_k: Tensor | None = None,
         seq_idx: Tensor | None = None,
+        skip_logits: bool | None = None,
         **kwargs,
     ) -> SeqBoatCausalLMOutput:
         """Runs the model and its output matrix.
@@ -470,14 +471,14 @@ class SeqBoatForCausalLM(SeqBoatPreTrainedModel, GenerationMixin):
             labels: (B, L) int64 next-token targets before shifting (labels[t] is compared with what is predicted at
                 the real token before t); -100, padding and the first token of a segment are ignored.
             logits_to_keep: how many of the last columns get logits (0: all), or the (n,) indices of those that do.
-            skip_logits: with labels and `loss_implementation` liger, whether to compute the loss without the logits,
-                which are then None; by default in training only. The Trainer's evaluation asks for it where it needs
-                the loss alone.
+            skip_logits: whether `loss_implementation` liger computes the loss, and logits are None; by default in
+                training only. The others, and calls without labels, have logits either way.
 
         The other arguments are those of `SeqBoatModel.forward`.
 
         Raises:
-            ValueError: also where `loss_implementation` liger cannot run, with the reason.
+            ValueError: also where `loss_implementation` liger cannot run (the package is missing, the model is not on a
+                GPU or in float64, lm_head has adapters, is quantised or sharded), with the reason.
         """
         given = input_ids if inputs_embeds is None else inputs_embeds
         if labels is not None and given is not None:
@@ -485,8 +486,8 @@ class SeqBoatForCausalLM(SeqBoatPreTrainedModel, GenerationMixin):
                 raise ValueError(f"labels must be of shape {tuple(given.shape[:2])}, got {tuple(labels.shape)}")
             if not isinstance(logits_to_keep, int) or 0 < logits_to_keep < labels.shape[1]:
                 raise ValueError(f"labels need the logits of every column: logits_to_keep=0, got {logits_to_keep}")
-        fused = labels is not None and self.config.loss_implementation == "liger"
-        fused = fused and kwargs.get("skip_logits", self.training)
+        skip_logits = self.training if skip_logits is None else skip_logits
+        fused = skip_logits and labels is not None and self.config.loss_implementation == "liger"
         if fused:
             expect_liger(self.lm_head)
         outputs = self.model(
