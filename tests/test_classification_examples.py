@@ -192,7 +192,7 @@ def test_every_recipe_runs_on_a_slice(recipe, tmp_path, monkeypatch, capsys):
 
 def test_text_run_learns_and_resumes_exactly(tmp_path, capsys):
     data = write_reviews(tmp_path)
-    settings = {**data, "max_steps": 60, "eval_steps": 20, "learning_rate": 1e-2, "save_total_limit": 5}
+    settings = {**data, "max_steps": 60, "eval_steps": 20, "learning_rate": 2e-2, "save_total_limit": 5}
     whole = run("lra-text", tmp_path / "whole", **settings)
     assert whole["test_accuracy"] == 1.0 and whole["validation_accuracy"] == 1.0
     resumed = run(

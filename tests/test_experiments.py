@@ -232,6 +232,16 @@ def test_pages_have_a_row_for_each_run_and_a_picture(name, finished, rows):
     assert f"]({name}.png)" in text and "tinyshakespeare.txt" in text and "planned runs were not made" not in text
 
 
+@pytest.mark.parametrize("name", ["memory_size", "configurators", "recurrences", "activation_rate"])
+def test_committed_pages_are_those_of_the_committed_records(name):
+    experiment, run_all, tables = module("experiment"), module("run_all"), module("tables")
+    folder = experiment.ROOT / "docs/experiments"
+    plan = run_all.EXPERIMENTS[name].grid(experiment.Bases(experiment.RECIPES, False))
+    rows = tables.finished(plan, module("plan").Results(folder / "results.jsonl").records)
+    assert len(rows) == len(plan)
+    assert (folder / f"{name}.md").read_text("utf-8") == experiment.page(run_all.EXPERIMENTS[name], rows)
+
+
 def test_mean_and_deviation_over_seeds():
     tables = module("tables")
     rows = []

@@ -179,8 +179,6 @@ def check_arguments(a: ClassificationArguments) -> None:
         raise ValueError(f"max_minutes must be greater than 0, got {a.max_minutes}")
     if a.max_minutes is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("max_minutes is for one process: several would read their clocks apart")
-    if a.cuda_graphs and (a.use_cpu or not torch.cuda.is_available()):
-        raise ValueError("cuda_graphs needs a GPU; add --cuda_graphs False")
     if a.lr_scheduler_type not in ("linear", "cosine"):
         raise ValueError(f"lr_scheduler_type must be linear or cosine, got {a.lr_scheduler_type!r}")
     if a.mixed_precision not in (None, "no", "bf16", "fp16"):
@@ -308,6 +306,8 @@ def main(argv: list[str] | None = None) -> dict:
     began = time.monotonic()
     a = parse_arguments(ClassificationArguments, argv)
     check_arguments(a)
+    if a.cuda_graphs and (a.use_cpu or not torch.cuda.is_available()):
+        raise ValueError("cuda_graphs needs a GPU; add --cuda_graphs False")
     checkpoint = last_checkpoint(a)
     output = check_output_folder(a.output_dir, checkpoint is not None, a.overwrite_output_dir)
     config = build_config(a)

@@ -6,7 +6,7 @@ python examples/experiments/configurators.py --train_file enwik8.xz --jobs 8 --o
 from pathlib import Path
 
 from experiment import Bases, Experiment, main
-from figures import panels, quality_label, save
+from figures import layers_and_rates, panels, quality_label, save
 from plan import Planned
 from tables import Row, by_setting, quality
 
@@ -44,7 +44,7 @@ def draw(learnt: list[Row], timed: list[Row], path: Path) -> None:
         layers.plot(rates, marker="o", label=name, alpha=0.8)
     points.set(xlabel="mean activation rate", ylabel=quality_label(learnt))
     points.legend(fontsize="small")
-    layers.set(xlabel="layer", ylabel="activation rate, mean over seeds", ylim=(-0.03, 1.03))
+    layers_and_rates(layers, "activation rate, mean over seeds")
     save(figure, path)
 
 

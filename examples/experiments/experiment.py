@@ -83,7 +83,7 @@ def page(experiment: Experiment, rows: list[Row], missing: int = 0) -> str:
     ):
         if table:
             parts += [f"## {title}\n", table]
-    commands = dict.fromkeys(record["command"] for _, record in rows)
+    commands = dict.fromkeys(record["command"].replace(" --", " \\\n    --") for _, record in rows)
     return "\n".join([*parts, "## Command\n", "```", *commands, "```\n"])
 
 

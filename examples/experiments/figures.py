@@ -1,5 +1,6 @@
 """What the pictures of the experiments have in common."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +11,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
+from matplotlib.ticker import MaxNLocator  # noqa: E402
 from tables import Row, mean, quality, quality_name, spread  # noqa: E402
 
 
@@ -17,6 +19,20 @@ def panels(count: int, rows: int = 1) -> tuple[Figure, list[Axes]]:
     """`rows` rows of `count` axes each, in reading order."""
     figure, axes = plt.subplots(rows, count, figsize=(4.6 * count, 3.8 * rows), layout="constrained", squeeze=False)
     return figure, list(axes.flat)
+
+
+def layers_and_rates(axes: Axes, ylabel: str = "activation rate") -> None:
+    axes.set(xlabel="layer", ylabel=ylabel, ylim=(-0.03, 1.03))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def apart(values: Sequence[float], gap: float) -> list[float]:
+    """Where labels of the values go: each at its value, or `gap` above the one below it."""
+    places = [0.0] * len(values)
+    lowest = -math.inf
+    for index in sorted(range(len(values)), key=values.__getitem__):
+        places[index] = lowest = max(values[index], lowest + gap)
+    return places
 
 
 def save(figure: Figure, path: Path) -> None:

@@ -1,6 +1,7 @@
 """Tables of finished runs: one row a run, and one row a setting with the mean over its seeds."""
 
 import math
+import re
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -51,7 +52,8 @@ def spread(values: Sequence[float | None]) -> float:
 
 
 def _number(value: float | None, form: str) -> str:
-    return "" if value is None or math.isnan(value) else format(value, form)
+    # 0 has no sign, however the rounding came to it.
+    return "" if value is None or math.isnan(value) else re.sub(r"^-(?=[0.]+%?$)", "", format(value, form))
 
 
 def _mean_and_spread(values: Sequence[float | None], form: str) -> str:
@@ -76,7 +78,6 @@ RUN_COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "span": lambda r: _number(r["mean_span"], ".0f"),
     "FLOPs saved": lambda r: _number(r["share_saved"], ".1%"),
     "parameters": lambda r: f"{r['parameters']:,}",
-    "tokens/s": lambda r: _number(r.get("tokens_per_second"), ",.0f"),
 }
 
 
@@ -135,7 +136,8 @@ def conditions(rows: Sequence[Row]) -> str:
 
         def said(get: Callable[[dict], Any], records=records, form: str = ",") -> str:
             values = sorted({get(record) for record in records})
-            return " or ".join(format(value, form) for value in values[:1] + values[1:][-1:])
+            between = " or " if len(values) < 3 else " to "
+            return between.join(format(value, form) for value in values[:1] + values[1:][-1:])
 
         data = {name for record in records for name in record["data"]["files"] if name and task == "lm"}
         # Of a model from elsewhere it is not known.
@@ -154,7 +156,5 @@ def conditions(rows: Sequence[Row]) -> str:
         {f"torch {r['versions']['torch']}, transformers {r['versions']['transformers']}" for _, r in rows}
     )
     lines.append(f"* seeds {', '.join(map(str, seeds))}; {'; '.join(devices)}; {'; '.join(versions)}")
-    lines.append(
-        f"* runs at a time: {', '.join(map(str, jobs))}; tokens/s of runs beside others is no measure of speed"
-    )
+    lines.append(f"* runs at a time: {', '.join(map(str, jobs))}")
     return "\n".join(lines) + "\n"
