@@ -67,7 +67,7 @@ def check_same_shape(folder: Path, config: PreTrainedConfig) -> None:
     saved, ours = type(config).from_pretrained(folder).to_dict(), config.to_dict()
     fields = set(type(config).__dataclass_fields__) & set(ours)
     # The Trainer turns use_cache off for the time of the training.
-    ignored = {"dtype", "transformers_version", "architectures", "kernel_backend", "use_cache"}
+    ignored = {"dtype", "transformers_version", "architectures", "kernel_backend", "loss_implementation", "use_cache"}
     for name in sorted(fields - ignored):
         if saved.get(name) != ours[name]:
             raise ValueError(

@@ -35,7 +35,14 @@ _PRESET_OF_ARCHITECTURE = (
 PUBLISHED_TRUNCATION = 2048  # of the language models; the enwik8 preset here leaves it unset
 
 # Sizes of the vocabulary and token ids come from the weights and the dictionary, the backend from the user.
-_NOT_FROM_PRESETS = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id", "kernel_backend")
+_NOT_FROM_PRESETS = (
+    "vocab_size",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+    "kernel_backend",
+    "loss_implementation",
+)
 # Options added late in the published code: checkpoints may lack them whatever their task.
 _OPTIONAL = ("act_bias", "hidden_dropout", "activation_dropout", "attention_dropout", "add_apos")
 

@@ -47,6 +47,11 @@ class GraphedStep:
         devices = {parameter.device for parameter in model.parameters()}
         if len(devices) != 1 or next(iter(devices)).type != "cuda":
             raise ValueError(f"GraphedStep needs the whole model on one CUDA device, got {sorted(map(str, devices))}")
+        if getattr(getattr(model, "config", None), "loss_implementation", "torch") != "torch":
+            raise ValueError(
+                f"loss_implementation={model.config.loss_implementation!r} waits for the device in every step, which a "
+                "CUDA graph does not allow; use 'torch'"
+            )
         self.model, self.divisor, self.headroom = model, divisor, headroom
         self.layers = [module for module in model.modules() if hasattr(module, "stream_capacity")]
         if not self.layers:

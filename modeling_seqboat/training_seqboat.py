@@ -243,7 +243,8 @@ class RouterCallback(TrainerCallback):
 
 
 class SeqBoatTrainerMixin:
-    """Gives a Trainer the right weight decay: `class MyTrainer(SeqBoatTrainerMixin, SFTTrainer): pass`.
+    """Gives a Trainer the right weight decay: `class MyTrainer(SeqBoatTrainerMixin, SFTTrainer): pass`. The argument
+    `use_liger_kernel` sets the config's `loss_implementation`.
 
     Args:
         cuda_graphs: run forward and backward of a batch as one CUDA graph (`GraphedStep`): for one process on a GPU, in
@@ -252,6 +253,9 @@ class SeqBoatTrainerMixin:
 
     def __init__(self, *args, cuda_graphs: bool = False, **kwargs):
         super().__init__(*args, **kwargs)
+        if self.args.use_liger_kernel:
+            # The Trainer looks a model type up in Liger's own table, which does not have this one.
+            self.model.config.loss_implementation = "liger"
         self._graphed: GraphedStep | None = None
         self.cuda_graphs = cuda_graphs
         reasons = {
