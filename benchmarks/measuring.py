@@ -81,6 +81,8 @@ def captured(run: Callable[[], object]) -> Callable[[], None]:
 def fixed_streams(model: nn.Module, run: Callable[[], object]) -> Iterator[None]:
     """Gives every SeqBoat layer a capacity with headroom over what it activates in `run`, so that `run` can be captured."""
     layers = [module for module in model.modules() if hasattr(module, "stream_capacity")]
+    for layer in layers:
+        layer.counts_stream = True
     run()
     counts = torch.cat([layer.stream_count for layer in layers]).tolist()
     try:
@@ -90,3 +92,4 @@ def fixed_streams(model: nn.Module, run: Callable[[], object]) -> Iterator[None]
     finally:
         for layer in layers:
             layer.stream_capacity = layer.stream_count = None
+            layer.counts_stream = False

@@ -107,6 +107,7 @@ def check_graphs(a: TrainArguments, on_cpu: bool) -> None:
         "it is for SeqBoat": a.model_type != "seqboat",
         "it runs in one process": int(os.environ.get("WORLD_SIZE", 1)) > 1,
         "it does not go with compile": a.compile,
+        "it does not go with gradient_checkpointing": a.gradient_checkpointing,
         "fp16 scales its loss outside the graph; use bf16": a.mixed_precision == "fp16",
     }
     reason = next((text for text, applies in reasons.items() if applies), None)

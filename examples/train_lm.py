@@ -142,6 +142,8 @@ def main(argv: list[str] | None = None) -> dict:
         project_dir=str(output),
         step_scheduler_with_optimizer=False,
     )
+    if a.cuda_graphs and accelerator.mixed_precision == "fp16":
+        raise ValueError("cuda_graphs cannot be used: fp16 scales its loss outside the graph; use bf16")
     if accelerator.is_main_process:
         output.mkdir(parents=True, exist_ok=True)
     accelerator.wait_for_everyone()

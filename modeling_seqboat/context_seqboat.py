@@ -32,7 +32,7 @@ def real_columns(attention_mask: Tensor | None, batch: int, length: int, cache: 
             "own windows and needs to know only which columns are padding"
         )
     width = attention_mask.shape[1]
-    stepping = _must_not_wait(attention_mask.device) or (cache is not None and length == 1)
+    stepping = must_not_wait(attention_mask.device) or (cache is not None and length == 1)
     if attention_mask.shape[0] != batch or width < length:
         raise ValueError(
             f"attention_mask of shape {tuple(attention_mask.shape)} does not fit {batch} rows of {length} new columns"
@@ -53,7 +53,7 @@ def real_columns(attention_mask: Tensor | None, batch: int, length: int, cache: 
     return _unless_all(real)
 
 
-def _must_not_wait(device: torch.device) -> bool:
+def must_not_wait(device: torch.device) -> bool:
     """Whether no value may be read off the device: a compiler traces, or a CUDA graph is captured."""
     return torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
 
@@ -109,7 +109,7 @@ def segment_starts(
         if batch != 1:
             raise ValueError(f"cu_seq_lens_q needs a batch of one packed row, got {batch} rows")
         borders = cu_seq_lens_q.to(device=device, dtype=torch.long).flatten()
-        if not _must_not_wait(device) and (
+        if not must_not_wait(device) and (
             borders.numel() < 2 or borders[0] != 0 or borders[-1] != length or bool((borders.diff() < 0).any())
         ):
             raise ValueError(f"cu_seq_lens_q must rise from 0 to the row's length {length}, got {borders.tolist()}")
@@ -123,7 +123,7 @@ def segment_starts(
         )
     names = list(found)
     for name in names[1:]:
-        if not _must_not_wait(device) and not torch.equal(found[names[0]], found[name]):
+        if not must_not_wait(device) and not torch.equal(found[names[0]], found[name]):
             at = (found[names[0]] != found[name]).nonzero()[0].tolist()
             raise ValueError(f"{names[0]} and {name} disagree on where segments start (row {at[0]}, column {at[1]})")
     return found[names[0]] if names else None
@@ -149,7 +149,7 @@ def build_context(
             raise ValueError(f"position_ids must be of shape {(batch, length)}, got {tuple(position_ids.shape)}")
         position_ids = position_ids.to(device=device, dtype=torch.long).expand(batch, -1)
     reset = segment_starts(real, batch, length, device, position_ids, seq_idx, cu_seq_lens_q, cache)
-    stepping = _must_not_wait(device) or (length == 1 and device.type != "cpu")
+    stepping = must_not_wait(device) or (length == 1 and device.type != "cpu")
     if reset is not None and not stepping and not bool(reset.any()):
         reset = None
     segment = None if reset is None else reset.long().cumsum(1)

@@ -8,6 +8,7 @@ the model and not of the capacity.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +24,13 @@ class GraphedStep:
 
     The loss of `model(**batch)` is computed, and gradients are added to the parameters' `.grad` as by
     `(loss / divisor).backward()`; clipping, optimiser and `zero_grad` (of either kind) stay the caller's. The first call
-    runs as usual and measures, the second captures. A batch of another shape runs without a graph, and is captured in its
-    place when it comes twice in a row, so rows should be of one length. Mixed precision: call it under `torch.autocast`, or give a model that autocasts itself, as
-    Accelerate's `prepare` makes it.
+    runs as usual and measures, the second captures. A batch of another shape, or a call under other circumstances
+    (training or eval mode, autocast, trainable parameters, their memory, forward hooks), runs without a graph; when it
+    comes twice in a row, it is captured in its place. So rows should be of one length. Mixed precision: call it under
+    `torch.autocast`, or give a model that autocasts itself, as Accelerate's `prepare` makes it.
+
+    Forward hooks run in captures, and what they do to tensors in place is part of the graph (`RouterMonitor` counts so; a
+    captured batch, and one computed again, counts twice).
 
     Args:
         model: a SeqBoat model with a head, on one CUDA device, not wrapped for data parallelism.
@@ -33,49 +38,51 @@ class GraphedStep:
         headroom: capacity of a layer as a multiple of the tokens that it was seen to activate.
 
     Attributes:
-        captures: graphs captured so far. overflows: steps that were computed again without the graph.
+        captures: graphs captured so far.
+        overflows: steps that were computed again without the graph.
 
     Raises:
-        ValueError: for a model that is wrapped, not on a GPU, or whose layers cannot take the fused kernels.
+        ValueError: for what a graph cannot hold, before work starts: a model that is wrapped, sharded, compiled or not on
+            a GPU, layers that cannot take the fused kernels, gradient checkpointing, float16 under autocast, hooks on
+            parameters, `loss_implementation` liger, batch norm under an attention mask.
     """
 
     def __init__(self, model: nn.Module, divisor: float = 1.0, headroom: float = 1.2):
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            raise ValueError("GraphedStep takes one process and its plain model, got a DistributedDataParallel")
         if headroom < 1 or divisor <= 0:
             raise ValueError(f"headroom must be at least 1 and divisor above 0, got {headroom} and {divisor}")
         devices = {parameter.device for parameter in model.parameters()}
         if len(devices) != 1 or next(iter(devices)).type != "cuda":
             raise ValueError(f"GraphedStep needs the whole model on one CUDA device, got {sorted(map(str, devices))}")
-        if getattr(getattr(model, "config", None), "loss_implementation", "torch") != "torch":
-            raise ValueError(
-                f"loss_implementation={model.config.loss_implementation!r} waits for the device in every step, which a "
-                "CUDA graph does not allow; use 'torch'"
-            )
         self.model, self.divisor, self.headroom = model, divisor, headroom
+        self.device = next(iter(devices))
         self.layers = [module for module in model.modules() if hasattr(module, "stream_capacity")]
         if not self.layers:
             raise ValueError(f"GraphedStep takes a SeqBoat model, got {type(model).__name__} without SeqBoat layers")
-        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._modules = list(model.modules())
         self.captures = self.overflows = 0
         self._peaks: list[int] | None = None
         self._calls = 0
-        self._other: dict | None = None
+        self._other: tuple | None = None
         self._forget()
 
     def _forget(self) -> None:
         self._graph = self._form = self._inputs = self._loss = self._counts = None
+        self._parameters: list[nn.Parameter] = []
         self._grads: list[Tensor | None] = []
         self._capacities: list[int] = []
+        # What a graph writes to must live as long as it does.
+        self._hooks: list[Callable] = []
 
-    def __call__(self, **batch: Tensor) -> Tensor:
-        """batch: keyword arguments of the model, tensors on its device; returns the loss, (), detached."""
-        form = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in batch.items()}
-        if form != self._form:
-            if self._form is not None and form != self._other:
-                # Once, as the last batch of an epoch: not worth a graph.
-                self._other = form
-                return self._backward(batch)
+    def __call__(self, **batch: Any) -> Tensor:
+        """batch: keyword arguments of the model, tensors on its device or plain values; returns the loss, (), detached."""
+        form = self._form_of(batch)
+        if form == self._form:
+            self._other = None
+        elif self._form is not None and form != self._other:
+            # Once, as the last batch of an epoch: not worth a graph.
+            self._other = form
+            return self._backward(batch)
+        else:
             self._forget()
             self._peaks, self._form, self._other = None, form, None
         if self._peaks is None:
@@ -84,39 +91,106 @@ class GraphedStep:
             self._capture(batch)
         return self._replay(batch)
 
-    def _backward(self, batch: dict[str, Tensor], model: Callable | None = None) -> Tensor:
-        kind = self.parameters[0].device.type
+    def _form_of(self, batch: dict[str, Any]) -> tuple:
+        """All that a graph of this call would take for granted."""
+        inputs = tuple(
+            (name, (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else value)
+            for name, value in sorted(batch.items())
+        )
+        kind = self.device.type
+        casts = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+        weights = tuple((parameter.data_ptr(), parameter.requires_grad) for parameter in self.model.parameters())
+        return inputs, self.model.training, casts, weights, tuple(map(id, self._forward_hooks()))
+
+    def _forward_hooks(self) -> list[Callable]:
+        return [hook for module in self._modules for hook in module._forward_hooks.values()]
+
+    def _refuse(self, batch: dict[str, Any]) -> None:
+        """Raises ValueError for what a graph cannot hold."""
+        model, kind = self.model, self.device.type
+        loss = getattr(getattr(model, "config", None), "loss_implementation", "torch")
+        wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel, torch._dynamo.eval_frame.OptimizedModule)
+        sharded = any(type(parameter).__name__ == "DTensor" for parameter in model.parameters())
+        masked = any(name.endswith("attention_mask") and value is not None for name, value in batch.items())
+        half = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
+        reasons = {
+            f"it takes one process and its plain model, got {type(model).__name__}": isinstance(model, wrappers)
+            or sharded,
+            "a compiled model makes graphs of its own": any(
+                module._compiled_call_impl is not None for module in self._modules
+            ),
+            "gradient checkpointing reads the random state in every step": model.training
+            and any(getattr(module, "gradient_checkpointing", False) for module in self._modules),
+            "float16 wants its loss scaled, outside the graph; use bfloat16": half,
+            "hooks on parameters would not run": any(
+                parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None)
+                for parameter in model.parameters()
+            ),
+            f"loss_implementation={loss!r} waits for the device in every step; use 'torch'": loss != "torch",
+            "batch norm under an attention_mask picks the real positions, which waits for the device; where all rows are "
+            "of one length, leave the mask out": masked
+            and any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self._modules),
+            "no parameter is trainable": not any(parameter.requires_grad for parameter in model.parameters()),
+        }
+        reason = next((text for text, applies in reasons.items() if applies), None)
+        if reason is not None:
+            raise ValueError(f"GraphedStep cannot run this: {reason}")
+
+    def _loss_of(self, batch: dict[str, Any], model: Callable) -> Tensor:
+        kind = self.device.type
         # Casts of weights belong to a step: one that autocast kept for later would tie its graph to the current stream.
         with torch.autocast(
             kind, torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind), cache_enabled=False
         ):
-            loss = (model or self.model)(**batch).loss
+            return model(**batch).loss
+
+    def _backward(self, batch: dict[str, Any], model: Callable | None = None, check: bool = False) -> Tensor:
+        loss = self._loss_of(batch, model or self.model)
+        if check and any(layer.stream_count is None for layer in self.layers):
+            raise ValueError(
+                "GraphedStep needs the fused kernels in every layer: kernel_backend 'auto' or 'triton', hidden_act "
+                "'silu', and no value_dropout, attention_dropout or laplace attention"
+            )
         (loss / self.divisor if self.divisor != 1 else loss).backward()
         return loss.detach()
 
-    def _on_aliases(self) -> tuple[Callable, list[nn.Parameter]]:
-        """The model on leaves that share the parameters' memory, and these. Where autograd adds up a gradient is tied to
-        the stream on which a leaf was first used, and the parameters may be in use by a graph that the caller holds."""
+    def _on_aliases(self, buffers: dict[str, Tensor]) -> tuple[Callable, list[nn.Parameter]]:
+        """The model on leaves that share the parameters' memory, and those of them that are trained. Where autograd adds
+        up a gradient is tied to the stream on which a leaf was first used, and the parameters may be in use by a graph
+        that the caller holds.
+
+        Args:
+            buffers: what to use for buffers of these names.
+        """
         aliases = {
             name: nn.Parameter(parameter.detach(), parameter.requires_grad)
             for name, parameter in self.model.named_parameters()
         }
 
-        def run(**batch: Tensor):
-            return torch.func.functional_call(self.model, aliases, (), batch)
+        def run(**batch: Any):
+            return torch.func.functional_call(self.model, aliases | buffers, (), batch)
 
         return run, [parameter for parameter in aliases.values() if parameter.requires_grad]
 
-    def _eager(self, batch: dict[str, Tensor]) -> Tensor:
+    def _listen(self, capacities: list[int] | None) -> None:
+        """Has layers report their counts, with these capacities; or, with None, as they come."""
+        for place, layer in enumerate(self.layers):
+            layer.stream_capacity = None if capacities is None else capacities[place]
+            layer.counts_stream, layer.stream_count = True, None
+
+    def _stop_listening(self) -> None:
         for layer in self.layers:
             layer.stream_capacity = layer.stream_count = None
-        loss = self._backward(batch)
-        if any(layer.stream_count is None for layer in self.layers):
-            raise ValueError(
-                "GraphedStep needs the fused kernels in every layer: kernel_backend 'auto' or 'triton', hidden_act "
-                "'silu', and no value_dropout, attention_dropout or laplace attention"
-            )
-        self._remember(torch.cat([layer.stream_count for layer in self.layers]).tolist())
+            layer.counts_stream = False
+
+    def _eager(self, batch: dict[str, Any]) -> Tensor:
+        self._refuse(batch)
+        try:
+            self._listen(None)
+            loss = self._backward(batch, check=True)
+            self._remember(torch.cat([layer.stream_count for layer in self.layers]).tolist())
+        finally:
+            self._stop_listening()
         return loss
 
     def _remember(self, counts: list[int]) -> None:
@@ -127,54 +201,59 @@ class GraphedStep:
         # More than all tokens is cut to that by the layer.
         return [-(-int(self.headroom * peak + _SPARE) // _STEP) * _STEP for peak in self._peaks]
 
-    def _capture(self, batch: dict[str, Tensor]) -> None:
-        self._capacities = self._room()
-        self._inputs = {name: tensor.clone() for name, tensor in batch.items()}
+    def _capture(self, batch: dict[str, Any]) -> None:
+        capacities = self._room()
+        self._inputs = {name: value.clone() if isinstance(value, Tensor) else value for name, value in batch.items()}
         torch.clear_autocast_cache()
         try:
-            for layer, capacity in zip(self.layers, self._capacities, strict=True):
-                layer.stream_capacity = capacity
+            self._listen(capacities)
             aside = torch.cuda.Stream()
             aside.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(aside):
                 state = torch.cuda.get_rng_state()
-                self._backward(self._inputs, self._on_aliases()[0])  # compiles the kernels that these shapes need
+                # Compiles the kernels that these shapes need, and leaves no trace in buffers or random states.
+                copies = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+                self._backward(self._inputs, self._on_aliases(copies)[0])
                 torch.cuda.set_rng_state(state)
             torch.cuda.current_stream().wait_stream(aside)
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
-            model, aliases = self._on_aliases()
+            model, aliases = self._on_aliases({})
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 self._loss = self._backward(self._inputs, model)
                 self._counts = torch.cat([layer.stream_count for layer in self.layers])
-            self._grads = [alias.grad for alias in aliases]
-            self._graph = graph
         finally:
-            for layer in self.layers:
-                layer.stream_capacity = layer.stream_count = None
-        self._peaks, self._calls = None, 0
+            self._stop_listening()
+        self._parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self._grads = [alias.grad for alias in aliases]
+        self._hooks = self._forward_hooks()
+        self._graph, self._capacities, self._peaks, self._calls = graph, capacities, None, 0
         self.captures += 1
 
-    def _replay(self, batch: dict[str, Tensor]) -> Tensor:
-        for name, tensor in batch.items():
-            self._inputs[name].copy_(tensor)
+    def _replay(self, batch: dict[str, Any]) -> Tensor:
+        for name, value in batch.items():
+            if isinstance(value, Tensor):
+                self._inputs[name].copy_(value)
         # The graph writes its gradients over what its buffers hold.
         kept = [
             grad.clone() if grad is not None and grad is own else grad
-            for grad, own in zip((parameter.grad for parameter in self.parameters), self._grads, strict=True)
+            for grad, own in zip((parameter.grad for parameter in self._parameters), self._grads, strict=True)
         ]
+        buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
         self._graph.replay()
         counts = self._counts.tolist()
         if any(count > capacity for count, capacity in zip(counts, self._capacities, strict=True)):
-            for parameter, grad in zip(self.parameters, kept, strict=True):
+            for parameter, grad in zip(self._parameters, kept, strict=True):
                 parameter.grad = grad
+            for buffer, before in buffers:
+                buffer.copy_(before)
             self.overflows += 1
             self._forget_graph(counts)
             return self._eager(batch)
         self._remember(counts)
         old, new = [], []
-        for parameter, grad, own in zip(self.parameters, kept, self._grads, strict=True):
+        for parameter, grad, own in zip(self._parameters, kept, self._grads, strict=True):
             if own is None:
                 continue
             if grad is not None:

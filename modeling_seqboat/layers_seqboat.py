@@ -371,8 +371,9 @@ class SeqBoatDecoderLayer(GradientCheckpointingLayer):
         self.ffn = SeqBoatFFN(config) if config.intermediate_size > 0 else None
         self.activation = ACT2FN[config.hidden_act]
         # Set where nothing may wait for the device, as in a CUDA graph: the fused path then runs over a stream of this
-        # length and leaves the number of activated tokens, (1,) int32, in `stream_count`.
+        # length. While `counts_stream` is set it leaves the number of activated tokens, (1,) int32, in `stream_count`.
         self.stream_capacity: int | None = None
+        self.counts_stream = False
         self.stream_count: Tensor | None = None
 
     def forward(
@@ -440,7 +441,8 @@ class SeqBoatDecoderLayer(GradientCheckpointingLayer):
         pending = begin_stream(
             active, config.memory_size, config.bidirectional, context.segment_bounds(), self.stream_capacity
         )
-        self.stream_count = pending.count
+        if self.counts_stream:
+            self.stream_count = pending.count.clone()
         # Before the wait, so that the device has work meanwhile.
         hidden = self.hidden_proj(m)
         stream = pending.wait()
@@ -500,4 +502,7 @@ class SeqBoatDecoderLayer(GradientCheckpointingLayer):
     def _commit(cache, h, context, scanned, entries) -> None:
         detached = {name: tensor.detach() for name, tensor in entries.items()}
         scanned = {name: None if tensor is None else tensor.detach() for name, tensor in scanned.items()}
+        if torch.is_grad_enabled():
+            # Autograd keeps the state, and a later step may overwrite the cache's.
+            scanned["ssm_state"] = scanned["ssm_state"].clone()
         cache.commit(CacheUpdate(hidden=h.detach(), real=context.real, reset=context.reset, **scanned, **detached))

@@ -20,7 +20,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .cache_seqboat import SeqBoatCache
 from .configuration_seqboat import SeqBoatConfig
-from .context_seqboat import build_context
+from .context_seqboat import build_context, must_not_wait
 from .kernels_seqboat import expect_backend, requested_backend
 from .layers_seqboat import (
     SeqBoatAbsolutePositions,
@@ -271,7 +271,7 @@ class SeqBoatModel(SeqBoatPreTrainedModel):
         ]
         if len(given) != 1 or given[0] not in (own, "embeds"):
             raise ValueError(f"give exactly one of {own} and inputs_embeds (input_type is {config.input_type!r})")
-        if cu_seq_lens_k is not None and not torch.compiler.is_compiling():
+        if cu_seq_lens_k is not None and not must_not_wait(cu_seq_lens_k.device):
             if cu_seq_lens_q is None or cu_seq_lens_q.tolist() != cu_seq_lens_k.tolist():
                 raise ValueError(
                     "cu_seq_lens_k must be given with, and equal, cu_seq_lens_q: keys are the same tokens"

@@ -138,7 +138,7 @@ class RouterMonitor:
         for sums in self._sums.values():
             sums.zero_()
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            counts = table[:, :2].float().contiguous()
+            counts = table[:, :2].long().contiguous()
             dist.all_reduce(counts)
             table[:, :2] = counts.double()
         return {
@@ -248,7 +248,8 @@ class SeqBoatTrainerMixin:
 
     Args:
         cuda_graphs: run forward and backward of a batch as one CUDA graph (`GraphedStep`): for one process on a GPU, in
-            float32 or bf16, where batches are of one shape. The loss is the model's own, whatever `compute_loss` is.
+            float32 or bf16, where batches are of one shape. The loss is the model's own, whatever `compute_loss` is, and
+            a mean over the batch's labels.
     """
 
     def __init__(self, *args, cuda_graphs: bool = False, **kwargs):
@@ -262,7 +263,9 @@ class SeqBoatTrainerMixin:
             "it needs a GPU": self.args.device.type != "cuda",
             "it runs in one process on one GPU": self.args.world_size > 1 or self.args.n_gpu > 1,
             "gradient_accumulation_steps must be 1": self.args.gradient_accumulation_steps != 1,
-            "fp16 scales its loss outside the graph; use bf16": self.args.fp16,
+            "fp16 scales its loss outside the graph; use bf16": self.accelerator.mixed_precision == "fp16",
+            "a compiled model makes graphs of its own": self.args.torch_compile,
+            "gradient_checkpointing reads the random state in every step": self.args.gradient_checkpointing,
             "the loss must be the model's": self.compute_loss_func is not None or self.label_smoother is not None,
         }
         reason = next((text for text, applies in reasons.items() if applies), None)

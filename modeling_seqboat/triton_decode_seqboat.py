@@ -204,6 +204,13 @@ def _launch(kernel: Kernel, grid: tuple[int, ...], key: tuple, *args, options: d
         kernel(grid, key, *args, options=options, **constants)
 
 
+def _overwritten(*tensors: torch.Tensor) -> None:
+    """Tells autograd, which does not see what kernels write."""
+    for tensor in tensors:
+        if not tensor.is_inference() and not torch.compiler.is_compiling():
+            torch.autograd.graph.increment_version(tensor)
+
+
 def _expect_no_gradient(name: str, *inputs: torch.Tensor | None) -> None:
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs):
         raise RuntimeError(f"{name} works in place and has no gradient; call it under torch.no_grad()")
@@ -280,6 +287,7 @@ def ema_step(
         _launch(
             _ema_step_kernel, (blocks_of(width, _STEP_D), batch), key, *inputs, **constants, options={"num_warps": 4}
         )
+    _overwritten(state)
     return y
 
 
@@ -378,6 +386,7 @@ def memory_attention_step(
             _memory_combine_kernel, (blocks_of(v_width, _COMBINE_V), batch), key, q, k_new, v_new, *cache, position,
             bias_, top, total, part, out, float(scale), bias_center, **sizes, **combine, options={"num_warps": 4},
         )  # fmt: skip
+    _overwritten(keys, values, positions)
     return out
 
 

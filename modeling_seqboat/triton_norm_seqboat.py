@@ -110,8 +110,8 @@ class _NormResidual(torch.autograd.Function):
             zeros = (None, None) if weight is None else (torch.zeros_like(weight), torch.zeros_like(bias))
             return residual_grad, *zeros, None, None
         rows, columns = row_block(width)
-        repeats = blocks_of(blocks_of(count, rows), _PROGRAMS)
-        programs = blocks_of(count, rows * repeats)
+        repeats = max(1, blocks_of(blocks_of(count, rows), _PROGRAMS))
+        programs = max(1, blocks_of(count, rows * repeats))
         parts = torch.empty(programs if affine else 0, 2, width, dtype=torch.float32, device=x.device)
         grad_x = torch.empty_like(x)
         grad = grad.contiguous()

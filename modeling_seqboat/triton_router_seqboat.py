@@ -130,8 +130,8 @@ class _Route(torch.autograd.Function):
         x, weight, bias, log_temperature, confidence, margin = ctx.saved_tensors
         count, width = x.shape
         rows, columns = row_block(width)
-        repeats = blocks_of(blocks_of(count, rows), _PROGRAMS)
-        programs = blocks_of(count, rows * repeats)
+        repeats = max(1, blocks_of(blocks_of(count, rows), _PROGRAMS))
+        programs = max(1, blocks_of(count, rows * repeats))
         parts = torch.empty(programs, width + 2, dtype=torch.float32, device=x.device)
         grad_x = torch.empty_like(x)
         grads = torch.empty_like(weight), torch.empty_like(bias), torch.empty_like(log_temperature)

@@ -159,7 +159,7 @@ def test_a_stream_filled_up_to_a_capacity_changes_no_number(positions, monkeypat
     waiting, waiting_grads = whole_model_on("triton", built, monkeypatch, **inputs)
     counts = [int((probs > 0).sum()) for probs in waiting.router_probs]
     for layer, count in zip(built.model.layers, counts, strict=True):
-        layer.stream_capacity = count + 7
+        layer.stream_capacity, layer.counts_stream = count + 7, True
     padded, padded_grads = whole_model_on("triton", built, monkeypatch, **inputs)
     assert [int(layer.stream_count) for layer in built.model.layers] == counts
     torch.testing.assert_close(padded.logits, waiting.logits, atol=1e-6, rtol=1e-6)
@@ -170,7 +170,7 @@ def test_a_stream_filled_up_to_a_capacity_changes_no_number(positions, monkeypat
 def test_a_stream_too_short_reports_its_count_and_stays_finite(monkeypatch):
     built = model().train()
     ids = torch.randint(0, 256, (2, 50), generator=torch.Generator().manual_seed(1))
-    built.model.layers[0].stream_capacity = 5
+    built.model.layers[0].stream_capacity, built.model.layers[0].counts_stream = 5, True
     out, grads = whole_model_on("triton", built, monkeypatch, input_ids=ids, labels=ids)
     assert int(built.model.layers[0].stream_count) == int((out.router_probs[0] > 0).sum()) > 5
     assert bool(out.logits.isfinite().all()) and all(bool(grad.isfinite().all()) for grad in grads)

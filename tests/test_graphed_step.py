@@ -1,0 +1,172 @@
+"""GraphedStep's bookkeeping, what it refuses, and the Trainer's use of it; what needs a GPU is in test_gpu.py."""
+
+import pytest
+import torch
+from small_models import random_ids, small_lm
+from transformers import TrainingArguments
+from triton_interpreter import DEVICE  # before anything imports triton
+
+from modeling_seqboat import SeqBoatCache, SeqBoatConfig, SeqBoatForSequenceClassification, training_seqboat
+from modeling_seqboat.graphed_step_seqboat import GraphedStep
+from modeling_seqboat.training_seqboat import RouterMonitor, SeqBoatTrainer
+
+
+class OnAnyDevice(GraphedStep):
+    """Writes down what it would do in place of capturing and replaying."""
+
+    def __init__(self, model):
+        self.model, self.divisor, self.headroom, self.device = model, 1.0, 1.2, torch.device("cpu")
+        self._modules = list(model.modules())
+        self.captures = self.overflows = self._calls = 0
+        self._peaks = self._other = None
+        self._forget()
+        self.log: list[str] = []
+
+    def _backward(self, batch, model=None, check=False):
+        self.log.append("plain")
+
+    def _eager(self, batch):
+        self.log.append("measure")
+        self._peaks = [1]
+
+    def _capture(self, batch):
+        self.log.append("capture")
+        self._graph = object()
+
+    def _replay(self, batch):
+        self.log.append("replay")
+
+
+def batch_of(rows):
+    return {"input_ids": random_ids(rows, 8), "labels": random_ids(rows, 8)}
+
+
+def did(step, *calls):
+    step.log.clear()
+    for batch in calls:
+        step(**batch)
+    return step.log
+
+
+def test_a_short_batch_at_the_end_of_an_epoch_keeps_the_graph():
+    step, whole, short = OnAnyDevice(small_lm()), batch_of(4), batch_of(3)
+    assert did(step, whole, whole, whole) == ["measure", "capture", "replay", "replay"]
+    for _ in range(3):
+        assert did(step, short, whole, whole) == ["plain", "replay", "replay"]
+    assert did(step, short, short, short) == ["plain", "measure", "capture", "replay"]
+
+
+@pytest.mark.parametrize("change", ["mode", "autocast", "frozen", "memory", "hook", "argument"])
+def test_a_call_under_other_circumstances_does_not_replay(change):
+    model = small_lm().train()
+    step, batch = OnAnyDevice(model), batch_of(4)
+    did(step, batch, batch)
+    weight = model.model.layers[0].hidden_proj.weight
+    if change == "mode":
+        model.eval()
+    elif change == "frozen":
+        weight.requires_grad_(False)
+    elif change == "memory":
+        weight.data = weight.detach().clone()
+    elif change == "hook":
+        model.model.register_forward_hook(lambda *args: None)
+    elif change == "argument":
+        batch["use_cache"] = False
+    with torch.autocast("cpu", torch.bfloat16, enabled=change == "autocast"):
+        assert did(step, batch, batch, batch) == ["plain", "measure", "capture", "replay"]
+
+
+def test_the_hooks_that_a_graph_writes_for_live_as_long_as_it(monkeypatch):
+    """A monitor that was closed must not leave the graph with freed memory to count in."""
+    model = small_lm().train()
+    with RouterMonitor(model):
+        step = OnAnyDevice(model)
+        hooks = step._forward_hooks()
+    assert len(hooks) == model.config.num_hidden_layers and step._forward_hooks() == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda model: model.gradient_checkpointing_enable({"use_reentrant": False}), "gradient checkpointing"),
+        (lambda model: model.compile(), "a compiled model"),
+        (lambda model: model.requires_grad_(False), "no parameter is trainable"),
+        (lambda model: model.lm_head.weight.register_hook(lambda grad: grad), "hooks on parameters"),
+        (lambda model: setattr(model.config, "loss_implementation", "liger"), "'liger' waits for the device"),
+    ],
+)
+def test_what_a_graph_cannot_hold_is_refused_by_name(change, message):
+    model = small_lm().train()
+    change(model)
+    with pytest.raises(ValueError, match=message):
+        OnAnyDevice(model)._refuse(batch_of(2))
+
+
+def test_batch_norm_under_a_mask_is_refused():
+    config = SeqBoatConfig(hidden_size=16, num_hidden_layers=1, bidirectional=True, norm_type="batchnorm")
+    step = OnAnyDevice(SeqBoatForSequenceClassification(config).train())
+    inputs = {"input_ids": random_ids(2, 8), "labels": torch.zeros(2, dtype=torch.long)}
+    step._refuse(inputs)
+    with pytest.raises(ValueError, match="leave the mask out"):
+        step._refuse(inputs | {"attention_mask": torch.ones(2, 8)})
+
+
+def test_float16_is_refused():
+    with torch.autocast("cpu", torch.float16), pytest.raises(ValueError, match="use bfloat16"):
+        OnAnyDevice(small_lm().train())._refuse(batch_of(2))
+
+
+class Stub:
+    """A graphed step that is not one."""
+
+    def __init__(self, model):
+        self.model, self.calls = model, 0
+
+    def __call__(self, **batch):
+        self.calls += 1
+        loss = self.model(**batch).loss
+        loss.backward()
+        return loss.detach()
+
+
+def trainer(tmp_path, **options):
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=3, per_device_train_batch_size=2, logging_steps=1, report_to="none", use_cpu=True,
+        save_strategy="no", disable_tqdm=True, seed=3,
+    )  # fmt: skip
+    data = [{"input_ids": row, "labels": row} for row in random_ids(6, 12)]
+    return SeqBoatTrainer(model=small_lm(), args=arguments, train_dataset=data, **options)
+
+
+def test_the_trainer_takes_the_losses_of_graphed_steps(tmp_path, monkeypatch):
+    monkeypatch.setattr(training_seqboat, "GraphedStep", Stub)
+    found = []
+    for graphs in (False, True):
+        run = trainer(tmp_path)
+        run.cuda_graphs = graphs
+        run.train()
+        found.append([entry["loss"] for entry in run.state.log_history if "loss" in entry])
+    assert found[0] == pytest.approx(found[1]) and run._graphed.calls == 3
+
+
+def test_the_trainer_refuses_graphs_where_there_can_be_none(tmp_path):
+    with pytest.raises(ValueError, match="cuda_graphs cannot be used: it needs a GPU"):
+        trainer(tmp_path, cuda_graphs=True)
+
+
+def test_a_step_in_place_does_not_touch_what_backward_needs(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv("SEQBOAT_KERNEL_BACKEND", "triton")
+    ids, found = random_ids(2, 8).to(DEVICE), []
+    for goes_on in (False, True):
+        model = small_lm().to(DEVICE).train()
+        cache = SeqBoatCache(model.config)
+        model(ids[:, :5], past_key_values=cache)
+        loss = model(ids[:, 5:6], past_key_values=cache).logits.square().sum()
+        if goes_on:
+            with torch.no_grad():
+                model(ids[:, 6:7], past_key_values=cache)
+        loss.backward()
+        found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    for alone, followed in zip(*found, strict=True):
+        torch.testing.assert_close(followed, alone, atol=1e-6, rtol=1e-6)
