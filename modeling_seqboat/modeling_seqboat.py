@@ -18,20 +18,14 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput, logging
 from transformers.utils.generic import can_return_tuple
 
+from .attention_seqboat import SeqBoatAttention, SeqBoatPositionBias
 from .cache_seqboat import SeqBoatCache
 from .configuration_seqboat import SeqBoatConfig
 from .context_seqboat import build_context, must_not_wait
 from .kernels_seqboat import expect_backend, requested_backend
-from .layers_seqboat import (
-    SeqBoatAbsolutePositions,
-    SeqBoatAttention,
-    SeqBoatDecoderLayer,
-    SeqBoatPositionBias,
-    SeqBoatScaleNorm,
-    SeqBoatValueEmbedding,
-    build_norm,
-)
+from .layers_seqboat import SeqBoatAbsolutePositions, SeqBoatDecoderLayer, SeqBoatValueEmbedding
 from .loss_seqboat import expect_liger, fused_linear_cross_entropy
+from .norms_seqboat import SeqBoatScaleNorm, build_norm
 from .router_seqboat import SeqBoatRouter
 from .ssm_seqboat import SeqBoatEMA, SeqBoatS4D, SeqBoatS5
 

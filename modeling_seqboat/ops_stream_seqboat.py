@@ -1,6 +1,6 @@
 """Compression: which activated tokens form the stream that attention runs over, and where each stands in it.
 
-Letters: B batch, L columns, W memory size, M activated tokens of all rows, Mk keys (memory entries and new tokens).
+Letters: B batch, L columns, R = B * L, W memory size, M activated tokens of all rows, Mk keys (memory entries and new tokens).
 """
 
 from dataclasses import dataclass
@@ -44,6 +44,24 @@ class ActivatedStream:
         old = memory[self.memory_row, self.memory_slot].to(new.dtype)
         stream = new.new_empty(self.num_keys, *new.shape[1:])
         return stream.index_copy(0, self.memory_index, old).index_copy(0, self.key_index, new)
+
+
+@dataclass
+class TokenStream:
+    """The activated tokens of a batch, none of which has a memory before it.
+
+    Attributes:
+        slot: (R,) int64, the place of each activated token in the stream, -1 for the others.
+        index: (M,) int64, places of the activated tokens among the R; -1 where a padded stream has none.
+        key_start, key_end: (M,) int64, the keys each attends to.
+        padded: whether the stream may be longer than its tokens.
+    """
+
+    slot: Tensor
+    index: Tensor
+    key_start: Tensor
+    key_end: Tensor
+    padded: bool
 
 
 def build_stream(

@@ -5,11 +5,10 @@ Letters: R tokens of a batch (B * L), M activated ones, D width, W memory size.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
+from .ops_stream_seqboat import TokenStream
 from .triton_launch_seqboat import aligned_key, blocks_of, interpreted, kernel, on_device, row_block
 
 try:
@@ -208,24 +207,6 @@ def _stream_kernel(
     tl.store(index + at, border * 0 - 1, mask=behind)
     tl.store(start + at, border, mask=behind)
     tl.store(end + at, border, mask=behind)
-
-
-@dataclass
-class TokenStream:
-    """The activated tokens of a batch, none of which has a memory before it.
-
-    Attributes:
-        slot: (R,) int64, the place of each activated token in the stream, -1 for the others.
-        index: (M,) int64, places of the activated tokens among the R; -1 where a padded stream has none.
-        key_start, key_end: (M,) int64, the keys each attends to.
-        padded: whether the stream may be longer than its tokens.
-    """
-
-    slot: Tensor
-    index: Tensor
-    key_start: Tensor
-    key_end: Tensor
-    padded: bool
 
 
 class PendingStream:

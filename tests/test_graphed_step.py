@@ -1,12 +1,21 @@
 """GraphedStep's bookkeeping, what it refuses, and the Trainer's use of it; what needs a GPU is in test_gpu.py."""
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
 from small_models import random_ids, small_lm
 from transformers import TrainingArguments
 from triton_interpreter import DEVICE  # before anything imports triton
 
-from modeling_seqboat import SeqBoatCache, SeqBoatConfig, SeqBoatForSequenceClassification, training_seqboat
+from modeling_seqboat import (
+    SeqBoatCache,
+    SeqBoatConfig,
+    SeqBoatForSequenceClassification,
+    graphed_step_seqboat,
+    training_seqboat,
+)
 from modeling_seqboat.graphed_step_seqboat import GraphedStep
 from modeling_seqboat.training_seqboat import RouterMonitor, SeqBoatTrainer
 
@@ -159,7 +168,7 @@ def test_a_step_in_place_does_not_touch_what_backward_needs(monkeypatch):
     monkeypatch.setenv("SEQBOAT_KERNEL_BACKEND", "triton")
     ids, found = random_ids(2, 8).to(DEVICE), []
     for goes_on in (False, True):
-        model = small_lm().to(DEVICE).train()
+        model = small_lm(num_hidden_layers=1).to(DEVICE).train()
         cache = SeqBoatCache(model.config)
         model(ids[:, :5], past_key_values=cache)
         loss = model(ids[:, 5:6], past_key_values=cache).logits.square().sum()
@@ -170,3 +179,100 @@ def test_a_step_in_place_does_not_touch_what_backward_needs(monkeypatch):
         found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
     for alone, followed in zip(*found, strict=True):
         torch.testing.assert_close(followed, alone, atol=1e-6, rtol=1e-6)
+
+
+class EmulatedGraph(GraphedStep):
+    """On a CPU: a replay runs the captured step again and writes where the graph would have written."""
+
+    def __init__(self, model, divisor=1.0, headroom=1.2):
+        self.model, self.divisor, self.headroom, self.device = model, divisor, headroom, torch.device("cpu")
+        self.layers = list(model.model.layers)
+        self._modules = list(model.modules())
+        self.captures = self.overflows = self._calls = 0
+        self._peaks = self._other = None
+        self._forget()
+
+    def _capture(self, batch):
+        super()._capture(batch)
+        capacities = self._capacities
+
+        def replay():
+            self._listen(capacities)
+            run, aliases = self._on_aliases({})
+            self._loss.copy_(self._backward(self._inputs, run))
+            self._counts.copy_(torch.cat([layer.stream_count for layer in self.layers]))
+            for own, alias in zip(self._grads, aliases, strict=True):
+                own.copy_(alias.grad)
+            self._stop_listening()
+
+        self._graph.replay = replay
+
+
+@pytest.fixture
+def emulated(monkeypatch):
+    """torch.cuda without a device: streams and captures do nothing."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    nothing = SimpleNamespace(wait_stream=lambda other: None)
+    stand_ins = {
+        "Stream": lambda: nothing, "current_stream": lambda *args: nothing, "stream": lambda stream: nullcontext(),
+        "get_rng_state": lambda: None, "set_rng_state": lambda state: None, "synchronize": lambda *args: None,
+        "empty_cache": lambda: None, "CUDAGraph": SimpleNamespace, "graph": lambda graph: nullcontext(),
+    }  # fmt: skip
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    model = small_lm(num_hidden_layers=1).train()
+    monkeypatch.setenv("SEQBOAT_KERNEL_BACKEND", "triton")
+    return model
+
+
+def gradients(model):
+    return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+def test_gradients_are_those_of_plain_steps_however_they_are_cleared(emulated):
+    model, divisor = emulated, 2
+    step = EmulatedGraph(model, divisor)
+    for turn in range(2):
+        batches = [random_ids(1, 16, seed=7 * turn + part) for part in range(divisor)]
+        model.zero_grad(set_to_none=turn == 0)
+        losses = [step(input_ids=ids, labels=ids) for ids in batches]
+        found = gradients(model)
+        model.zero_grad(set_to_none=turn == 0)
+        for ids, loss in zip(batches, losses, strict=True):
+            expected = model(ids, labels=ids, use_cache=False).loss
+            (expected / divisor).backward()
+            torch.testing.assert_close(loss, expected.detach())
+        for a, b in zip(found, gradients(model), strict=True):
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.01 * torch.ones_like(parameter))
+    assert step.captures == 1 and step.overflows == 0
+
+
+def test_more_tokens_than_room_are_computed_again(emulated, monkeypatch):
+    monkeypatch.setattr(graphed_step_seqboat, "_STEP", 4)
+    monkeypatch.setattr(graphed_step_seqboat, "_SPARE", 0)
+    model, step, ids = emulated, EmulatedGraph(emulated, headroom=1.0), random_ids(1, 16)
+
+    def raise_rates(bias):
+        with torch.no_grad():
+            for layer in model.model.layers:
+                layer.router.bias.copy_(torch.tensor([-bias, 0.0]))
+
+    raise_rates(-2.0)
+    for _ in range(2):
+        step(input_ids=ids, labels=ids)
+    raise_rates(30.0)
+    model.zero_grad()
+    loss = step(input_ids=ids, labels=ids)
+    found = gradients(model)
+    model.zero_grad()
+    expected = model(ids, labels=ids, use_cache=False).loss
+    expected.backward()
+    assert step.overflows == 1 and torch.equal(loss, expected.detach())
+    for a, b in zip(found, gradients(model), strict=True):
+        torch.testing.assert_close(a, b)
+    assert all(layer.stream_capacity is None and layer.stream_count is None for layer in model.model.layers)
+    step(input_ids=ids, labels=ids)
+    assert step.captures == 2 and step.overflows == 1
