@@ -8,7 +8,7 @@ from helpers import randomise, tiny_config, tiny_encoder, tiny_lm, token_ids
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from modeling_seqboat import layers_seqboat
+from modeling_seqboat import attention_seqboat
 from modeling_seqboat.analysis_seqboat import (
     BYTE_CLASS_NAMES,
     TokenClasses,
@@ -228,7 +228,7 @@ def test_saved_flops_equal_those_counted_query_by_query(monkeypatch):
     def query_by_query(requested, *args, max_keys, dropout_p, **kwargs):
         return windowed_attention_naive(*args, **kwargs)
 
-    monkeypatch.setattr(layers_seqboat, "run_windowed_attention", query_by_query)
+    monkeypatch.setattr(attention_seqboat, "run_windowed_attention", query_by_query)
     sparse, always_on = sparse_and_always_on(tiny_lm)
     ids = token_ids(2, 33)
     _, report = report_of(sparse, input_ids=ids)
