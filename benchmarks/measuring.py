@@ -9,8 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-# Room of a layer's stream in a graph, as a multiple of the tokens that it was seen to activate: GraphedStep's default.
-_HEADROOM, _SPARE, _STEP = 1.2, 512, 256
+from modeling_seqboat.graphed_step_seqboat import stream_capacity
 
 
 def synchronise(device: torch.device) -> None:
@@ -87,7 +86,7 @@ def fixed_streams(model: nn.Module, run: Callable[[], object]) -> Iterator[None]
     counts = torch.cat([layer.stream_count for layer in layers]).tolist()
     try:
         for layer, count in zip(layers, counts, strict=True):
-            layer.stream_capacity = -(-int(_HEADROOM * count + _SPARE) // _STEP) * _STEP
+            layer.stream_capacity = stream_capacity(count)
         yield
     finally:
         for layer in layers:

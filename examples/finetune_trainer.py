@@ -10,7 +10,6 @@ attention stopping at their borders. Writes checkpoints, `final/` and `report.js
 import json
 import math
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from instruction_data import Instructions, read_instructions
@@ -19,7 +18,7 @@ from recipes import (
     check_model,
     check_model_folder,
     check_output_folder,
-    check_same_shape,
+    find_checkpoint,
     parse_arguments,
 )
 from text_data import TokenBlocks, load_tokenizer, read_text_file, split_text
@@ -129,20 +128,6 @@ def metrics(prediction: EvalPrediction) -> dict[str, float]:
     return {"token_loss": loss, "perplexity": math.exp(min(loss, 700.0)), "accuracy": accuracy}
 
 
-def find_checkpoint(a: FinetuneArguments, config) -> str | None:
-    """The folder to resume from. Raises ValueError where there is none, or one of another shape."""
-    if a.resume_from_checkpoint is None:
-        return None
-    folder = Path(a.resume_from_checkpoint)
-    if a.resume_from_checkpoint == "latest":
-        folders = sorted(Path(a.output_dir).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-        if not folders:
-            raise ValueError(f"there is no checkpoint in output_dir {a.output_dir!r} to resume from")
-        folder = folders[-1]
-    check_same_shape(folder, config)
-    return str(folder)
-
-
 def main(argv: list[str] | None = None) -> dict:
     a = parse_arguments(FinetuneArguments, argv)
     if a.model is None:
@@ -153,7 +138,7 @@ def main(argv: list[str] | None = None) -> dict:
     train, validation = load_data(a, tokenizer)
     model = AutoModelForCausalLM.from_pretrained(a.model)
     check_model(a.model, model.config, tokenizer)
-    checkpoint = find_checkpoint(a, model.config)
+    checkpoint = find_checkpoint(a.resume_from_checkpoint, a.output_dir, model.config)
     use_cache = model.config.use_cache
     optimizer = None
     if a.router_learning_rate is not None:

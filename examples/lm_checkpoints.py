@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from lm_arguments import TrainArguments
-from recipes import check_same_shape
 from transformers import PreTrainedConfig
 
 
@@ -53,20 +52,6 @@ class Clock:
         pause = time.perf_counter()
         yield
         self._start += time.perf_counter() - pause
-
-
-def find_checkpoint(a: TrainArguments, config: PreTrainedConfig) -> Path | None:
-    """The folder to resume from. Raises ValueError where there is none, or one of another shape."""
-    if a.resume_from_checkpoint is None:
-        return None
-    folder = Path(a.resume_from_checkpoint)
-    if a.resume_from_checkpoint == "latest":
-        folders = sorted(Path(a.output_dir).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-        if not folders:
-            raise ValueError(f"there is no checkpoint in output_dir {a.output_dir!r} to resume from")
-        folder = folders[-1]
-    check_same_shape(folder, config)
-    return folder
 
 
 class Saver:

@@ -57,6 +57,23 @@ def check_output_folder(folder: str, resuming: bool, overwrite: bool) -> Path:
     return path
 
 
+def find_checkpoint(given: str | None, output_dir: str, config: PreTrainedConfig) -> Path | None:
+    """The folder to resume from: the one given, or for 'latest' the newest in `output_dir`; None where none is given.
+
+    Raises ValueError where there is none, or one of another shape than `config`.
+    """
+    if given is None:
+        return None
+    folder = Path(given)
+    if given == "latest":
+        folders = sorted(Path(output_dir).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+        if not folders:
+            raise ValueError(f"there is no checkpoint in output_dir {output_dir!r} to resume from")
+        folder = folders[-1]
+    check_same_shape(folder, config)
+    return folder
+
+
 def check_same_shape(folder: Path, config: PreTrainedConfig) -> None:
     """Raises ValueError if `folder` is no checkpoint of these scripts, or one of a model that `config` does not describe."""
     if not (folder / "config.json").is_file():

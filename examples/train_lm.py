@@ -25,9 +25,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, set_seed
 from lm_arguments import TrainArguments, check_arguments, check_graphs
-from lm_checkpoints import Clock, Progress, Saver, find_checkpoint
+from lm_checkpoints import Clock, Progress, Saver
 from lm_data import build_loader, load_data
-from recipes import check_launch, check_output_folder, parse_arguments
+from recipes import check_launch, check_output_folder, find_checkpoint, parse_arguments
 from run_record import hardware, published_command, write_record
 from text_data import load_tokenizer
 from torch.nn import functional as F
@@ -125,7 +125,7 @@ def main(argv: list[str] | None = None) -> dict:
     check_graphs(a, on_cpu)
     tokenizer = load_tokenizer(a.tokenizer)
     config = build_config(a, tokenizer)
-    checkpoint = find_checkpoint(a, config)
+    checkpoint = find_checkpoint(a.resume_from_checkpoint, a.output_dir, config)
     output = check_output_folder(a.output_dir, checkpoint is not None, a.overwrite_output_dir)
     train_rows, validation, bytes_per_token = load_data(a, tokenizer)
     if len(validation) < 2:

@@ -19,6 +19,11 @@ _STEP, _SPARE = 256, 512
 _WINDOW = 500
 
 
+def stream_capacity(count: int, headroom: float = 1.2) -> int:
+    """Room of a layer's stream that was seen to hold `count` tokens; more than all tokens is cut to that by the layer."""
+    return -(-int(headroom * count + _SPARE) // _STEP) * _STEP
+
+
 class GraphedStep:
     """`loss = step(**batch)`: forward and backward of a model on a GPU, replayed as a CUDA graph.
 
@@ -198,8 +203,7 @@ class GraphedStep:
         self._peaks = [max(pair) for pair in zip(counts, before, strict=True)]
 
     def _room(self) -> list[int]:
-        # More than all tokens is cut to that by the layer.
-        return [-(-int(self.headroom * peak + _SPARE) // _STEP) * _STEP for peak in self._peaks]
+        return [stream_capacity(peak, self.headroom) for peak in self._peaks]
 
     def _capture(self, batch: dict[str, Any]) -> None:
         capacities = self._room()
