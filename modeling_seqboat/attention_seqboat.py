@@ -15,6 +15,7 @@ from .kernels_seqboat import (
     requested_backend,
     run_gated_unit,
     run_gather_rows,
+    run_linear,
     run_memory_step,
     run_project_unit,
     run_windowed_attention,
@@ -166,7 +167,7 @@ class SeqBoatAttention(nn.Module):
             out (M, D).
         """
         config = self.config
-        projected = self.in_proj(run_gather_rows(x.flatten(0, 1), stream.index, stream.slot))
+        projected = run_linear(self.in_proj, run_gather_rows(x.flatten(0, 1), stream.index, stream.slot))
         cos = sin = None
         if context.cos is not None:
             cos, sin = (table.flatten(0, 1) for table in (context.cos, context.sin))
@@ -184,7 +185,7 @@ class SeqBoatAttention(nn.Module):
                 table_rows=None if cos is None else stream.index,
                 max_keys=config.memory_size * (2 if config.bidirectional else 1) + 1, **bias,
             )  # fmt: skip
-        out = self.out_proj(gated)
+        out = run_linear(self.out_proj, gated)
         return F.dropout(out, config.hidden_dropout, self.training) if config.bidirectional else out
 
     def step(self, x: Tensor, context: SequenceContext, cache: SeqBoatCacheLayer, rows: Tensor | None):

@@ -8,7 +8,8 @@ that gives the reason; nothing switches silently.
 import os
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .ops_attention_seqboat import windowed_attention
 from .ops_layout_seqboat import ScanPlan
@@ -23,6 +24,7 @@ try:
     from .triton_decode_seqboat import ema_step, memory_attention_op, memory_attention_step
     from .triton_ema_seqboat import ema_scan_triton
     from .triton_fused_seqboat import extract_residual, gated_unit, gather_rows, project_unit
+    from .triton_linear_seqboat import give_bias_gradient
     from .triton_norm_seqboat import layer_norm_residual
     from .triton_parameters_seqboat import ema_parameters_triton
     from .triton_router_seqboat import PendingStream, route
@@ -113,7 +115,7 @@ def run_ema_scan(
     )
     if reverse:
         y = y.flip(1)
-    return (y if activation is None else torch.nn.functional.silu(y)), state
+    return (y if activation is None else F.silu(y)), state
 
 
 def run_ema_step(
@@ -234,6 +236,21 @@ def run_extract_residual(*args) -> Tensor:
 def run_gather_rows(*args) -> Tensor:
     """`gather_rows`; only where `runs_fused` says so."""
     return gather_rows(*args)
+
+
+def run_linear(linear: nn.Module, x: Tensor) -> Tensor:
+    """`linear(x)`, with the gradient of its bias by a kernel where it is a plain nn.Linear in training, as an adapter or a
+    quantised layer is not; only where `runs_fused` says so."""
+    bias = getattr(linear, "bias", None)
+    plain = type(linear) is nn.Linear and type(bias) in (Tensor, nn.Parameter)
+    if not plain or not torch.is_grad_enabled() or not bias.requires_grad or _has_hooks(linear):
+        return linear(x)
+    return give_bias_gradient(F.linear(x, linear.weight, bias.detach()), bias)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    hooks = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+    return any(getattr(module, name) for name in hooks)
 
 
 def run_layer_norm_residual(x: Tensor, *args) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,7 @@ from .kernels_seqboat import (
     begin_stream,
     requested_backend,
     run_extract_residual,
+    run_linear,
     runs_fused,
     runs_memory_step,
 )
@@ -162,7 +163,7 @@ class SeqBoatDecoderLayer(GradientCheckpointingLayer):
         if self.counts_stream:
             self.stream_count = pending.count.clone()
         # Before the wait, so that the device has work meanwhile.
-        hidden = self.hidden_proj(m)
+        hidden = run_linear(self.hidden_proj, m)
         stream = pending.wait()
         out = self.attention("fused", m, stream, context)
         dropout_p = config.hidden_dropout if self.training and not config.bidirectional else 0.0

@@ -532,9 +532,13 @@ def input_grads_kernel(
 def table_grads_kernel(
     tiles, key_start, key_end, q_place, k_place, plan, top, sums,
     m, mk, n_blocks, n_key_blocks, list_size, table_size, table_center, fixed_point,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr, COPIES: tl.constexpr,
 ):  # fmt: skip
-    """Adds score gradients to their table entries as integers, whose sum does not depend on the order."""
+    """Adds score gradients to their table entries as integers, whose sum does not depend on the order.
+
+    All tiles have the same few hundred entries in sight, and the units that add wait for one another: so programs take turns
+    at COPIES tables.
+    """
     parts: tl.constexpr = BLOCK_M // ROWS
     item = tl.program_id(0) // parts
     part = (tl.program_id(0) % parts) * ROWS
@@ -557,4 +561,5 @@ def table_grads_kernel(
         factor = tl.where(largest > 0, fixed_point / largest, 0.0)
         place = tiles + item.to(tl.int64) * (BLOCK_M * BLOCK_N) + local[:, None] * BLOCK_N + columns[None, :]
         found = tl.load(place).to(tl.float32) * factor
-        tl.atomic_add(sums + entry, found.to(tl.int64), mask=visible, sem="relaxed")
+        table = sums + (item % COPIES) * table_size
+        tl.atomic_add(table + entry, found.to(tl.int64), mask=visible, sem="relaxed")

@@ -39,6 +39,8 @@ from .triton_launch_seqboat import aligned_key, blocks_of, interpreted, on_devic
 _LOG2_E = 1.4426950408889634
 # Fixed-point steps between 0 and the largest gradient of one pair's bias, which leaves 29 bits for the sum of pairs.
 _FIXED_POINT = 2.0**34
+# Tables that programs add to in turn, and entries of all of them together.
+_MOST_COPIES, _COPIED_ENTRIES = 64, 2**17
 # How far, in powers of two, a score may exceed those of its row's first tile before the row is computed again: the
 # sums and products are float32, but the weights must fit their own type.
 _RISE = {torch.float16: 14.0, torch.bfloat16: 64.0, torch.float32: 64.0}
@@ -245,14 +247,15 @@ def attention_backward(
     if table is None:
         return grad_q, grad_k, None
     largest = top.view(torch.float32)
-    fixed = torch.zeros(table.shape[0], dtype=torch.int64, device=q.device)
+    copies = max(1, min(_MOST_COPIES, _COPIED_ENTRIES // table.shape[0]))
+    fixed = torch.zeros(copies, table.shape[0], dtype=torch.int64, device=q.device)
     table_grads_kernel(
-        (call.list_size * (blocks.m // blocks.rows),), key,
+        (call.list_size * (blocks.m // blocks.rows),), None if key is None else (*key, copies),
         score_grads, ranges.key_start, ranges.key_end, ranges.q_place, ranges.k_place, plan, largest, fixed,
         *sizes, table.shape[0], call.table_center, _FIXED_POINT, options={"num_warps": 4},
-        BLOCK_M=blocks.m, BLOCK_N=blocks.n, ROWS=blocks.rows,
+        BLOCK_M=blocks.m, BLOCK_N=blocks.n, ROWS=blocks.rows, COPIES=copies,
     )  # fmt: skip
-    return grad_q, grad_k, (fixed * (largest.double() / _FIXED_POINT)).to(table.dtype)
+    return grad_q, grad_k, (fixed.sum(0) * (largest.double() / _FIXED_POINT)).to(table.dtype)
 
 
 class _WindowedAttention(torch.autograd.Function):

@@ -243,7 +243,7 @@ def test_rows_of_like_length_come_together_in_an_order_of_seed_and_epoch():
     lengths = np.random.default_rng(0).integers(1, 1000, 430).tolist()
 
     def epoch(number, seed=0):
-        order = tasks.LengthOrder(lengths, 8, seed)
+        order = tasks.RowOrder(430, 8, seed, lengths)
         order.set_epoch(number)
         return list(order)
 
@@ -254,6 +254,19 @@ def test_rows_of_like_length_come_together_in_an_order_of_seed_and_epoch():
     assert np.mean(spans) < 100
     means = [np.mean([lengths[row] for row in rows[at : at + 8]]) for at in range(0, 424, 8)]
     assert means != sorted(means)
+
+
+@pytest.mark.parametrize("lengths", [None, [*range(1, 61)]])
+def test_easy_rows_come_first_in_the_first_epoch(lengths):
+    order = module("tasks").RowOrder(60, 4, 0, lengths, easy=20, easy_passes=2)
+    rows = list(order)
+    assert len(rows) == len(order) == 60
+    assert sorted(rows[:20]) == sorted(rows[20:40]) == list(range(40, 60)) and rows[:20] != rows[20:40]
+    assert min(rows[40:]) < 40
+    order.set_epoch(1)
+    assert sorted(order) == list(range(60)) and sorted(list(order)[:20]) != list(range(40, 60))
+    many = module("tasks").RowOrder(60, 4, 0, lengths, easy=20, easy_passes=5)
+    assert len(list(many)) == 60 and min(many) == 40
 
 
 def test_missing_data_say_where_to_get_them(tmp_path):

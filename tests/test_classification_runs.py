@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tarfile
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -185,23 +186,30 @@ def test_a_resumed_run_draws_the_same_variants(tmp_path):
     assert any(not torch.equal(whole[name], plain[name]) for name in whole)
 
 
-def test_short_contours_are_for_training_alone(tmp_path, monkeypatch):
+@pytest.mark.parametrize("task", ["listops", "pathfinder"])
+def test_easy_rows_are_for_training_alone(task, tmp_path, monkeypatch):
     tasks, pathfinder = module("tasks"), module("pathfinder")
     monkeypatch.setattr(pathfinder, "BLOCK", 24)
     monkeypatch.setattr(pathfinder.os, "cpu_count", lambda: 1)
     arguments = tasks.DataArguments(data_path=str(tmp_path), train_size=8, validation_size=4, test_size=4)
-    plain = tasks.load_task("pathfinder", arguments, None)
-    arguments.short_contours = 7
-    mixed = tasks.load_task("pathfinder", arguments, None)
-    assert len(mixed.train) == 15 and len(list(tmp_path.iterdir())) == 4
-    for name in ("validation", "test"):
-        before, after = ([rows[i]["pixel_values"] for i in range(len(rows))] for rows in
-                         (getattr(plain, name), getattr(mixed, name)))  # fmt: skip
-        assert np.array_equal(before, after)
-    ink = [float((mixed.train[i]["pixel_values"] > -1).sum()) for i in range(15)]
-    assert np.mean(ink[8:]) < np.mean(ink[:8])
-    with pytest.raises(ValueError, match="short_contours must be"):
-        tasks.load_task("listops", arguments, None)
+    plain = tasks.load_task(task, arguments, None)
+    arguments.easy_rows = 7
+    mixed = tasks.load_task(task, arguments, None)
+    assert len(mixed.train) == 15 and mixed.easy == 7 and len(list(tmp_path.iterdir())) == 4
+    name = "input_ids" if task == "listops" else "pixel_values"
+    for split in ("validation", "test"):
+        before, after = ([rows[i][name] for i in range(len(rows))] for rows in
+                         (getattr(plain, split), getattr(mixed, split)))  # fmt: skip
+        assert all(map(np.array_equal, before, after))
+    size = [float((mixed.train[i][name] > -1).sum()) for i in range(15)]
+    assert np.mean(size[8:]) < np.mean(size[:8])
+    if task == "listops":
+        assert max(size[8:]) <= 500 < min(size[:8])
+        assert [mixed.train[i]["labels"] for i in range(8, 15)] == [
+            module("listops").evaluate(mixed.train[i]["input_ids"]) for i in range(8, 15)
+        ]
+    with pytest.raises(ValueError, match="easy_rows must be"):
+        tasks.load_task("text", arguments, None)
 
 
 def test_bad_settings_are_refused(tmp_path, monkeypatch):
@@ -209,6 +217,7 @@ def test_bad_settings_are_refused(tmp_path, monkeypatch):
     cases = [
         ({"max_minutes": 0}, "max_minutes must be greater than 0"),
         ({"lr_scheduler_type": "constant"}, "linear or cosine, got 'constant'"),
+        ({"easy_passes": 1}, "easy_passes must be .* 0 without easy_rows, got 1"),
         ({"augment": True}, "no variants for task 'text'"),
         ({"cuda_graphs": True}, "cuda_graphs needs a GPU"),
     ]
@@ -228,9 +237,9 @@ def test_every_short_recipe_runs_on_a_slice(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(listops, "BLOCK", 50)
     monkeypatch.setattr(module("pathfinder"), "BLOCK", 24)
     monkeypatch.setattr(module("pathfinder").os, "cpu_count", lambda: 1)
-    contours = 3 if recipe == "lra-pathfinder" else None
+    easy = 3 if recipe in ("lra-listops", "lra-pathfinder") else None
     results = run(
-        f"short/{recipe}", tmp_path / "run", **WRITERS[recipe](tmp_path), num_workers=0, short_contours=contours,
+        f"short/{recipe}", tmp_path / "run", **WRITERS[recipe](tmp_path), num_workers=0, easy_rows=easy,
         cuda_graphs=False,
     )  # fmt: skip
     assert results["steps"] == 2 and results["arguments"]["max_minutes"] < 10
@@ -297,11 +306,20 @@ def test_tasks_that_outlast_their_limit_are_ended(tmp_path):
     slow = {
         "slow": ["-c", "import time; print('on it', flush=True); time.sleep(60)"],
         "quick": ["-c", "print('done')"],
+        "stuck": [
+            "-c",
+            "import pathlib, sys, time; pathlib.Path(sys.argv[1]).write_text('{}'); print('over', flush=True); time.sleep(60)",
+            str(tmp_path / "stuck/results.json"),
+        ],
     }
+    (tmp_path / "stuck").mkdir()
+    began = time.time()
     codes = launcher.run_all(slow, tmp_path, limit=0.05)
-    assert codes["quick"] == 0 and codes["slow"] != 0
-    summary = launcher.summarise(slow, codes, tmp_path)
-    assert [entry["error"] for entry in summary] == ["on it", "done"]
+    assert codes["quick"] == 0 and codes["slow"] != 0 and codes["stuck"] != 0
+    summary = launcher.summarise(slow, codes, tmp_path, began)
+    assert [entry.get("error") for entry in summary] == ["on it", "done", None]
+    # Results of an earlier attempt are not this one's.
+    assert launcher.summarise(slow, codes, tmp_path, time.time() + 60)[2]["error"] == "over"
 
 
 @pytest.mark.parametrize(

@@ -65,8 +65,10 @@ def encode(text: str) -> list[int]:
     return [IDS[symbol] for symbol in text.split()]
 
 
-def random_trees(rng: np.random.Generator, count: int = BLOCK) -> Iterator[np.ndarray]:
-    """Those of `count` random trees whose length is within the limits, as token ids (uint8).
+def random_trees(
+    rng: np.random.Generator, count: int = BLOCK, lengths: tuple[int, int] | None = None
+) -> Iterator[np.ndarray]:
+    """Those of `count` random trees whose length is within the limits (exclusive; default LENGTHS), as token ids (uint8).
 
     The root is an operator at depth 1; below, a node is an operator with probability 0.25, and at depth 10 always a
     digit. All trees grow together, level by level: one at a time would take hours for a whole data set.
@@ -103,17 +105,18 @@ def random_trees(rng: np.random.Generator, count: int = BLOCK) -> Iterator[np.nd
         )  # fmt: skip
         tokens[start] = drawn
         tokens[start[operator] + size[operator] - 1] = CLOSE
-    for index in np.flatnonzero((total > LENGTHS[0]) & (total < LENGTHS[1])):
+    shortest, longest = lengths or LENGTHS
+    for index in np.flatnonzero((total > shortest) & (total < longest)):
         yield tokens[first[index] : first[index + 1]]
 
 
-def generate(seed: int, count: int) -> dict[str, np.ndarray]:
+def generate(seed: int, count: int, lengths: tuple[int, int] | None = None) -> dict[str, np.ndarray]:
     """`count` distinct trees: tokens (all of them in a row, uint8), lengths (int64) and labels (int64)."""
     rng = np.random.default_rng(seed)
     seen: set[bytes] = set()
     trees: list[np.ndarray] = []
     with tqdm(total=count, desc="ListOps trees", unit="tree") as progress:
-        for tree in itertools.chain.from_iterable(random_trees(rng) for _ in itertools.count()):
+        for tree in itertools.chain.from_iterable(random_trees(rng, BLOCK, lengths) for _ in itertools.count()):
             key = tree.tobytes()
             if key in seen:
                 continue
@@ -129,8 +132,11 @@ def generate(seed: int, count: int) -> dict[str, np.ndarray]:
     }
 
 
-def load(folder: Path, seed: int, count: int) -> tuple[list[np.ndarray], np.ndarray]:
-    """Trees and labels, generated into `folder` the first time."""
-    arrays = cached(folder / f"listops-seed{seed}-{count}.npz", lambda: generate(seed, count))
+def load(
+    folder: Path, seed: int, count: int, lengths: tuple[int, int] | None = None
+) -> tuple[list[np.ndarray], np.ndarray]:
+    """Trees and labels, generated into `folder` the first time; lengths (exclusive) other than the task's are named."""
+    which = "" if lengths is None else f"-lengths{lengths[0]}-{lengths[1]}"
+    arrays = cached(folder / f"listops-seed{seed}-{count}{which}.npz", lambda: generate(seed, count, lengths))
     borders = np.cumsum(arrays["lengths"])[:-1]
     return np.split(arrays["tokens"], borders), arrays["labels"]

@@ -137,13 +137,16 @@ def run_all(commands: dict[str, list[str]], output: Path, limit: float | None) -
     return {task: process.returncode for task, process in running.items()}
 
 
-def summarise(commands: dict[str, list[str]], codes: dict[str, int], output: Path) -> list[dict]:
-    """One entry a task: its results, or the end of what it printed."""
+def summarise(commands: dict[str, list[str]], codes: dict[str, int], output: Path, began: float) -> list[dict]:
+    """One entry a task: the results that it wrote since `began` (seconds, as files have it), or the end of what it printed.
+
+    Results are the last that a task writes: one that was ended after that has not failed.
+    """
     summary = []
     for task, line in commands.items():
         entry: dict = {"task": task, "command": shlex.join(["python", *line]), "exit_code": codes[task]}
         path = output / task / "results.json"
-        if codes[task] == 0 and path.is_file():
+        if path.is_file() and (codes[task] == 0 or path.stat().st_mtime >= began):
             entry["results"] = json.loads(path.read_text(encoding="utf-8"))
         else:
             entry["error"] = last_line(output / f"{task}.log")
@@ -198,12 +201,12 @@ def main(argv: list[str] | None = None) -> int:
         task: command(task, paths, settings[task], a.output_dir / task, a.published) for task, paths in tasks.items()
     }
     a.output_dir.mkdir(parents=True, exist_ok=True)
-    before = signal.signal(signal.SIGTERM, _stop)
+    before, began = signal.signal(signal.SIGTERM, _stop), time.time()
     try:
         codes = run_all(commands, a.output_dir, a.limit_minutes)
     finally:
         signal.signal(signal.SIGTERM, before)
-    summary = summarise(commands, codes, a.output_dir)
+    summary = summarise(commands, codes, a.output_dir, began)
     (a.output_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     print_table(summary)
     if a.collect is not None:

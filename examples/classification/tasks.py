@@ -7,9 +7,10 @@ import json
 import lzma
 import re
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import listops
 import numpy as np
@@ -28,8 +29,9 @@ from modeling_seqboat import (
 )
 
 SAMPLING_RATE = 16000
-# Dashes of the contours that `short_contours` adds.
+# What `easy_rows` adds, a third of each kind: dashes of a contour, and lengths of a tree (exclusive).
 SHORT_CONTOURS = (4, 7, 10)
+SHORT_TREES = ((9, 40), (39, 150), (149, 501))
 
 # How to come by what a task reads, for whoever has started it without.
 SOURCES = {
@@ -64,9 +66,12 @@ class DataArguments:
     train_size: int | None = field(default=None, metadata={"help": "use this many rows; generated data need it"})
     validation_size: int = field(default=1000, metadata={"help": "rows that choose the best checkpoint"})
     test_size: int | None = field(default=None, metadata={"help": "use this many rows; generated data need it"})
-    short_contours: int = field(
+    easy_rows: int = field(
         default=0,
-        metadata={"help": "task pathfinder: training rows more, whose contours have 4, 7 or 10 dashes instead of 14"},
+        metadata={
+            "help": "training rows more that are easier than the task's. pathfinder: contours of 4, 7 or 10 dashes instead of "
+            "14; listops: trees of 10 to 500 tokens"
+        },
     )
     data_seed: int = field(default=0, metadata={"help": "of splits, random pairs and generated data"})
 
@@ -84,26 +89,54 @@ class Rows(Dataset):
         return self.make(int(self.indices[index]))
 
 
-class LengthOrder(Sampler[int]):
-    """Row numbers such that each batch has rows of like length, and little padding. Batches come in random order.
+class RowOrder(Sampler[int]):
+    """Row numbers of an epoch: at random, in batches of rows of like length if there are lengths, easy rows first if asked.
 
     The order depends on the seed and the epoch alone, so a resumed run reads what an uninterrupted one would have read.
+
+    Args:
+        count: rows.
+        batch_size: of all processes together, which take turns at batches.
+        lengths: of each row, or None. Batches of like length have little padding; they come in random order.
+        easy: that many rows at the end are easy ones.
+        easy_passes: how often the first epoch goes through them before it takes rows of all kinds, as many as are left of
+            an epoch's number.
     """
 
     POOL = 50
 
-    def __init__(self, lengths: list[int], batch_size: int, seed: int):
-        self.lengths, self.batch_size, self.seed, self.epoch = torch.tensor(lengths), batch_size, seed, 0
+    def __init__(
+        self,
+        count: int,
+        batch_size: int,
+        seed: int,
+        lengths: list[int] | None = None,
+        easy: int = 0,
+        easy_passes: int = 0,
+    ):
+        self.count, self.batch_size, self.seed, self.epoch = count, batch_size, seed, 0
+        self.lengths = None if lengths is None else torch.tensor(lengths)
+        self.easy, self.easy_passes = easy, easy_passes
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return self.count
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = torch.randperm(len(self), generator=generator)
+        left = self.count
+        for _ in range(self.easy_passes if self.epoch == 0 and self.easy else 0):
+            order = self.count - self.easy + torch.randperm(self.easy, generator=generator)
+            yield from self._batches(order[:left], generator)
+            left -= min(left, self.easy)
+        yield from self._batches(torch.randperm(self.count, generator=generator)[:left], generator)
+
+    def _batches(self, order: torch.Tensor, generator: torch.Generator) -> Iterator[int]:
+        if self.lengths is None:
+            yield from order.tolist()
+            return
         pools = [pool[self.lengths[pool].argsort()] for pool in order.split(self.POOL * self.batch_size)]
         batches = [batch for pool in pools for batch in pool.split(self.batch_size)]
         # A batch that is not full would shift the borders of those behind it.
@@ -125,6 +158,7 @@ class TaskData:
     vocab_size: ids that occur, 0 for real numbers.
     shape: height and width of a picture, or None.
     augment: inputs of a batch -> random variants with the same labels, or None.
+    easy: that many training rows, the last ones, are easier than the task's.
     """
 
     model_class: type[PreTrainedModel]
@@ -137,6 +171,7 @@ class TaskData:
     vocab_size: int = 0
     shape: tuple[int, int] | None = None
     augment: Callable[[torch.Tensor], torch.Tensor] | None = None
+    easy: int = 0
 
 
 def pad_tokens(rows: list[dict], pad_id: int) -> dict[str, torch.Tensor]:
@@ -172,8 +207,8 @@ def load_task(task: str, a: DataArguments, pad_id: int | None) -> TaskData:
     for name in ("train_size", "validation_size", "test_size", "max_length"):
         if getattr(a, name) is not None and getattr(a, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(a, name)}")
-    if a.short_contours < 0 or (a.short_contours and task != "pathfinder"):
-        raise ValueError(f"short_contours must be at least 0, and 0 for all but pathfinder, got {a.short_contours}")
+    if a.easy_rows < 0 or (a.easy_rows and task not in ("listops", "pathfinder")):
+        raise ValueError(f"easy_rows must be at least 0, and 0 for all but listops and pathfinder, got {a.easy_rows}")
     return loaders[task](a, pad_id or 0)
 
 
@@ -259,14 +294,31 @@ def load_listops(a: DataArguments, pad_id: int) -> TaskData:
     folder = _need("listops", a.data_path, folder=True)
     count = _generated_rows("listops", a)
     trees, labels = listops.load(folder, a.data_seed, count)
+    easy = [listops.load(folder, a.data_seed, share, lengths) for share, lengths in _easy_shares(a, SHORT_TREES)]
+    trees = trees + [tree for more, _ in easy for tree in more]
+    labels = np.concatenate([labels, *(values for _, values in easy)])
 
     def make(index: int) -> dict:
         return {"input_ids": trees[index], "labels": int(labels[index])}
 
+    splits = _with_easy(_split(make, np.arange(count), None, a), make, count, a)
     return TaskData(
-        SeqBoatForSequenceClassification, collate=_pad_with(pad_id), vocab_size=len(listops.TOKENS),
-        **_split(make, np.arange(count), None, a),
+        SeqBoatForSequenceClassification, collate=_pad_with(pad_id), vocab_size=len(listops.TOKENS), easy=a.easy_rows,
+        **splits,
     )  # fmt: skip
+
+
+def _easy_shares(a: DataArguments, kinds: Sequence) -> list[tuple[int, Any]]:
+    """How many of the easy rows are of each kind; no kind without rows."""
+    share, more = divmod(a.easy_rows, len(kinds))
+    shares = [(share + (place < more), kind) for place, kind in enumerate(kinds)]
+    return [(rows, kind) for rows, kind in shares if rows]
+
+
+def _with_easy(splits: dict[str, Rows], make: Callable[[int], dict], count: int, a: DataArguments) -> dict[str, Rows]:
+    """Adds the rows behind the first `count` to those for training; validation and test rows stay the task's own."""
+    known = np.concatenate([splits["train"].indices, np.arange(count, count + a.easy_rows)])
+    return splits | {"train": Rows(make, known)}
 
 
 def _generated_rows(task: str, a: DataArguments) -> int:
@@ -319,16 +371,12 @@ def load_pathfinder(a: DataArguments, pad_id: int) -> TaskData:
     folder = _need("pathfinder", a.data_path, folder=True)
     count = _generated_rows("pathfinder", a)
     pixels, labels = pathfinder.load(folder, a.data_seed, count)
-    splits = _split(_pixel_rows(pixels, labels, 0.5, 0.5), np.arange(count), None, a)
-    if a.short_contours:
-        # Rows behind the others, which the splits above do not know: they are for training alone.
-        share = -(-a.short_contours // len(SHORT_CONTOURS))
-        short = [pathfinder.load(folder, a.data_seed, share, dashes) for dashes in SHORT_CONTOURS]
-        pixels = np.concatenate([pixels, *(pictures for pictures, _ in short)])
-        labels = np.concatenate([labels, *(marks for _, marks in short)])
-        known = np.concatenate([splits["train"].indices, np.arange(count, count + a.short_contours)])
-        splits["train"] = Rows(_pixel_rows(pixels, labels, 0.5, 0.5), known)
-    return _pictures(pixels, 0.5, 0.5, augment=turn_pictures, **splits)
+    easy = [pathfinder.load(folder, a.data_seed, share, dashes) for share, dashes in _easy_shares(a, SHORT_CONTOURS)]
+    pixels = np.concatenate([pixels, *(pictures for pictures, _ in easy)])
+    labels = np.concatenate([labels, *(marks for _, marks in easy)])
+    make = _pixel_rows(pixels, labels, 0.5, 0.5)
+    splits = _with_easy(_split(make, np.arange(count), None, a), make, count, a)
+    return _pictures(pixels, 0.5, 0.5, augment=turn_pictures, easy=a.easy_rows, **splits)
 
 
 def read_pairs(path: Path, a: DataArguments) -> tuple[list[tuple[str, str]], list[int] | None]:

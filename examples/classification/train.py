@@ -24,7 +24,7 @@ import torch
 import transformers
 from budget import TimeBudget
 from pictures import write_activations, write_confusion_matrix
-from tasks import DataArguments, LengthOrder, TaskData, load_task
+from tasks import DataArguments, RowOrder, TaskData, load_task
 from tqdm.auto import tqdm
 from transformers import TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
@@ -66,6 +66,9 @@ class ClassificationArguments(DataArguments):
     max_grad_norm: float = field(default=1.0)
     mixed_precision: str | None = field(default=None, metadata={"help": "no, bf16 or fp16"})
     group_by_length: bool = field(default=False, metadata={"help": "batches of rows of like length"})
+    easy_passes: int = field(
+        default=0, metadata={"help": "how often training goes through the easy_rows before it takes rows of all kinds"}
+    )
     gradient_checkpointing: bool = field(default=False)
     num_workers: int = field(default=0, metadata={"help": "processes that make batches"})
     use_cpu: bool = field(default=False)
@@ -82,6 +85,7 @@ class ClassificationTrainer(SeqBoatTrainer):
     """Counts the real tokens it trains on and the time spent in evaluations; routers may learn at a rate of their own.
 
     Args:
+        easy: how many of the training rows, the last ones, are easy, and how often they are gone through at first.
         augment: turns a batch's inputs into variants of them, or None.
         budget: ends the training in time, and the learning rate follows it; or None.
     """
@@ -91,12 +95,13 @@ class ClassificationTrainer(SeqBoatTrainer):
         *args,
         router_learning_rate: float | None,
         group_by_length: bool,
+        easy: tuple[int, int] = (),
         augment: Callable[[torch.Tensor], torch.Tensor] | None = None,
         budget: TimeBudget | None = None,
         **kwargs,
     ):
         self.router_learning_rate, self.group_by_length = router_learning_rate, group_by_length
-        self.augment, self.budget = augment, budget
+        self.easy, self.augment, self.budget = easy, augment, budget
         self.tokens: torch.Tensor | int = 0
         self.evaluation_seconds = 0.0
         super().__init__(*args, **kwargs)
@@ -129,12 +134,13 @@ class ClassificationTrainer(SeqBoatTrainer):
         return self.lr_scheduler
 
     def _get_train_sampler(self, train_dataset=None):
-        if not self.group_by_length:
+        if not self.group_by_length and not self.easy:
             return super()._get_train_sampler(train_dataset)
         rows = self.train_dataset
-        # Of all processes together, which take turns at batches.
-        size = self.args.train_batch_size * self.args.world_size
-        return LengthOrder([len(row["input_ids"]) for row in rows], size, self.args.seed)
+        return RowOrder(
+            len(rows), self.args.train_batch_size * self.args.world_size, self.args.seed,
+            [len(row["input_ids"]) for row in rows] if self.group_by_length else None, *self.easy,
+        )  # fmt: skip
 
     def training_step(self, model, inputs, *args, **kwargs):
         self.tokens = self.tokens + real_tokens(inputs)
@@ -175,6 +181,8 @@ def check_arguments(a: ClassificationArguments) -> None:
     for name in ("batch_size", "gradient_accumulation_steps", "max_steps", "eval_steps", "logging_steps"):
         if getattr(a, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(a, name)}")
+    if a.easy_passes < 0 or (a.easy_passes and not a.easy_rows):
+        raise ValueError(f"easy_passes must be at least 0, and 0 without easy_rows, got {a.easy_passes}")
     if a.max_minutes is not None and a.max_minutes <= 0:
         raise ValueError(f"max_minutes must be greater than 0, got {a.max_minutes}")
     if a.max_minutes is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -279,7 +287,7 @@ def build_trainer(
     steps = min(a.eval_steps, a.max_steps)
     trainer = ClassificationTrainer(
         model=model, router_learning_rate=a.router_learning_rate, group_by_length=a.group_by_length,
-        augment=data.augment if a.augment else None, budget=budget, cuda_graphs=a.cuda_graphs,
+        easy=(data.easy, a.easy_passes) if a.easy_passes else (), augment=data.augment if a.augment else None, budget=budget, cuda_graphs=a.cuda_graphs,
         compute_metrics=accuracy, data_collator=data.collate,
         train_dataset=data.train, eval_dataset=data.validation,
         args=TrainingArguments(
@@ -290,6 +298,9 @@ def build_trainer(
             warmup_steps=a.warmup_steps, lr_scheduler_type=a.lr_scheduler_type, max_grad_norm=a.max_grad_norm,
             bf16=a.mixed_precision == "bf16", fp16=a.mixed_precision == "fp16",
             dataloader_num_workers=a.num_workers, dataloader_persistent_workers=a.num_workers > 0,
+            # The thread that pins memory can hang the end of a process that stops in the middle of an epoch; batches are
+            # small beside their step.
+            dataloader_pin_memory=False,
             # Looking for NaN at every step would wait for the device at every step.
             logging_nan_inf_filter=False,
             use_cpu=a.use_cpu,
