@@ -291,6 +291,8 @@ def test_tasks_run_together_and_their_results_make_a_page(tmp_path):
     first = page.read_text("utf-8")
     assert f"{summary['image']['results']['test_accuracy']:.1%}" in first and "raw speech" not in first
     assert (page.parent / "images/classification/text_confusion_matrix.png").read_bytes()[:4] == b"\x89PNG"
+    numbers = json.loads(page.with_suffix(".json").read_text("utf-8"))
+    assert numbers["image"]["test_accuracy"] == summary["image"]["results"]["test_accuracy"]
     page.write_text(first.replace("# Classification results", "# Mine\n\nWhat was tried."), "utf-8")
     report.main([str(collected), "--page", str(page)])
     again = page.read_text("utf-8")

@@ -1,4 +1,4 @@
-"""Writes the results of `run_tasks.py --collect` into a page: a table, and the pictures beside it.
+"""Writes the results of `run_tasks.py --collect` into a page: a table, with the pictures and all numbers beside it.
 
     python examples/classification/report.py tasks.tar.gz [MORE.tar.gz] --page docs/classification.md
 
@@ -75,7 +75,8 @@ def table(results: dict[str, dict], folder: str) -> str:
 
 
 def write_page(page: Path, results: dict[str, dict], pictures: dict[str, dict[str, bytes]]) -> None:
-    """Puts the table between the page's marks (a new page gets a title and them) and the pictures into images/."""
+    """Puts the table between the page's marks (a new page gets a title and them), the pictures into images/ and the results
+    as they are into a .json of the page's name."""
     folder = page.parent / "images/classification"
     text = page.read_text(encoding="utf-8") if page.is_file() else f"# Classification results\n\n{BEGIN}\n{END}\n"
     head, found, rest = text.partition(BEGIN)
@@ -86,6 +87,7 @@ def write_page(page: Path, results: dict[str, dict], pictures: dict[str, dict[st
     for task, named in pictures.items():
         for name, data in named.items():
             (folder / f"{task}_{name}").write_bytes(data)
+    page.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     page.write_text(f"{head}{BEGIN}\n\n{table(results, 'images/classification')}\n\n{END}{tail}", encoding="utf-8")
 
 
