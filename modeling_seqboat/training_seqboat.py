@@ -27,6 +27,13 @@ def _routers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
+def _model_and_head(model: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """The SeqBoatModel of a model with a head, and the head, however wrapped."""
+    found = [module for module in model.modules() if hasattr(module, "_with_router_penalty")]
+    base = next(module for module in found if any(cls.__name__ == "SeqBoatModel" for cls in type(module).__mro__))
+    return base, found[0]
+
+
 def _owned_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Parameter]]:
     """Each parameter once (a tied one under its first name), with the module that owns it."""
     seen = set()
@@ -244,7 +251,8 @@ class RouterCallback(TrainerCallback):
 
 class SeqBoatTrainerMixin:
     """Gives a Trainer the right weight decay: `class MyTrainer(SeqBoatTrainerMixin, SFTTrainer): pass`. The argument
-    `use_liger_kernel` sets the config's `loss_implementation`.
+    `use_liger_kernel` sets the config's `loss_implementation`. Where the loss is not the model's own (SFTTrainer's, one of
+    `compute_loss_func`, label smoothing), the pull to `router_target_rate` is added to it.
 
     Args:
         cuda_graphs: run forward and backward of a batch as one CUDA graph (`GraphedStep`): for one process on a GPU, in
@@ -259,6 +267,7 @@ class SeqBoatTrainerMixin:
             self.model.config.loss_implementation = "liger"
         self._graphed: GraphedStep | None = None
         self.cuda_graphs = cuda_graphs
+        self._listens, self._added, self._penalty = False, False, None
         reasons = {
             "it needs a GPU": self.args.device.type != "cuda",
             "it runs in one process on one GPU": self.args.world_size > 1 or self.args.n_gpu > 1,
@@ -274,6 +283,49 @@ class SeqBoatTrainerMixin:
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         return decay_parameter_names(model)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch=None, **kwargs
+    ):
+        compute = super().compute_loss
+        target = getattr(getattr(self.model, "config", None), "router_target_rate", None)
+        replaced = self.compute_loss_func is not None or self.label_smoother is not None
+        own = compute.__func__ is Trainer.compute_loss and not replaced
+        if own or target is None or not model.training or "labels" not in inputs:
+            return compute(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch, **kwargs)
+        if not self._listens:
+            self._listens = True
+            base, head = _model_and_head(model)
+            base.register_forward_hook(self._keep_penalty)
+            head.register_forward_hook(self._notice_loss)
+        labels, self._penalty, self._added = inputs["labels"], None, False
+        result = compute(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch, **kwargs)
+        penalty, self._penalty = self._penalty, None
+        if penalty is None or self._added:
+            return result
+        term = self._share(labels, num_items_in_batch) * penalty
+        if return_outputs:
+            loss, outputs = result
+            return loss + term.to(loss.device), outputs
+        return result + term.to(result.device)
+
+    def _keep_penalty(self, module: nn.Module, args: tuple, output) -> None:
+        penalty = getattr(output, "router_penalty", None)
+        # A second forward without gradients, for metrics, is none that the loss was made of.
+        if penalty is not None and penalty.requires_grad:
+            self._penalty = penalty
+
+    def _notice_loss(self, module: nn.Module, args: tuple, output) -> None:
+        # A head that was given labels has added the term itself; TRL's forward in its place has not.
+        if getattr(output, "router_penalty", None) is not None and output.loss is not None:
+            self._added = True
+
+    def _share(self, labels: Tensor, num_items: Tensor | int | None) -> Tensor | float:
+        """What one batch's term counts in a loss that is a mean over `num_items` labels, as for the model's own loss."""
+        if num_items is None:
+            return 1.0
+        share = (labels != -100).sum() / num_items
+        return share * self.accelerator.num_processes if self.args.average_tokens_across_devices else share
 
     def training_step(self, model: nn.Module, inputs: dict, *args, **kwargs) -> Tensor:
         if not self.cuda_graphs:

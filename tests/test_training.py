@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from accelerate import Accelerator
+from peft import LoraConfig, get_peft_model
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn import functional as F
 from transformers import Trainer, TrainingArguments
@@ -295,3 +296,33 @@ def test_collapse_is_reported_once_until_the_router_has_come_back():
     assert [check(rate) for rate in (0.5, 1.0, 1.0, 0.4, 0.9995, 0.0, 0.0)] == [0, 1, 0, 0, 1, 1, 0]
     with pytest.raises(ValueError, match="got low=0.5 and high=0.5"):
         CollapseWarning(0.5, 0.5)
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("kind", ["own", "function", "smoothing"])
+def test_the_router_target_is_part_of_every_loss(tmp_path, kind, adapted):
+    def by_hand(outputs, labels, num_items_in_batch=None):
+        return 2 * F.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+    model = make_model()
+    if adapted:
+        model = get_peft_model(model, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+    trainer = SeqBoatTrainer(
+        model=model,
+        args=arguments(tmp_path, label_smoothing_factor=0.1 if kind == "smoothing" else 0.0),
+        train_dataset=rows(),
+        compute_loss_func=by_hand if kind == "function" else None,
+    )
+    config = trainer.model.config
+    losses = []
+    for target in (None, 0.9):
+        config.router_target_rate, config.router_target_weight = target, 10.0
+        losses.append(trainer.compute_loss(trainer.model.train(), stack(rows(2))))
+    penalty = trainer.model(**stack(rows(2))).router_penalty
+    assert float(penalty.detach()) > 0.1
+    torch.testing.assert_close(losses[1] - losses[0], penalty, atol=1e-4, rtol=1e-4)
+    config.router_target_rate = 0.9
+    trainer.model.eval()
+    evaluated = trainer.compute_loss(trainer.model, stack(rows(2)))
+    config.router_target_rate = None
+    torch.testing.assert_close(evaluated, trainer.compute_loss(trainer.model, stack(rows(2))))

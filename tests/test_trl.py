@@ -70,3 +70,22 @@ def test_a_packed_batch_has_the_loss_of_its_texts(tmp_path, monkeypatch):
                 total += kept * float(model(input_ids=batch["input_ids"][:, start:end], labels=labels).loss)
                 count += kept
     assert packed == pytest.approx(total / count, rel=1e-5)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_routers_are_pulled_to_their_target_though_the_loss_is_not_the_models(tmp_path, monkeypatch, packing):
+    trainer = make_trainer(tmp_path, monkeypatch, packing=packing)
+    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    model = trainer.model.train()
+    plain = float(trainer.compute_loss(model, dict(batch)))
+    model.config.router_target_rate, model.config.router_target_weight = 0.1, 10.0
+    expected = model(**batch)
+    assert float(expected.router_penalty) > 0.1
+    count = (batch["labels"] != -100).sum()
+    for items in (None, count, 2 * count):
+        loss = trainer.compute_loss(model, dict(batch), num_items_in_batch=items)
+        share = 1.0 if items is None else float(count / items)
+        assert float(loss) == pytest.approx(share * (plain + float(expected.router_penalty)), rel=1e-4)
+    loss.backward()
+    assert model.model.layers[0].router.bias.grad.abs().max() > 0
+    assert float(trainer.compute_loss(model.eval(), dict(batch))) == pytest.approx(plain, rel=1e-4)
