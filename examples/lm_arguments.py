@@ -55,6 +55,10 @@ class TrainArguments:
     )
     eval_tokens: int = field(default=100_000, metadata={"help": "validation tokens that are scored"})
     eval_batch_size: int = field(default=8)
+    score_test: bool = field(
+        default=False,
+        metadata={"help": "log bits per byte on enwik8's test split too, at every validation; it chooses nothing"},
+    )
     save_steps: int = field(default=100)
     save_total_limit: int = field(default=2, metadata={"help": "checkpoints kept besides best and final"})
     logging_steps: int = field(default=10)
@@ -80,6 +84,8 @@ def check_arguments(a: TrainArguments) -> None:
             raise ValueError(f"{name} must be one of {', '.join(str(x) for x in allowed if x)}, got {value!r}")
     if (a.train_file is None) == (a.dataset_name is None):
         raise ValueError(f"give one of train_file and dataset_name, got {a.train_file!r} and {a.dataset_name!r}")
+    if a.score_test and a.train_file is None:
+        raise ValueError("score_test is for enwik8 as train_file; a dataset_name has no test split here")
     for name in (
         "batch_size",
         "gradient_accumulation_steps",

@@ -1,5 +1,8 @@
 """Training rows and validation tokens of `train_lm.py`, and the order in which a process reads them."""
 
+from typing import NamedTuple
+
+import numpy as np
 import torch
 from accelerate import Accelerator
 from lm_arguments import TrainArguments
@@ -12,15 +15,29 @@ from text_data import (
     split_text,
     text_of,
 )
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 
-def load_data(a: TrainArguments, tokenizer):
-    """Training rows, validation tokens, and bytes of text a validation token."""
+class HeldOut(NamedTuple):
+    """Tokens that are only scored, and how many bytes of text one stands for."""
+
+    tokens: np.ndarray
+    bytes_per_token: float
+
+
+def load_data(a: TrainArguments, tokenizer) -> tuple[Dataset, dict[str, HeldOut]]:
+    """Training rows, and what models are scored on: `validation`, and with `score_test` also `test`."""
     if a.train_file is not None:
         text = read_text_file(a.train_file)
         splits = split_text(text, tokenizer, a.validation_fraction, a.max_bytes)
-        return TokenBlocks(splits.train, a.sequence_length), splits.validation, splits.bytes_per_token
+        held_out = {"validation": HeldOut(splits.validation, splits.bytes_per_token)}
+        if a.score_test:
+            if splits.test is None:
+                raise ValueError(
+                    f"score_test is for enwik8, whole, whose test split is known; train_file {a.train_file!r} has none"
+                )
+            held_out["test"] = HeldOut(splits.test, splits.test_bytes_per_token)
+        return TokenBlocks(splits.train, a.sequence_length), held_out
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError
 
@@ -52,11 +69,11 @@ def load_data(a: TrainArguments, tokenizer):
             raise ValueError(f"dataset {a.dataset_name!r} is too small: validation takes all of its {kept} rows")
         held_out, train = train.take(kept), train.skip(kept)
     limit = a.eval_tokens + a.sequence_length
-    validation, bytes_per_token = joined_tokens(held_out, a.text_column, tokenizer, limit)
+    scored = {"validation": HeldOut(*joined_tokens(held_out, a.text_column, tokenizer, limit))}
     if not a.streaming:
         rows, _ = joined_tokens(train, a.text_column, tokenizer, 2**62)
-        return TokenBlocks(rows, a.sequence_length), validation, bytes_per_token
-    return StreamedBlocks(train, a.text_column, tokenizer, a.sequence_length), validation, bytes_per_token
+        return TokenBlocks(rows, a.sequence_length), scored
+    return StreamedBlocks(train, a.text_column, tokenizer, a.sequence_length), scored
 
 
 def build_loader(a: TrainArguments, accelerator: Accelerator, rows, start: int) -> DataLoader:

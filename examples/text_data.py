@@ -38,11 +38,14 @@ def read_text_file(path: str) -> bytes:
 
 @dataclass
 class TokenSplits:
-    """Token ids (1-D integer arrays) of a text's parts, and how many bytes of text a validation token stands for."""
+    """Token ids (1-D integer arrays) of a text's parts, and how many bytes of text a token of validation and test stands
+    for; only enwik8 has a test part of its own."""
 
     train: np.ndarray
     validation: np.ndarray
     bytes_per_token: float
+    test: np.ndarray | None = None
+    test_bytes_per_token: float = 1.0
 
 
 def text_encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[bytes], np.ndarray]:
@@ -61,16 +64,21 @@ def split_text(
     text: bytes, tokenizer: PreTrainedTokenizerBase, validation_fraction: float, max_bytes: int | None = None
 ) -> TokenSplits:
     """The beginning of a text for training and its end for validation; enwik8 is known by its length of 100,000,000
-    bytes and split as usual, its last 5,000,000 bytes being left alone. `max_bytes` cuts the text first."""
+    bytes and split as usual, its last 5,000,000 bytes being the test. `max_bytes` cuts the text first."""
+    encode, test = text_encoder(tokenizer), None
     if len(text) == ENWIK8_BYTES and max_bytes is None:
         train, validation = text[: ENWIK8_SPLIT[0]], text[ENWIK8_SPLIT[0] : ENWIK8_SPLIT[1]]
+        test = text[ENWIK8_SPLIT[1] :]
     else:
         text = text[:max_bytes]
         border = len(text) - int(len(text) * validation_fraction)
         train, validation = text[:border], text[border:]
-    encode = text_encoder(tokenizer)
     ids = encode(validation)
-    return TokenSplits(encode(train), ids, len(validation) / max(1, len(ids)))
+    splits = TokenSplits(encode(train), ids, len(validation) / max(1, len(ids)))
+    if test is not None:
+        splits.test = encode(test)
+        splits.test_bytes_per_token = len(test) / max(1, len(splits.test))
+    return splits
 
 
 class TokenBlocks(Dataset):

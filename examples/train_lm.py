@@ -26,7 +26,7 @@ from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, set_seed
 from lm_arguments import TrainArguments, check_arguments, check_graphs
 from lm_checkpoints import Clock, Progress, Saver
-from lm_data import build_loader, load_data
+from lm_data import HeldOut, build_loader, load_data
 from recipes import check_launch, check_output_folder, find_checkpoint, parse_arguments
 from run_record import hardware, published_command, write_record
 from text_data import load_tokenizer
@@ -75,9 +75,10 @@ def build_optimizer(a: TrainArguments, model: torch.nn.Module, device: torch.dev
 
 
 @torch.no_grad()
-def evaluate(a: TrainArguments, accelerator: Accelerator, model, tokens, bytes_per_token: float) -> float:
+def evaluate(a: TrainArguments, accelerator: Accelerator, model, held_out: HeldOut) -> float:
     """Bits per byte under a sliding context: of each row of `sequence_length` tokens only those after `eval_context`
     are scored, so that every scored token but the first rows' sees at least that many before it."""
+    tokens = held_out.tokens
     length = min(a.sequence_length, len(tokens))
     context = min(a.eval_context or length // 2, length - 1)
     stride = length - context
@@ -99,7 +100,7 @@ def evaluate(a: TrainArguments, accelerator: Accelerator, model, tokens, bytes_p
         total += torch.stack([(losses.view(len(chosen), -1) * weight[:, None]).sum(), weight.sum() * stride])
     model.train()
     loss, scored = accelerator.reduce(total, "sum").tolist()
-    return loss / scored / math.log(2) / bytes_per_token
+    return loss / scored / math.log(2) / held_out.bytes_per_token
 
 
 def agreed(accelerator: Accelerator, asked: bool, seconds: float) -> tuple[bool, float]:
@@ -127,9 +128,9 @@ def main(argv: list[str] | None = None) -> dict:
     config = build_config(a, tokenizer)
     checkpoint = find_checkpoint(a.resume_from_checkpoint, a.output_dir, config)
     output = check_output_folder(a.output_dir, checkpoint is not None, a.overwrite_output_dir)
-    train_rows, validation, bytes_per_token = load_data(a, tokenizer)
-    if len(validation) < 2:
-        raise ValueError(f"there are {len(validation)} validation tokens; at least 2 are needed")
+    train_rows, held_out = load_data(a, tokenizer)
+    if len(held_out["validation"].tokens) < 2:
+        raise ValueError(f"there are {len(held_out['validation'].tokens)} validation tokens; at least 2 are needed")
 
     accelerator = Accelerator(
         # Told to use the CPU, Accelerate connects processes over gloo; else it would leave them unconnected.
@@ -173,8 +174,7 @@ def main(argv: list[str] | None = None) -> dict:
     if checkpoint is None:
         set_seed(a.seed, device_specific=True)
     saver = Saver(a, accelerator, model, tokenizer, config)
-    result = run(a, accelerator, model, optimizer, schedule, loader, progress, saver, monitor, collapse,
-                 validation, bytes_per_token)  # fmt: skip
+    result = run(a, accelerator, model, optimizer, schedule, loader, progress, saver, monitor, collapse, held_out)
     monitor.close()
     if accelerator.is_main_process:
         write_record(output, run_record(a, argv, accelerator, progress))
@@ -220,8 +220,7 @@ def run_record(a: TrainArguments, argv: list[str], accelerator: Accelerator, pro
     }
 
 
-def run(a, accelerator, model, optimizer, schedule, loader, progress, saver, monitor, collapse, validation,
-        bytes_per_token) -> dict:  # fmt: skip
+def run(a, accelerator, model, optimizer, schedule, loader, progress, saver, monitor, collapse, held_out) -> dict:
     """The training loop, from `progress.step` on."""
     stopping = {"asked": False}
 
@@ -247,8 +246,9 @@ def run(a, accelerator, model, optimizer, schedule, loader, progress, saver, mon
             log.flush()
 
     def validate() -> float:
-        value = evaluate(a, accelerator, model, validation, bytes_per_token)
-        write({"validation/bits_per_byte": value})
+        scores = {f"{split}/bits_per_byte": evaluate(a, accelerator, model, held_out[split]) for split in held_out}
+        write(scores)
+        value = scores["validation/bits_per_byte"]
         if value < progress.best:
             progress.best = value
             saver.model_folder("best")
@@ -312,7 +312,7 @@ def run(a, accelerator, model, optimizer, schedule, loader, progress, saver, mon
         else:
             saver.model_folder("final")
         if validated is None:
-            validated = evaluate(a, accelerator, model, validation, bytes_per_token)
+            validated = evaluate(a, accelerator, model, held_out["validation"])
     finally:
         signal.signal(signal.SIGINT, previous)
         bar.close()

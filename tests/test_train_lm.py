@@ -235,6 +235,7 @@ def test_bad_input_is_refused_before_training(tmp_path, examples):
         (ValueError, "max_minutes must be above 0, got 0", dict(max_minutes=0)),
         (ValueError, "give one of train_file and dataset_name, got None and None", dict(train_file=None)),
         (ValueError, "eval_context must be from 1 to 31, got 32", dict(eval_context=32)),
+        (ValueError, "score_test is for enwik8, whole", dict(score_test=True)),
         (ValueError, "too few for one batch of 400 rows", dict(batch_size=400)),
         (ValueError, "there is no checkpoint in output_dir", dict(resume_from_checkpoint="latest")),
         (ValueError, "is no checkpoint folder of this script", dict(resume_from_checkpoint=tmp_path / "nowhere")),
@@ -283,7 +284,26 @@ def test_text_files_plain_and_compressed_and_the_split_of_enwik8(tmp_path, examp
     splits = text_data.split_text(content, text_data.load_tokenizer("byte"), 0.5)
     assert bytes(splits.train.astype(np.uint8)) == content[:360]
     assert bytes(splits.validation.astype(np.uint8)) == content[360:380]
-    assert splits.bytes_per_token == 1
+    assert bytes(splits.test.astype(np.uint8)) == content[380:]
+    assert splits.bytes_per_token == splits.test_bytes_per_token == 1
+    assert text_data.split_text(content[:-1], text_data.load_tokenizer("byte"), 0.5).test is None
+
+
+def test_the_test_split_is_logged_and_chooses_nothing(tmp_path, examples, monkeypatch):
+    text = TEXT.read_bytes()[:6000]
+    # A test split that one byte repeated makes far easier than the validation split.
+    (tmp_path / "text").write_bytes(text + b"e" * 1000)
+    monkeypatch.setattr(sys.modules["text_data"], "ENWIK8_BYTES", 7000)
+    monkeypatch.setattr(sys.modules["text_data"], "ENWIK8_SPLIT", (5000, 6000))
+    options = dict(train_file=tmp_path / "text", max_bytes=None, eval_steps=3)
+    result = run(examples, tmp_path / "run", score_test=True, **options)
+    steps = logged(tmp_path / "run")
+    assert all(0 < steps[step]["test/bits_per_byte"] != steps[step]["validation/bits_per_byte"] for step in (3, 6))
+    assert result["best"] == min(steps[step]["validation/bits_per_byte"] for step in (3, 6))
+    run(examples, tmp_path / "plain", **options)
+    plain = logged(tmp_path / "plain")
+    assert [plain[step]["train/loss"] for step in plain] == [steps[step]["train/loss"] for step in steps]
+    assert not any("test/bits_per_byte" in entry for entry in plain.values())
 
 
 def test_row_order_depends_on_seed_and_position_alone(examples):
