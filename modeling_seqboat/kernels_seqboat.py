@@ -239,18 +239,21 @@ def run_gather_rows(*args) -> Tensor:
 
 
 def run_linear(linear: nn.Module, x: Tensor) -> Tensor:
-    """`linear(x)`, with the gradient of its bias by a kernel where it is a plain nn.Linear in training, as an adapter or a
-    quantised layer is not; only where `runs_fused` says so."""
+    """`linear(x)`, with the gradient of its bias by a kernel where it is a plain nn.Linear in training, as an adapter, a
+    quantised layer or one whose weights come when it is called are not; only where `runs_fused` says so."""
     bias = getattr(linear, "bias", None)
-    plain = type(linear) is nn.Linear and type(bias) in (Tensor, nn.Parameter)
-    if not plain or not torch.is_grad_enabled() or not bias.requires_grad or _has_hooks(linear):
+    plain = type(linear) is nn.Linear and type(bias) in (Tensor, nn.Parameter) and not _does_more(linear)
+    if not plain or not torch.is_grad_enabled() or not bias.requires_grad:
         return linear(x)
     return give_bias_gradient(F.linear(x, linear.weight, bias.detach()), bias)
 
 
-def _has_hooks(module: nn.Module) -> bool:
+def _does_more(module: nn.Module) -> bool:
+    """Whether a call of the module is more than its class's forward: hooks, its own or everybody's, or a forward put in
+    place of it, as Accelerate does to offload weights."""
     hooks = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
-    return any(getattr(module, name) for name in hooks)
+    everybody = (getattr(nn.modules.module, f"_global{name}", None) for name in hooks)
+    return "forward" in vars(module) or any(getattr(module, name) for name in hooks) or any(everybody)
 
 
 def run_layer_norm_residual(x: Tensor, *args) -> tuple[Tensor, Tensor]:

@@ -2,11 +2,14 @@
 resumed run repeats an uninterrupted one, and missing data are named."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import transformers
+from accelerate import skip_first_batches
+from accelerate.data_loader import prepare_data_loader
 from classification_tasks import (
     RECIPES,
     ROOT,
@@ -19,6 +22,7 @@ from classification_tasks import (
     write_reviews,
 )
 from safetensors.torch import load_file
+from torch.utils.data import DataLoader
 
 pytestmark = pytest.mark.usefixtures("importable")
 
@@ -265,8 +269,31 @@ def test_easy_rows_come_first_in_the_first_epoch(lengths):
     assert min(rows[40:]) < 40
     order.set_epoch(1)
     assert sorted(order) == list(range(60)) and sorted(list(order)[:20]) != list(range(40, 60))
-    many = module("tasks").RowOrder(60, 4, 0, lengths, easy=20, easy_passes=5)
-    assert len(list(many)) == 60 and min(many) == 40
+
+
+def test_easy_passes_leave_batches_of_like_length():
+    lengths = np.random.default_rng(0).integers(1, 1000, 430).tolist()
+    rows = list(module("tasks").RowOrder(430, 8, 0, lengths, easy=101, easy_passes=2))
+    spans = [np.ptp([lengths[row] for row in rows[at : at + 8]]) for at in range(0, 8 * 50, 8)]
+    assert len(rows) == 430 and min(rows[:192]) >= 329 and np.mean(spans) < 100
+
+
+def test_a_resumed_run_of_two_processes_takes_up_its_epoch():
+    tasks, train = module("tasks"), module("train")
+
+    def loader(order, skipped):
+        whole = DataLoader(list(range(60)), batch_size=4, sampler=order)
+        share = prepare_data_loader(whole, num_processes=2, process_index=0, put_on_device=False)
+        return skip_first_batches(share, skipped) if skipped else share
+
+    found = []
+    for skipped in (0, 2):
+        order = tasks.RowOrder(60, 8, 0, easy=20, easy_passes=2)
+        batches = loader(order, skipped)
+        train.EpochOfOrder(order).on_epoch_begin(None, SimpleNamespace(epoch=1.3), None)
+        batches.set_epoch(1)
+        found.append([batch.tolist() for batch in batches])
+    assert found[1] == found[0][2:] and len(found[1]) > 3
 
 
 def test_missing_data_say_where_to_get_them(tmp_path):

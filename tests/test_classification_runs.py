@@ -218,6 +218,7 @@ def test_bad_settings_are_refused(tmp_path, monkeypatch):
         ({"max_minutes": 0}, "max_minutes must be greater than 0"),
         ({"lr_scheduler_type": "constant"}, "linear or cosine, got 'constant'"),
         ({"easy_passes": 1}, "easy_passes must be .* 0 without easy_rows, got 1"),
+        ({"easy_passes": 2, "easy_rows": -1}, "easy_rows must be at least 0"),
         ({"augment": True}, "no variants for task 'text'"),
         ({"cuda_graphs": True}, "cuda_graphs needs a GPU"),
     ]

@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+from accelerate import cpu_offload
+from small_models import random_ids, small_lm
 from torch import nn
 from triton_comparison import poisoned_memory  # noqa: F401
 from triton_interpreter import DEVICE  # first, before anything imports triton
 
+from modeling_seqboat import kernels_seqboat
 from modeling_seqboat.kernels_seqboat import run_linear
 from modeling_seqboat.triton_linear_seqboat import column_sums
 
@@ -49,7 +52,15 @@ def test_a_linear_layer_keeps_its_outputs_and_gradients(autocast):
     torch.testing.assert_close(found[1][3].double(), exact, atol=1e-4, rtol=1e-5)
 
 
-def test_a_layer_that_is_more_than_linear_runs_itself():
+@pytest.fixture
+def kernel_calls(monkeypatch):
+    """How often the gradient of a bias was taken over by the kernel."""
+    calls, give = [], kernels_seqboat.give_bias_gradient
+    monkeypatch.setattr(kernels_seqboat, "give_bias_gradient", lambda y, bias: calls.append(bias) or give(y, bias))
+    return calls
+
+
+def test_a_layer_that_is_more_than_linear_runs_itself(kernel_calls):
     class Doubled(nn.Linear):
         def forward(self, x):
             return 2 * super().forward(x)
@@ -64,12 +75,34 @@ def test_a_layer_that_is_more_than_linear_runs_itself():
     assert len(seen) == 1 and hooked.bias.grad is not None
     bare = nn.Linear(4, 3, bias=False).to(DEVICE)
     assert torch.equal(run_linear(bare, x), bare(x))
+    replaced = nn.Linear(4, 3).to(DEVICE)
+    replaced.forward = lambda given: given + 1
+    assert torch.equal(run_linear(replaced, x), x + 1)
+    plain = nn.Linear(4, 3).to(DEVICE)
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, out: seen.append(out))
+    try:
+        run_linear(plain, x)
+    finally:
+        handle.remove()
+    assert len(seen) == 2 and not kernel_calls
+    run_linear(plain, x)
+    assert len(kernel_calls) == 1
 
 
-def test_a_frozen_bias_gets_no_gradient():
+def test_a_frozen_bias_gets_no_gradient(kernel_calls):
     linear = nn.Linear(4, 3).to(DEVICE)
     linear.bias.requires_grad_(False)
     run_linear(linear, torch.randn(5, 4, device=DEVICE)).sum().backward()
     assert linear.bias.grad is None and linear.weight.grad is not None
     with torch.no_grad():
         assert not run_linear(linear.requires_grad_(True), torch.randn(5, 4, device=DEVICE)).requires_grad
+    assert not kernel_calls
+
+
+def test_offloaded_weights_train_on_the_fused_path(monkeypatch):
+    ids = random_ids(2, 12).to(DEVICE)
+    model = small_lm(num_hidden_layers=2).to(DEVICE).train()
+    monkeypatch.setenv("SEQBOAT_KERNEL_BACKEND", "triton")
+    expected = model(ids, use_cache=False).logits
+    offloaded = cpu_offload(model, DEVICE)
+    torch.testing.assert_close(offloaded(ids, use_cache=False).logits, expected)

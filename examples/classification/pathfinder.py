@@ -207,7 +207,9 @@ def draw(rng: np.random.Generator, count: int, drawing: Drawing | None = None) -
 
 
 def _block(seed: int, size: int, drawing: Drawing, block: int) -> tuple[np.ndarray, np.ndarray]:
-    return draw(np.random.default_rng([seed, block]), size, drawing)
+    # Another kind of picture draws from another stream: else its contours would be the beginnings of these.
+    kind = [] if drawing == Drawing() else [drawing.contour_length]
+    return draw(np.random.default_rng([seed, block, *kind]), size, drawing)
 
 
 def generate(seed: int, count: int, drawing: Drawing | None = None) -> dict[str, np.ndarray]:
@@ -239,6 +241,6 @@ def load(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Pixels and labels, generated into `folder` the first time."""
     drawing = Drawing(contour_length=contour_length)
-    dashes = "" if drawing == Drawing() else f"-dashes{contour_length}"
+    dashes = "" if drawing == Drawing() else f"-contour{contour_length}"
     arrays = cached(folder / f"pathfinder32-seed{seed}-{count}{dashes}.npz", lambda: generate(seed, count, drawing))
     return arrays["pixels"], arrays["labels"]

@@ -126,26 +126,27 @@ class RowOrder(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        left = self.count
+        left, rest = self.count, []
         for _ in range(self.easy_passes if self.epoch == 0 and self.easy else 0):
             order = self.count - self.easy + torch.randperm(self.easy, generator=generator)
-            yield from self._batches(order[:left], generator)
+            yield from self._batches(order[:left], generator, rest)
             left -= min(left, self.easy)
-        yield from self._batches(torch.randperm(self.count, generator=generator)[:left], generator)
+        yield from self._batches(torch.randperm(self.count, generator=generator)[:left], generator, rest)
+        # A batch that is not full would shift the borders of those behind it.
+        for batch in rest:
+            yield from batch.tolist()
 
-    def _batches(self, order: torch.Tensor, generator: torch.Generator) -> Iterator[int]:
+    def _batches(self, order: torch.Tensor, generator: torch.Generator, rest: list[torch.Tensor]) -> Iterator[int]:
+        """Adds batches that are not full to `rest`."""
         if self.lengths is None:
             yield from order.tolist()
             return
         pools = [pool[self.lengths[pool].argsort()] for pool in order.split(self.POOL * self.batch_size)]
         batches = [batch for pool in pools for batch in pool.split(self.batch_size)]
-        # A batch that is not full would shift the borders of those behind it.
         whole = [batch for batch in batches if len(batch) == self.batch_size]
-        rest = [batch for batch in batches if len(batch) < self.batch_size]
+        rest += [batch for batch in batches if len(batch) < self.batch_size]
         for index in torch.randperm(len(whole), generator=generator).tolist():
             yield from whole[index].tolist()
-        for batch in rest:
-            yield from batch.tolist()
 
 
 @dataclass

@@ -26,7 +26,7 @@ from budget import TimeBudget
 from pictures import write_activations, write_confusion_matrix
 from tasks import DataArguments, RowOrder, TaskData, load_task
 from tqdm.auto import tqdm
-from transformers import TrainingArguments, set_seed
+from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 import modeling_seqboat
@@ -67,7 +67,8 @@ class ClassificationArguments(DataArguments):
     mixed_precision: str | None = field(default=None, metadata={"help": "no, bf16 or fp16"})
     group_by_length: bool = field(default=False, metadata={"help": "batches of rows of like length"})
     easy_passes: int = field(
-        default=0, metadata={"help": "how often training goes through the easy_rows before it takes rows of all kinds"}
+        default=0,
+        metadata={"help": "how often the first epoch goes through the easy_rows before it takes rows of all kinds"},
     )
     gradient_checkpointing: bool = field(default=False)
     num_workers: int = field(default=0, metadata={"help": "processes that make batches"})
@@ -79,6 +80,16 @@ class ClassificationArguments(DataArguments):
     overwrite_output_dir: bool = field(default=False)
     cuda_graphs: bool = field(default=False, metadata={"help": "steps as CUDA graphs, for rows of one length"})
     seed: int = field(default=0)
+
+
+class EpochOfOrder(TrainerCallback):
+    """Tells an order of rows its epoch: in a resumed run of several processes the Trainer does not reach it."""
+
+    def __init__(self, order: RowOrder):
+        self.order = order
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.order.set_epoch(int(state.epoch or 0))
 
 
 class ClassificationTrainer(SeqBoatTrainer):
@@ -137,10 +148,12 @@ class ClassificationTrainer(SeqBoatTrainer):
         if not self.group_by_length and not self.easy:
             return super()._get_train_sampler(train_dataset)
         rows = self.train_dataset
-        return RowOrder(
+        order = RowOrder(
             len(rows), self.args.train_batch_size * self.args.world_size, self.args.seed,
             [len(row["input_ids"]) for row in rows] if self.group_by_length else None, *self.easy,
         )  # fmt: skip
+        self.add_callback(EpochOfOrder(order))
+        return order
 
     def training_step(self, model, inputs, *args, **kwargs):
         self.tokens = self.tokens + real_tokens(inputs)
@@ -212,6 +225,10 @@ def fit_config(config: SeqBoatConfig, data: TaskData, a: ClassificationArguments
         raise ValueError(f"task {a.task!r} has {data.vocab_size} ids, the preset's vocab_size is {config.vocab_size}")
     if a.augment and data.augment is None:
         raise ValueError(f"augment is for image, pathfinder and speech; there are no variants for task {a.task!r}")
+    if a.easy_passes * data.easy > len(data.train):
+        raise ValueError(
+            f"easy_passes {a.easy_passes} times {data.easy} easy rows are more than the first epoch's {len(data.train)} rows"
+        )
     pairs = "pair_input_ids" in data.train[0]
     if a.group_by_length and "input_ids" not in data.train[0]:
         raise ValueError(f"group_by_length is for texts; all rows of task {a.task!r} have one length")
@@ -371,7 +388,9 @@ def main(argv: list[str] | None = None) -> dict:
             "transformers": transformers.__version__,
         },
     }
-    (output / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    # Whole or not at all: a launcher that ends this process may read it.
+    (output / "results.json.part").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    (output / "results.json.part").replace(output / "results.json")
     rates = ", ".join(f"{rate:.0%}" for rate in test["rates"])
     print(f"test accuracy: {results['test_accuracy']:.2%} (best step {results['best_step']})")
     print(f"activated tokens by layer: {rates}")
