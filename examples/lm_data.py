@@ -29,7 +29,7 @@ def load_data(a: TrainArguments, tokenizer) -> tuple[Dataset, dict[str, HeldOut]
     """Training rows, and what models are scored on: `validation`, and with `score_test` also `test`."""
     if a.train_file is not None:
         text = read_text_file(a.train_file)
-        splits = split_text(text, tokenizer, a.validation_fraction, a.max_bytes)
+        splits = split_text(text, tokenizer, a.validation_fraction, a.max_bytes, with_test=a.score_test)
         held_out = {"validation": HeldOut(splits.validation, splits.bytes_per_token)}
         if a.score_test:
             if splits.test is None:

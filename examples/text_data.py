@@ -61,10 +61,15 @@ def text_encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[bytes], np.nda
 
 
 def split_text(
-    text: bytes, tokenizer: PreTrainedTokenizerBase, validation_fraction: float, max_bytes: int | None = None
+    text: bytes,
+    tokenizer: PreTrainedTokenizerBase,
+    validation_fraction: float,
+    max_bytes: int | None = None,
+    with_test: bool = False,
 ) -> TokenSplits:
     """The beginning of a text for training and its end for validation; enwik8 is known by its length of 100,000,000
-    bytes and split as usual, its last 5,000,000 bytes being the test. `max_bytes` cuts the text first."""
+    bytes and split as usual, its last 5,000,000 bytes being the test, which is left alone unless `with_test`. `max_bytes` cuts the text
+    first."""
     encode, test = text_encoder(tokenizer), None
     if len(text) == ENWIK8_BYTES and max_bytes is None:
         train, validation = text[: ENWIK8_SPLIT[0]], text[ENWIK8_SPLIT[0] : ENWIK8_SPLIT[1]]
@@ -75,7 +80,7 @@ def split_text(
         train, validation = text[:border], text[border:]
     ids = encode(validation)
     splits = TokenSplits(encode(train), ids, len(validation) / max(1, len(ids)))
-    if test is not None:
+    if with_test and test is not None:
         splits.test = encode(test)
         splits.test_bytes_per_token = len(test) / max(1, len(splits.test))
     return splits

@@ -267,7 +267,7 @@ class SeqBoatTrainerMixin:
             self.model.config.loss_implementation = "liger"
         self._graphed: GraphedStep | None = None
         self.cuda_graphs = cuda_graphs
-        self._listens, self._added, self._penalty = False, False, None
+        self._head, self._added, self._penalty = None, False, None
         reasons = {
             "it needs a GPU": self.args.device.type != "cuda",
             "it runs in one process on one GPU": self.args.world_size > 1 or self.args.n_gpu > 1,
@@ -293,17 +293,19 @@ class SeqBoatTrainerMixin:
         own = compute.__func__ is Trainer.compute_loss and not replaced
         if own or target is None or not model.training or "labels" not in inputs:
             return compute(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch, **kwargs)
-        if not self._listens:
-            self._listens = True
-            base, head = _model_and_head(model)
+        if self._head is None:
+            base, self._head = _model_and_head(model)
             base.register_forward_hook(self._keep_penalty)
-            head.register_forward_hook(self._notice_loss)
+            self._head.register_forward_hook(self._notice_loss)
         labels, self._penalty, self._added = inputs["labels"], None, False
         result = compute(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch, **kwargs)
         penalty, self._penalty = self._penalty, None
         if penalty is None or self._added:
             return result
-        term = self._share(labels, num_items_in_batch) * penalty
+        term = self._head._with_router_penalty(torch.zeros_like(penalty), penalty, labels, num_items_in_batch)
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            # As the Trainer does for a loss that is a mean over the labels of all processes.
+            term = term * self.accelerator.num_processes
         if return_outputs:
             loss, outputs = result
             return loss + term.to(loss.device), outputs
@@ -319,13 +321,6 @@ class SeqBoatTrainerMixin:
         # A head that was given labels has added the term itself; TRL's forward in its place has not.
         if getattr(output, "router_penalty", None) is not None and output.loss is not None:
             self._added = True
-
-    def _share(self, labels: Tensor, num_items: Tensor | int | None) -> Tensor | float:
-        """What one batch's term counts in a loss that is a mean over `num_items` labels, as for the model's own loss."""
-        if num_items is None:
-            return 1.0
-        share = (labels != -100).sum() / num_items
-        return share * self.accelerator.num_processes if self.args.average_tokens_across_devices else share
 
     def training_step(self, model: nn.Module, inputs: dict, *args, **kwargs) -> Tensor:
         if not self.cuda_graphs:

@@ -247,7 +247,7 @@ def test_rows_of_like_length_come_together_in_an_order_of_seed_and_epoch():
     lengths = np.random.default_rng(0).integers(1, 1000, 430).tolist()
 
     def epoch(number, seed=0):
-        order = tasks.RowOrder(430, 8, seed, lengths)
+        order = tasks.EpochOrder(430, 8, seed, lengths)
         order.set_epoch(number)
         return list(order)
 
@@ -262,7 +262,7 @@ def test_rows_of_like_length_come_together_in_an_order_of_seed_and_epoch():
 
 @pytest.mark.parametrize("lengths", [None, [*range(1, 61)]])
 def test_easy_rows_come_first_in_the_first_epoch(lengths):
-    order = module("tasks").RowOrder(60, 4, 0, lengths, easy=20, easy_passes=2)
+    order = module("tasks").EpochOrder(60, 4, 0, lengths, easy=20, easy_passes=2)
     rows = list(order)
     assert len(rows) == len(order) == 60
     assert sorted(rows[:20]) == sorted(rows[20:40]) == list(range(40, 60)) and rows[:20] != rows[20:40]
@@ -273,7 +273,7 @@ def test_easy_rows_come_first_in_the_first_epoch(lengths):
 
 def test_easy_passes_leave_batches_of_like_length():
     lengths = np.random.default_rng(0).integers(1, 1000, 430).tolist()
-    rows = list(module("tasks").RowOrder(430, 8, 0, lengths, easy=101, easy_passes=2))
+    rows = list(module("tasks").EpochOrder(430, 8, 0, lengths, easy=101, easy_passes=2))
     spans = [np.ptp([lengths[row] for row in rows[at : at + 8]]) for at in range(0, 8 * 50, 8)]
     assert len(rows) == 430 and min(rows[:192]) >= 329 and np.mean(spans) < 100
 
@@ -288,7 +288,7 @@ def test_a_resumed_run_of_two_processes_takes_up_its_epoch():
 
     found = []
     for skipped in (0, 2):
-        order = tasks.RowOrder(60, 8, 0, easy=20, easy_passes=2)
+        order = tasks.EpochOrder(60, 8, 0, easy=20, easy_passes=2)
         batches = loader(order, skipped)
         train.EpochOfOrder(order).on_epoch_begin(None, SimpleNamespace(epoch=1.3), None)
         batches.set_epoch(1)

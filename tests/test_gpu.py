@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from graphed_steps import check_that_an_overflow_is_computed_again, gradients
 
 from modeling_seqboat import SeqBoatCache, SeqBoatConfig, SeqBoatForCausalLM, SeqBoatForSequenceClassification
 from modeling_seqboat.graphed_step_seqboat import GraphedStep
@@ -225,10 +226,6 @@ def test_a_bidirectional_model_agrees_on_both_paths(truncation):
         assert (fast - slow).norm() < 2e-3 * slow.norm().clamp_min(1e-6)
 
 
-def gradients(model):
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
 def test_a_graphed_step_gives_the_gradients_of_an_eager_one():
     model = build().train()
     step = GraphedStep(model, divisor=2)
@@ -258,25 +255,7 @@ def test_a_graphed_step_with_more_tokens_than_room_is_computed_again():
     model = build().train()
     step = GraphedStep(model, headroom=1.0)
     ids = ids_of(2, 2000)
-    with torch.no_grad():
-        for layer in model.model.layers:
-            layer.router.bias.copy_(torch.tensor([4.0, 0.0]))
-    for _ in range(2):
-        step(input_ids=ids, labels=ids)
-    with torch.no_grad():
-        for layer in model.model.layers:
-            layer.router.bias.copy_(torch.tensor([-30.0, 0.0]))
-    model.zero_grad()
-    loss = step(input_ids=ids, labels=ids)
-    found = gradients(model)
-    model.zero_grad()
-    expected = model(ids, labels=ids, use_cache=False).loss
-    expected.backward()
-    assert step.overflows == 1 and torch.equal(loss, expected.detach())
-    for name, grad in gradients(model).items():
-        torch.testing.assert_close(found[name], grad, atol=1e-6, rtol=1e-4)
-    step(input_ids=ids, labels=ids)
-    assert step.captures == 2 and step.overflows == 1
+    check_that_an_overflow_is_computed_again(step, model, ids, few=4.0, atol=1e-6, rtol=1e-4)
 
 
 def test_a_graphed_step_draws_dropout_anew_and_takes_another_shape():

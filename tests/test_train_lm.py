@@ -281,12 +281,13 @@ def test_text_files_plain_and_compressed_and_the_split_of_enwik8(tmp_path, examp
         assert text_data.read_text_file(str(tmp_path / name)) == content
     monkeypatch.setattr(text_data, "ENWIK8_BYTES", 400)
     monkeypatch.setattr(text_data, "ENWIK8_SPLIT", (360, 380))
-    splits = text_data.split_text(content, text_data.load_tokenizer("byte"), 0.5)
+    splits = text_data.split_text(content, text_data.load_tokenizer("byte"), 0.5, with_test=True)
     assert bytes(splits.train.astype(np.uint8)) == content[:360]
     assert bytes(splits.validation.astype(np.uint8)) == content[360:380]
     assert bytes(splits.test.astype(np.uint8)) == content[380:]
     assert splits.bytes_per_token == splits.test_bytes_per_token == 1
-    assert text_data.split_text(content[:-1], text_data.load_tokenizer("byte"), 0.5).test is None
+    assert text_data.split_text(content, text_data.load_tokenizer("byte"), 0.5).test is None
+    assert text_data.split_text(content[:-1], text_data.load_tokenizer("byte"), 0.5, with_test=True).test is None
 
 
 def test_the_test_split_is_logged_and_chooses_nothing(tmp_path, examples, monkeypatch):

@@ -89,7 +89,7 @@ class Rows(Dataset):
         return self.make(int(self.indices[index]))
 
 
-class RowOrder(Sampler[int]):
+class EpochOrder(Sampler[int]):
     """Row numbers of an epoch: at random, in batches of rows of like length if there are lengths, easy rows first if asked.
 
     The order depends on the seed and the epoch alone, so a resumed run reads what an uninterrupted one would have read.

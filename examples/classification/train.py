@@ -24,7 +24,7 @@ import torch
 import transformers
 from budget import TimeBudget
 from pictures import write_activations, write_confusion_matrix
-from tasks import DataArguments, RowOrder, TaskData, load_task
+from tasks import DataArguments, EpochOrder, TaskData, load_task
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
@@ -85,7 +85,7 @@ class ClassificationArguments(DataArguments):
 class EpochOfOrder(TrainerCallback):
     """Tells an order of rows its epoch: in a resumed run of several processes the Trainer does not reach it."""
 
-    def __init__(self, order: RowOrder):
+    def __init__(self, order: EpochOrder):
         self.order = order
 
     def on_epoch_begin(self, args, state, control, **kwargs):
@@ -96,7 +96,8 @@ class ClassificationTrainer(SeqBoatTrainer):
     """Counts the real tokens it trains on and the time spent in evaluations; routers may learn at a rate of their own.
 
     Args:
-        easy: how many of the training rows, the last ones, are easy, and how often they are gone through at first.
+        easy: that many training rows, the last ones, are easy.
+        easy_passes: how often they are gone through before the others come.
         augment: turns a batch's inputs into variants of them, or None.
         budget: ends the training in time, and the learning rate follows it; or None.
     """
@@ -106,13 +107,14 @@ class ClassificationTrainer(SeqBoatTrainer):
         *args,
         router_learning_rate: float | None,
         group_by_length: bool,
-        easy: tuple[int, int] = (),
+        easy: int = 0,
+        easy_passes: int = 0,
         augment: Callable[[torch.Tensor], torch.Tensor] | None = None,
         budget: TimeBudget | None = None,
         **kwargs,
     ):
         self.router_learning_rate, self.group_by_length = router_learning_rate, group_by_length
-        self.easy, self.augment, self.budget = easy, augment, budget
+        self.easy, self.easy_passes, self.augment, self.budget = easy, easy_passes, augment, budget
         self.tokens: torch.Tensor | int = 0
         self.evaluation_seconds = 0.0
         super().__init__(*args, **kwargs)
@@ -145,12 +147,12 @@ class ClassificationTrainer(SeqBoatTrainer):
         return self.lr_scheduler
 
     def _get_train_sampler(self, train_dataset=None):
-        if not self.group_by_length and not self.easy:
+        if not self.group_by_length and not self.easy_passes:
             return super()._get_train_sampler(train_dataset)
         rows = self.train_dataset
-        order = RowOrder(
+        order = EpochOrder(
             len(rows), self.args.train_batch_size * self.args.world_size, self.args.seed,
-            [len(row["input_ids"]) for row in rows] if self.group_by_length else None, *self.easy,
+            [len(row["input_ids"]) for row in rows] if self.group_by_length else None, self.easy, self.easy_passes,
         )  # fmt: skip
         self.add_callback(EpochOfOrder(order))
         return order
@@ -304,7 +306,8 @@ def build_trainer(
     steps = min(a.eval_steps, a.max_steps)
     trainer = ClassificationTrainer(
         model=model, router_learning_rate=a.router_learning_rate, group_by_length=a.group_by_length,
-        easy=(data.easy, a.easy_passes) if a.easy_passes else (), augment=data.augment if a.augment else None, budget=budget, cuda_graphs=a.cuda_graphs,
+        easy=data.easy, easy_passes=a.easy_passes, augment=data.augment if a.augment else None, budget=budget,
+        cuda_graphs=a.cuda_graphs,
         compute_metrics=accuracy, data_collator=data.collate,
         train_dataset=data.train, eval_dataset=data.validation,
         args=TrainingArguments(
