@@ -6,6 +6,10 @@ Protocol: the text is tokenised without special tokens and fed in chunks through
 first is scored once, with everything before it as context (`--context N`: the state starts afresh every N tokens, whose
 first is not scored). Bits per byte = sum of -log2 p over the scored tokens / bytes that those tokens stand for. The
 result is printed, and written as the JSON that `python -m hub_upload build --evaluation` reads.
+
+With `--context N --stride S` windows of N tokens start every S tokens, each read afresh, and the last S tokens of every
+window are scored (of the first, all but its first token): each token once, with N - S to N - 1 tokens before it. Any causal
+language model can be scored so, a Llama too.
 """
 
 import argparse
@@ -24,14 +28,14 @@ import torch
 from run_record import published_command
 from text_data import ENWIK8_BYTES, ENWIK8_SPLIT, read_text_file, text_encoder
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from modeling_seqboat import SeqBoatCache, SeqBoatForCausalLM
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="folder of a SeqBoat language model with its tokenizer, or a Hub name")
+    parser.add_argument("model", help="folder of a causal language model with its tokenizer, or a Hub name")
     parser.add_argument("--data", required=True, help="text file, plain, .gz or .xz")
     parser.add_argument(
         "--split",
@@ -41,6 +45,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--max-bytes", type=int, help="read only the first bytes of the split")
     parser.add_argument("--context", type=int, help="tokens after which the state starts afresh; by default never")
+    parser.add_argument("--stride", type=int, help="score windows of --context tokens, one every this many tokens")
+    parser.add_argument("--batch-size", type=int, default=4, help="windows a forward reads; the result is the same")
     parser.add_argument("--chunk-size", type=int, default=4096, help="tokens a forward reads; the result is the same")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--output", type=Path, help="JSON file to write")
@@ -49,6 +55,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         value = getattr(arguments, name)
         if value is not None and value < 2:
             parser.error(f"--{name.replace('_', '-')} must be at least 2, got {value}")
+    if arguments.batch_size < 1:
+        parser.error(f"--batch-size must be at least 1, got {arguments.batch_size}")
+    if arguments.stride is not None:
+        if arguments.context is None:
+            parser.error("--stride needs --context, the length of the windows")
+        if not 1 <= arguments.stride < arguments.context:
+            parser.error(f"--stride must be from 1 to {arguments.context - 1}, below --context; got {arguments.stride}")
     if arguments.output is not None and arguments.output.exists():
         parser.error(f"--output {arguments.output} exists already")
     return arguments
@@ -101,21 +114,67 @@ def score(
     return bits, scored, (activated / len(tokens)).tolist()
 
 
+@torch.no_grad()
+def score_windows(
+    model: PreTrainedModel, tokens: np.ndarray, context: int, stride: int, batch_size: int
+) -> tuple[float, int, list[float]]:
+    """Reads windows of `context` tokens, one every `stride`, and scores the last `stride` of each; of the first, all.
+
+    Args:
+        tokens: (T,) integers, T >= 2.
+        context, stride: tokens, 1 <= stride < context.
+        batch_size: windows a forward.
+
+    Returns:
+        As `score`; the share of activated tokens is over all that is read, and empty for models without routers.
+    """
+    # A window for every `stride` tokens after the first window's; the last one ends with the text.
+    ends = list(range(min(context, len(tokens)), len(tokens), stride)) + [len(tokens)]
+    options = {"output_router_probs": True} if isinstance(model, SeqBoatForCausalLM) else {}
+    bits, scored, read, activated = 0.0, 0, 0, 0
+    # The first window is scored whole, the last may be short of `stride` new tokens: `known` says what is scored already.
+    windows = [(max(0, end - context), end, known) for end, known in zip(ends, [1, *ends[:-1]], strict=True)]
+    for first in tqdm(range(0, len(windows), batch_size), desc="bits per byte", leave=False):
+        batch = windows[first : first + batch_size]
+        ids = torch.stack([torch.as_tensor(tokens[start:end].astype("int64")) for start, end, _ in batch])
+        ids = ids.to(model.device)
+        out = model(ids, use_cache=False, **options)
+        for row, (start, _, known) in enumerate(batch):
+            logits = out.logits[row, known - start - 1 : -1].float()
+            targets = ids[row, known - start :]
+            bits += float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum")) / math.log(2)
+            scored += len(targets)
+        read += ids.numel()
+        if options:
+            activated += torch.stack([(probs > 0).sum() for probs in out.router_probs]).double().cpu()
+    return bits, scored, (activated / read).tolist() if options else []
+
+
 def main(argv: list[str] | None = None) -> dict:
     argv = sys.argv[1:] if argv is None else argv
     arguments = parse_arguments(argv)
     text = cut_split(read_text_file(arguments.data), arguments.split)[: arguments.max_bytes]
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype)).eval()
+    if arguments.stride is None and not isinstance(model, SeqBoatForCausalLM):
+        raise ValueError(
+            f"{arguments.model} is a {type(model).__name__}, whose cache this does not know; "
+            "give --context and --stride to score it in windows"
+        )
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     tokens = text_encoder(tokenizer)(text)
     if len(tokens) < 2:
         raise ValueError(f"the split has {len(tokens)} tokens; at least 2 are needed to score one")
     start = time.perf_counter()
-    bits, scored, rates = score(model, tokens, arguments.chunk_size, arguments.context)
+    if arguments.stride is not None:
+        bits, scored, rates = score_windows(model, tokens, arguments.context, arguments.stride, arguments.batch_size)
+    else:
+        bits, scored, rates = score(model, tokens, arguments.chunk_size, arguments.context)
     seconds = time.perf_counter() - start
     value = bits / scored * len(tokens) / len(text)
     context = "everything before it" if arguments.context is None else f"up to {arguments.context - 1} tokens"
+    if arguments.stride is not None and len(tokens) > arguments.context:
+        context = f"{arguments.context - arguments.stride} to {arguments.context - 1} tokens"
     print(
         f"{value:.4f} bits per byte over {scored:,} tokens, context: {context}; {len(tokens) / seconds:,.0f} tokens/s"
     )
@@ -135,6 +194,7 @@ def main(argv: list[str] | None = None) -> dict:
             "scored_tokens": scored,
             "bytes": len(text),
             "context": arguments.context,
+            "stride": arguments.stride,
             "dtype": arguments.dtype,
         },
         "command": published_command("examples/evaluate_lm.py", argv),
