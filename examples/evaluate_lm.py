@@ -61,7 +61,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         if arguments.context is None:
             parser.error("--stride needs --context, the length of the windows")
         if not 1 <= arguments.stride < arguments.context:
-            parser.error(f"--stride must be from 1 to {arguments.context - 1}, below --context; got {arguments.stride}")
+            parser.error(
+                f"--stride must be from 1 to {arguments.context - 1}, below --context; got {arguments.stride}"
+            )
     if arguments.output is not None and arguments.output.exists():
         parser.error(f"--output {arguments.output} exists already")
     return arguments

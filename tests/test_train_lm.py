@@ -22,7 +22,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = ROOT / "examples/data/tinyshakespeare.txt"
 RECIPES = [
-    path for path in sorted((ROOT / "configuration/recipes").glob("*.yaml")) if "preset:" in path.read_text("utf-8")
+    path
+    for path in sorted((ROOT / "configuration/recipes").glob("*.yaml"))
+    if any(key in path.read_text("utf-8") for key in ("preset:", "model_type:"))
 ]
 
 
@@ -363,8 +365,29 @@ def test_shipped_recipes_are_valid(path, examples):
     arguments = recipes.parse_arguments(examples.TrainArguments, flags)
     examples.check_arguments(arguments)
     overrides = json.loads(arguments.config_overrides or "{}")
-    config = examples.SeqBoatConfig.from_preset(arguments.preset, **overrides)
-    assert set(overrides) <= set(config.__dataclass_fields__)
+    config = examples.build_config(arguments, examples.load_tokenizer("byte"))
+    assert config.model_type == arguments.model_type and set(overrides) <= set(config.__dataclass_fields__)
+
+
+def test_the_compared_recipes_differ_in_what_is_each_models_own(examples):
+    boat, llama = (
+        sys.modules["recipes"].parse_arguments(
+            examples.TrainArguments,
+            [str(ROOT / f"configuration/recipes/{name}.yaml"), "--output_dir", "out", "--train_file", "enwik8"],
+        )
+        for name in ("enwik8-base", "enwik8-llama")
+    )
+    own = {"model_type", "preset", "config_overrides", "learning_rate", "router_learning_rate", "max_grad_norm",
+           "cuda_graphs", "eval_steps", "save_steps"}  # fmt: skip
+    different = {name for name in vars(boat) if getattr(boat, name) != getattr(llama, name)}
+    assert different <= own
+    sizes = []
+    with torch.device("meta"):
+        for arguments in (boat, llama):
+            config = examples.build_config(arguments, examples.load_tokenizer("byte"))
+            model = examples.SeqBoatForCausalLM if config.model_type == "seqboat" else examples.LlamaForCausalLM
+            sizes.append(model(config).num_parameters())
+    assert sizes == [39_108_986, 37_890_560]
 
 
 def test_cuda_graphs_are_refused_without_a_gpu(examples, tmp_path):

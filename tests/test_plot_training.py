@@ -1,0 +1,78 @@
+"""The picture and the table of several pretraining runs, and the numbers that the pages quote from the recorded ones."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+RECORDS = ROOT / "docs/pretraining"
+
+
+@pytest.fixture
+def plot_training(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    yield importlib.import_module("plot_training")
+    sys.modules.pop("plot_training", None)
+
+
+def write_run(folder: Path, scores: list[tuple[float, float]], layers: int = 0, test: bool = False) -> Path:
+    folder.mkdir()
+    entries = []
+    for step, (seconds, value) in enumerate(scores, start=1):
+        place = {"step": step, "train/seconds": seconds, "train/tokens": 1000 * step}
+        rates = {f"router/activation_rate_{layer}": 0.1 * layer for layer in range(layers)}
+        entries.append({**place, "train/loss": value, **rates})
+        tested = {"test/bits_per_byte": value - 0.5} if test else {}
+        entries.append({**place, "validation/bits_per_byte": value, **tested})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    return folder
+
+
+def test_runs_are_compared_at_equal_time(plot_training, tmp_path, capsys):
+    boat = write_run(tmp_path / "boat", [(60, 3.0), (180, 2.0)], layers=3, test=True)
+    # Validations before the first of the other run, between two of it, and after its end.
+    llama = write_run(tmp_path / "llama", [(30, 4.0), (120, 2.25), (240, 2.1)])
+    output = tmp_path / "pictures" / "curves.png"
+    plot_training.main([f"SeqBoat={boat}", f"Llama={llama / 'metrics.jsonl'}", "--output", str(output)])
+    printed = capsys.readouterr().out
+    assert "| SeqBoat | 3.0 | 2 | 0 | 2.0000 |" in printed and "| Llama | 0.5 | 1 | 0 | 4.0000 |" in printed
+    # 2.5 on the line between 3 and 2 is above 2.25; 2.0 at the end is below 2.1.
+    assert (
+        "validation: at equal time SeqBoat is below Llama in 1 of 2 validations, in the last one by 0.1000" in printed
+    )
+    # Only one of them was scored on the test split.
+    assert "test" not in printed
+    with Image.open(output) as image:
+        assert image.width > image.height > 100
+
+
+@pytest.mark.parametrize(
+    "argument, message",
+    [
+        ("outputs/boat", "NAME=FOLDER, got 'outputs/boat'"),
+        ("Boat=nowhere", "Boat: there is no nowhere"),
+    ],
+)
+def test_what_is_no_run_is_refused(plot_training, tmp_path, capsys, argument, message):
+    with pytest.raises(SystemExit):
+        plot_training.main([argument, "--output", str(tmp_path / "curves.png")])
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "curves.png").exists()
+
+
+def test_the_pages_quote_the_recorded_runs(plot_training):
+    page = (RECORDS / "README.md").read_text("utf-8")
+    runs = [
+        plot_training.read_run(f"{name}={RECORDS / file}.metrics.jsonl")
+        for name, file in (("SeqBoat", "enwik8-base"), ("Llama", "enwik8-llama"))
+    ]
+    assert plot_training.table(runs) in page
+    readme = (ROOT / "README.md").read_text("utf-8")
+    for file in ("enwik8-base", "enwik8-llama"):
+        result = json.loads((RECORDS / f"{file}.test.json").read_text("utf-8"))
+        value = f"{result['results'][0]['metrics'][0]['value']:.4f}"
+        assert value in page and value in readme
