@@ -48,7 +48,13 @@ def read_run(argument: str) -> Run:
     path = path / "metrics.jsonl" if path.is_dir() else path
     if not path.is_file():
         raise ValueError(f"{name}: there is no {path}; a run of train_lm.py writes one")
-    entries = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    entries: list[dict] = []
+    for line in path.read_text("utf-8").splitlines():
+        entry = json.loads(line)
+        # A run that was resumed from an earlier step says the steps after it again; the last word counts.
+        while entries and entries[-1]["step"] > entry["step"]:
+            entries.pop()
+        entries.append(entry)
     run = Run(name, [e for e in entries if SPLITS[1] in e], [e for e in entries if "train/loss" in e])
     if not run.scores or "train/seconds" not in run.scores[0]:
         raise ValueError(f"{name}: {path} holds no validation with its training time")

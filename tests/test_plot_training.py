@@ -50,6 +50,15 @@ def test_runs_are_compared_at_equal_time(plot_training, tmp_path, capsys):
         assert image.width > image.height > 100
 
 
+def test_steps_that_a_resumed_run_repeats_count_once(plot_training, tmp_path):
+    folder = write_run(tmp_path / "boat", [(60, 3.0), (120, 2.5), (180, 2.0)], layers=2)
+    again = {"step": 2, "train/seconds": 130.0, "train/tokens": 2000, "validation/bits_per_byte": 2.25}
+    log = (folder / "metrics.jsonl").read_text().splitlines()
+    (folder / "metrics.jsonl").write_text("\n".join([*log[:3], *log[4:], json.dumps(again)]) + "\n")
+    scores = plot_training.read_run(f"boat={folder}").scores
+    assert [(entry["step"], entry["validation/bits_per_byte"]) for entry in scores] == [(1, 3.0), (2, 2.25)]
+
+
 @pytest.mark.parametrize(
     "argument, message",
     [
