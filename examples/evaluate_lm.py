@@ -8,8 +8,8 @@ first is not scored). Bits per byte = sum of -log2 p over the scored tokens / by
 result is printed, and written as the JSON that `python -m hub_upload build --evaluation` reads.
 
 With `--context N --stride S` windows of N tokens start every S tokens, each read afresh, and the last S tokens of every
-window are scored (of the first, all but its first token): each token once, with N - S to N - 1 tokens before it. Any causal
-language model can be scored so, a Llama too.
+window are scored (of the first, all but its first token): each token once, with N - S to N - 1 tokens before it (those of the
+first window with what there is). Any causal language model can be scored so, a Llama too.
 """
 
 import argparse
@@ -46,8 +46,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max-bytes", type=int, help="read only the first bytes of the split")
     parser.add_argument("--context", type=int, help="tokens after which the state starts afresh; by default never")
     parser.add_argument("--stride", type=int, help="score windows of --context tokens, one every this many tokens")
-    parser.add_argument("--batch-size", type=int, default=4, help="windows a forward reads; the result is the same")
-    parser.add_argument("--chunk-size", type=int, default=4096, help="tokens a forward reads; the result is the same")
+    parser.add_argument("--batch-size", type=int, default=4, help="with --stride: windows a forward reads")
+    parser.add_argument("--chunk-size", type=int, default=4096, help="without --stride: tokens a forward reads")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     arguments = parser.parse_args(argv)
@@ -59,7 +59,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--batch-size must be at least 1, got {arguments.batch_size}")
     if arguments.stride is not None:
         if arguments.context is None:
-            parser.error("--stride needs --context, the length of the windows")
+            parser.error(f"--stride {arguments.stride} needs --context, the length of the windows")
         if not 1 <= arguments.stride < arguments.context:
             parser.error(
                 f"--stride must be from 1 to {arguments.context - 1}, below --context; got {arguments.stride}"
@@ -176,7 +176,7 @@ def main(argv: list[str] | None = None) -> dict:
     value = bits / scored * len(tokens) / len(text)
     context = "everything before it" if arguments.context is None else f"up to {arguments.context - 1} tokens"
     if arguments.stride is not None and len(tokens) > arguments.context:
-        context = f"{arguments.context - arguments.stride} to {arguments.context - 1} tokens"
+        context = f"{arguments.context - arguments.stride} to {arguments.context - 1} tokens after the first window"
     print(
         f"{value:.4f} bits per byte over {scored:,} tokens, context: {context}; {len(tokens) / seconds:,.0f} tokens/s"
     )

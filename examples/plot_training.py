@@ -48,23 +48,32 @@ def read_run(argument: str) -> Run:
     path = path / "metrics.jsonl" if path.is_dir() else path
     if not path.is_file():
         raise ValueError(f"{name}: there is no {path}; a run of train_lm.py writes one")
-    entries: list[dict] = []
-    for line in path.read_text("utf-8").splitlines():
-        entry = json.loads(line)
-        # A run that was resumed from an earlier step says the steps after it again; the last word counts.
-        while entries and entries[-1]["step"] > entry["step"]:
-            entries.pop()
-        entries.append(entry)
-    run = Run(name, [e for e in entries if SPLITS[1] in e], [e for e in entries if "train/loss" in e])
-    if not run.scores or "train/seconds" not in run.scores[0]:
-        raise ValueError(f"{name}: {path} holds no validation with its training time")
+    run = Run(name, [], [])
+    for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
+        try:
+            entry = json.loads(line)
+            step, _, _ = entry["step"], entry["train/seconds"], entry["train/tokens"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(
+                f"{name}: line {number} of {path} is no entry of train_lm.py with step, train/seconds and train/tokens: "
+                f"{line[:80]!r}"
+            ) from error
+        for entries, key in ((run.scores, SPLITS[1]), (run.losses, "train/loss")):
+            # A run that was resumed from an earlier step says the steps after it again; the last word counts.
+            while entries and (entries[-1]["step"] > step or key in entry and entries[-1]["step"] == step):
+                entries.pop()
+            if key in entry:
+                entries.append(entry)
+    if not run.scores:
+        raise ValueError(f"{name}: {path} holds no validation yet; there is one every eval_steps steps and at the end")
     return run
 
 
 def at_time(run: Run, key: str, seconds: float) -> float | None:
-    """The value of `key` at a time: on the line between two validations, the last one's after the end, None before the
-    first."""
-    if seconds >= run.scores[-1]["train/seconds"]:
+    """The value of `key` at a time: on the line between two validations, None before the first, and the last one's up to
+    1 % after it, since runs of one `max_minutes` end a step apart."""
+    end = run.scores[-1]["train/seconds"]
+    if end <= seconds <= 1.01 * end:
         return run.scores[-1][key]
     for before, after in zip(run.scores, run.scores[1:], strict=False):
         first, last = before["train/seconds"], after["train/seconds"]
@@ -123,7 +132,7 @@ def plot(runs: list[Run], path: Path) -> None:
         minutes = [entry["train/seconds"] / 60 for entry in run.scores]
         label = f"{run.name}, {run.tokens_per_second / 1000:,.0f} k tokens/s"
         curves.plot(minutes, [entry[key] for entry in run.scores], marker="o", markersize=3.5, label=label)
-    curves.set(xlabel="minutes of training", ylabel=f"bits per byte, {key.split('/')[0]} split", ylim=(None, None))
+    curves.set(xlabel="minutes of training", ylabel=f"bits per byte, {key.split('/')[0]} split")
     curves.grid(alpha=0.3)
     curves.legend()
     for run, ax in zip(routed, maps, strict=True):
@@ -149,7 +158,8 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(str(error))
     plot(runs, arguments.output)
     print(table(runs))
-    print(comparison(runs))
+    if len(runs) > 1:
+        print("\n" + comparison(runs))
 
 
 if __name__ == "__main__":

@@ -322,7 +322,7 @@ def _protocol(evaluation: dict[str, Any], path: Path) -> list[str]:
         stride = protocol.get("stride")
         seen = "everything before it" if context is None else f"up to {context - 1:,} tokens before it"
         if stride is not None and scored >= context:
-            seen = f"{context - stride:,} to {context - 1:,} tokens before it"
+            seen = f"{context - stride:,} to {context - 1:,} tokens before it (fewer in the first {context:,} tokens)"
         words = f"{scored:,} tokens of {size:,} bytes scored once each, with {seen} as context, in {dtype}"
     except (TypeError, KeyError, ValueError) as error:
         raise HubUploadError(f"{path}: protocol={protocol!r} is not what examples/evaluate_lm.py writes.") from error

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from modeling_seqboat import SeqBoatConfig, SeqBoatForCausalLM, build_byte_tokenizer
 
@@ -71,38 +71,77 @@ def test_a_bounded_context_starts_afresh(evaluate_lm, folder, tmp_path):
         evaluate_lm.main(arguments)
 
 
-@pytest.mark.parametrize("size", [60, 100, 101, 300])
-@pytest.mark.parametrize("kind", ["seqboat", "llama"])
-def test_windows_score_every_token_once_with_context(evaluate_lm, folder, kind, size, tmp_path):
-    data = tmp_path / "text.txt"
-    data.write_bytes((EXAMPLES / "data/tinyshakespeare.txt").read_bytes()[:size])
+def context_bound(kind: str):
+    """A small model with weights so large that what it predicts depends on tokens far before."""
+    torch.manual_seed(1)
     if kind == "llama":
-        folder = tmp_path / "llama"
         fields = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-        LlamaForCausalLM(LlamaConfig(vocab_size=264, **fields)).save_pretrained(folder)
-        build_byte_tokenizer().save_pretrained(folder)
-    arguments = [str(folder), "--data", str(data), "--context", "100", "--stride", "30", "--batch-size", "3"]
-    result = evaluate_lm.main(arguments)
-    tokens = torch.as_tensor(np.frombuffer(data.read_bytes(), dtype=np.uint8).astype("int64"))
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    losses = []
-    for token in range(1, size):
-        # The window that a token falls in: the first, or the first one that ends after it.
-        end = min(size, 100 + 30 * max(0, math.ceil((token + 1 - 100) / 30)))
-        start = max(0, end - 100)
-        with torch.no_grad():
-            logits = model(tokens[None, start:token], use_cache=False).logits[0, -1]
-        losses.append(-float(logits.log_softmax(-1)[tokens[token]]) / math.log(2))
-    assert result["protocol"]["scored_tokens"] == size - 1
-    assert result["results"][0]["metrics"][0]["value"] == pytest.approx(sum(losses) / (size - 1), abs=2e-4)
-    assert len(result["activation_rates"]) == (model.config.num_hidden_layers if kind == "seqboat" else 0)
+        return LlamaForCausalLM(LlamaConfig(vocab_size=264, initializer_range=0.5, **fields)).eval()
+    model = SeqBoatForCausalLM(SeqBoatConfig.from_preset("tiny"))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return model.eval()
+
+
+@torch.no_grad()
+def bits_with(model, tokens, starts: list[int]) -> float:
+    """Bits of tokens 1, 2, …, each predicted from what follows its start."""
+    bits = 0.0
+    for token, start in enumerate(starts, start=1):
+        logits = model(tokens[None, start:token], use_cache=False).logits[0, -1]
+        bits -= float(logits.log_softmax(-1)[tokens[token]]) / math.log(2)
+    return bits
+
+
+@pytest.mark.parametrize("size", [12, 20, 21, 60])
+@pytest.mark.parametrize("kind", ["seqboat", "llama"])
+def test_windows_score_every_token_once_with_context(evaluate_lm, kind, size):
+    text = (EXAMPLES / "data/tinyshakespeare.txt").read_bytes()[:size]
+    tokens = torch.tensor(list(text))
+    model = context_bound(kind)
+    bits, scored, rates = evaluate_lm.score_windows(model, np.frombuffer(text, dtype=np.uint8), 20, 6, 3)
+    # The window that a token falls in: the first, or the first one that ends after it.
+    ends = [min(size, 20 + 6 * max(0, math.ceil((token + 1 - 20) / 6))) for token in range(1, size)]
+    starts = [max(0, end - 20) for end in ends]
+    assert scored == size - 1
+    assert bits / scored == pytest.approx(bits_with(model, tokens, starts) / scored, abs=1e-5)
+    if size == 60:
+        # The models tell these contexts apart, or the line above would say nothing.
+        for other in ([0] * 59, [max(0, token - 19) for token in range(1, 60)]):
+            assert abs(bits_with(model, tokens, other) - bits) / scored > 1e-4
+    if kind == "llama":
+        assert rates == []
+        return
+    windows = [tokens[None, start:end] for start, end in sorted(set(zip(starts, ends, strict=True)))]
+    with torch.no_grad():
+        open_routers = [model(ids, use_cache=False, output_router_probs=True).router_probs for ids in windows]
+    for layer, rate in enumerate(rates):
+        active = sum(int((probs[layer] > 0).sum()) for probs in open_routers)
+        assert rate == pytest.approx(active / sum(ids.numel() for ids in windows))
+
+
+def test_windows_of_a_llama_by_the_command(evaluate_lm, tmp_path, capsys):
+    model = context_bound("llama")
+    model.save_pretrained(tmp_path / "llama")
+    build_byte_tokenizer().save_pretrained(tmp_path / "llama")
+    text = (EXAMPLES / "data/tinyshakespeare.txt").read_bytes()[:150]
+    (tmp_path / "text.txt").write_bytes(text)
+    arguments = ["--data", str(tmp_path / "text.txt"), "--context", "100", "--stride", "30"]
+    result = evaluate_lm.main([str(tmp_path / "llama"), *arguments])
+    bits, scored, _ = evaluate_lm.score_windows(model, np.frombuffer(text, dtype=np.uint8), 100, 30, 1)
+    assert result["results"][0]["metrics"][0]["value"] == pytest.approx(bits / scored, abs=1e-3)
+    assert result["protocol"] == {
+        "scored_tokens": 149, "bytes": 150, "context": 100, "stride": 30, "dtype": "float32"
+    }  # fmt: skip
+    assert "context: 70 to 99 tokens after the first window" in capsys.readouterr().out
 
 
 def test_what_cannot_be_scored_is_refused_before_work(evaluate_lm, folder, tmp_path, capsys):
     data = tmp_path / "text.txt"
     data.write_bytes(b"some text")
     for extra, message in (
-        (["--stride", "4"], "--stride needs --context"),
+        (["--stride", "4"], "--stride 4 needs --context"),
         (["--context", "8", "--stride", "8"], "--stride must be from 1 to 7"),
         (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
     ):

@@ -379,6 +379,24 @@ def run_folder(copied, tmp_path):
     return run
 
 
+@pytest.mark.parametrize(
+    "context, stride, words",
+    [
+        (512, None, "up to 511 tokens before it"),
+        (8192, 2048, "6,144 to 8,191 tokens before it (fewer in the first 8,192 tokens)"),
+        # A text shorter than a window is all in the first one.
+        (65536, 2048, "up to 65,535 tokens before it"),
+    ],
+)
+def test_the_card_says_how_windows_were_scored(run_folder, tmp_path, context, stride, words):
+    path = run_folder / "evaluation.json"
+    evaluation = json.loads(path.read_text())
+    evaluation["protocol"].update(context=context, stride=stride)
+    path.write_text(json.dumps(evaluation))
+    build_folder(run_folder / "best", tmp_path / "out", card=CardOptions(records=run_folder))
+    assert f"scored once each, with {words} as context, in float32:" in (tmp_path / "out/README.md").read_text("utf-8")
+
+
 def test_the_card_is_written_from_the_records_of_a_run(run_folder, tmp_path):
     options = CardOptions(records=run_folder, data_license="CC BY-SA 3.0", repo_id="ann/boat")
     build_folder(run_folder / "best", tmp_path / "out", card=options)

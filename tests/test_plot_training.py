@@ -35,12 +35,12 @@ def write_run(folder: Path, scores: list[tuple[float, float]], layers: int = 0, 
 def test_runs_are_compared_at_equal_time(plot_training, tmp_path, capsys):
     boat = write_run(tmp_path / "boat", [(60, 3.0), (180, 2.0)], layers=3, test=True)
     # Validations before the first of the other run, between two of it, and after its end.
-    llama = write_run(tmp_path / "llama", [(30, 4.0), (120, 2.25), (240, 2.1)])
+    llama = write_run(tmp_path / "llama", [(30, 4.0), (120, 2.25), (181, 2.1), (240, 1.5)])
     output = tmp_path / "pictures" / "curves.png"
     plot_training.main([f"SeqBoat={boat}", f"Llama={llama / 'metrics.jsonl'}", "--output", str(output)])
     printed = capsys.readouterr().out
     assert "| SeqBoat | 3.0 | 2 | 0 | 2.0000 |" in printed and "| Llama | 0.5 | 1 | 0 | 4.0000 |" in printed
-    # 2.5 on the line between 3 and 2 is above 2.25; 2.0 at the end is below 2.1.
+    # 2.5 on the line between 3 and 2 is above 2.25; 2.0 at the end is below 2.1; at 240 s it had long ended.
     assert (
         "validation: at equal time SeqBoat is below Llama in 1 of 2 validations, in the last one by 0.1000" in printed
     )
@@ -52,11 +52,13 @@ def test_runs_are_compared_at_equal_time(plot_training, tmp_path, capsys):
 
 def test_steps_that_a_resumed_run_repeats_count_once(plot_training, tmp_path):
     folder = write_run(tmp_path / "boat", [(60, 3.0), (120, 2.5), (180, 2.0)], layers=2)
-    again = {"step": 2, "train/seconds": 130.0, "train/tokens": 2000, "validation/bits_per_byte": 2.25}
-    log = (folder / "metrics.jsonl").read_text().splitlines()
-    (folder / "metrics.jsonl").write_text("\n".join([*log[:3], *log[4:], json.dumps(again)]) + "\n")
-    scores = plot_training.read_run(f"boat={folder}").scores
-    assert [(entry["step"], entry["validation/bits_per_byte"]) for entry in scores] == [(1, 3.0), (2, 2.25)]
+    place = {"step": 2, "train/seconds": 110.0, "train/tokens": 2000}
+    with (folder / "metrics.jsonl").open("a") as log:
+        log.write(json.dumps({**place, "train/loss": 2.4}) + "\n")
+        log.write(json.dumps({**place, "validation/bits_per_byte": 2.25}) + "\n")
+    run = plot_training.read_run(f"boat={folder}")
+    assert [(entry["step"], entry["validation/bits_per_byte"]) for entry in run.scores] == [(1, 3.0), (2, 2.25)]
+    assert [(entry["train/seconds"], entry["train/loss"]) for entry in run.losses] == [(60, 3.0), (110, 2.4)]
 
 
 @pytest.mark.parametrize(
@@ -64,9 +66,17 @@ def test_steps_that_a_resumed_run_repeats_count_once(plot_training, tmp_path):
     [
         ("outputs/boat", "NAME=FOLDER, got 'outputs/boat'"),
         ("Boat=nowhere", "Boat: there is no nowhere"),
+        ("Boat=cut.jsonl", "Boat: line 2 of cut.jsonl is no entry of train_lm.py"),
+        ("Boat=old.jsonl", "Boat: line 1 of old.jsonl is no entry of train_lm.py"),
+        ("Boat=early.jsonl", "Boat: early.jsonl holds no validation yet"),
     ],
 )
-def test_what_is_no_run_is_refused(plot_training, tmp_path, capsys, argument, message):
+def test_what_is_no_run_is_refused(plot_training, tmp_path, monkeypatch, capsys, argument, message):
+    monkeypatch.chdir(tmp_path)
+    entry = json.dumps({"step": 1, "train/seconds": 1.0, "train/tokens": 10, "train/loss": 2.0}) + "\n"
+    Path("early.jsonl").write_text(entry)
+    Path("cut.jsonl").write_text(entry + entry[:20])
+    Path("old.jsonl").write_text('{"step": 1, "train/loss": 2.0}\n')
     with pytest.raises(SystemExit):
         plot_training.main([argument, "--output", str(tmp_path / "curves.png")])
     assert message in capsys.readouterr().err
