@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")
 
@@ -72,15 +73,10 @@ def read_run(argument: str) -> Run:
 def at_time(run: Run, key: str, seconds: float) -> float | None:
     """The value of `key` at a time: on the line between two validations, None before the first, and the last one's up to
     1 % after it, since runs of one `max_minutes` end a step apart."""
-    end = run.scores[-1]["train/seconds"]
-    if end <= seconds <= 1.01 * end:
-        return run.scores[-1][key]
-    for before, after in zip(run.scores, run.scores[1:], strict=False):
-        first, last = before["train/seconds"], after["train/seconds"]
-        if first <= seconds <= last:
-            share = (seconds - first) / (last - first) if last > first else 1.0
-            return before[key] + share * (after[key] - before[key])
-    return None
+    times = [entry["train/seconds"] for entry in run.scores]
+    if not times[0] <= seconds <= 1.01 * times[-1]:
+        return None
+    return float(np.interp(seconds, times, [entry[key] for entry in run.scores]))
 
 
 def shared_splits(runs: list[Run]) -> list[str]:

@@ -1,13 +1,13 @@
 """Fine-tuning with the Trainer in a short mode on real text and real instructions: the loss falls, a resumed run ends in
 the weights of an uninterrupted one, packing equals padding, and bad input is refused before training starts."""
 
-import importlib
 import json
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from example_scripts import imported
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorWithFlattening
 
@@ -19,10 +19,7 @@ DATA = ROOT / "examples/data"
 
 @pytest.fixture
 def example(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "examples"))
-    yield importlib.import_module("finetune_trainer")
-    for name in ("finetune_trainer", "instruction_data", "recipes", "text_data"):
-        sys.modules.pop(name, None)
+    yield from imported(monkeypatch, "finetune_trainer", "instruction_data", "recipes", "text_data")
 
 
 @pytest.fixture

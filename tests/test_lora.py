@@ -1,13 +1,12 @@
 """LoRA, DoRA and quantised bases: the default targets exist in every layer, train, save, reload and merge; routers and
 EMA stay untouched."""
 
-import importlib
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from example_scripts import imported
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import TorchAoConfig
 
@@ -141,10 +140,7 @@ def test_quantised_base_runs_and_takes_an_adapter(tmp_path, kind, worst):
 
 @pytest.fixture
 def example(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "examples"))
-    yield importlib.import_module("finetune_lora")
-    for name in ("finetune_lora", "recipes", "text_data"):
-        sys.modules.pop(name, None)
+    yield from imported(monkeypatch, "finetune_lora", "recipes", "text_data")
 
 
 def test_example_trains_saves_and_merges(tmp_path, example, capsys):

@@ -1,11 +1,10 @@
 """The picture and the table of several pretraining runs, and the numbers that the pages quote from the recorded ones."""
 
-import importlib
 import json
-import sys
 from pathlib import Path
 
 import pytest
+from example_scripts import imported
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -14,9 +13,7 @@ RECORDS = ROOT / "docs/pretraining"
 
 @pytest.fixture
 def plot_training(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "examples"))
-    yield importlib.import_module("plot_training")
-    sys.modules.pop("plot_training", None)
+    yield from imported(monkeypatch, "plot_training")
 
 
 def write_run(folder: Path, scores: list[tuple[float, float]], layers: int = 0, test: bool = False) -> Path:

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from example_scripts import imported
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -36,12 +37,10 @@ def _forget_accelerator():
 @pytest.fixture
 def examples(monkeypatch):
     """The example's module; its state in this process is undone afterwards."""
-    monkeypatch.syspath_prepend(str(ROOT / "examples"))
     _forget_accelerator()
-    yield importlib.import_module("train_lm")
+    siblings = ("lm_arguments", "lm_checkpoints", "lm_data", "recipes", "run_record", "text_data")
+    yield from imported(monkeypatch, "train_lm", *siblings)
     _forget_accelerator()
-    for name in ("train_lm", "lm_arguments", "lm_checkpoints", "lm_data", "recipes", "run_record", "text_data"):
-        sys.modules.pop(name, None)
 
 
 def run(module, output, *flags, steps=6, **overrides):
