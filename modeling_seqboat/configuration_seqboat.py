@@ -298,7 +298,7 @@ class SeqBoatConfig(PreTrainedConfig):
     """
 
     model_type = "seqboat"
-    keys_to_ignore_at_inference = ["past_key_values", "router_probs", "router_penalty"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "router_probs", "router_penalty"]
 
     # Fields are set in this order: those that others take their default from come first.
     bidirectional: bool = False

@@ -8,20 +8,19 @@ import math
 from dataclasses import dataclass
 
 import torch
-import transformers
-from packaging.version import Version
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import initialization as init
-from transformers.generation import GenerationConfig, GenerationMixin
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils import ModelOutput, logging
+from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
 from .attention_seqboat import SeqBoatAttention, SeqBoatPositionBias
 from .cache_seqboat import SeqBoatCache
 from .configuration_seqboat import SeqBoatConfig
 from .context_seqboat import build_context, must_not_wait
+from .generation_seqboat import CACHE_NAME, CACHE_NAMES, SeqBoatGenerationMixin, one_cache
 from .kernels_seqboat import expect_backend, requested_backend
 from .layers_seqboat import SeqBoatAbsolutePositions, SeqBoatDecoderLayer, SeqBoatValueEmbedding
 from .loss_seqboat import expect_liger, fused_linear_cross_entropy
@@ -43,39 +42,34 @@ AUTO_CLASSES: dict[str, str] = {
     "AutoModelForMaskedLM": "SeqBoatForMaskedLM",
 }
 
-_PAGED_ARGUMENTS = ("cache", "read_index", "write_index", "block_table")
+_PAGED_ARGUMENTS = ("read_index", "write_index", "block_table")
 
 
 @dataclass
-class SeqBoatModelOutput(ModelOutput):
-    """Output of `SeqBoatModel`.
+class SeqBoatModelOutput(BaseModelOutputWithPast):
+    """Output of `SeqBoatModel`. From transformers 5.24 on the cache is the field `cache` and is read as
+    `past_key_values` too; before, it is `past_key_values`.
 
     Attributes:
         last_hidden_state: (B, L, D).
-        past_key_values: the `SeqBoatCache`, with `use_cache`.
+        cache, past_key_values: the `SeqBoatCache`, with `use_cache`.
         hidden_states: one (B, L, D) for the embeddings and one a layer, with `output_hidden_states`; the last one is
             normalised.
+        attentions: always None.
         router_probs: one (B, L) float32 a layer, the confidence of activated tokens and 0 elsewhere, with
             `output_router_probs`.
         router_penalty: scalar, with `router_target_rate`: the term that heads add to a training loss, weight included.
     """
 
-    last_hidden_state: Tensor | None = None
-    past_key_values: SeqBoatCache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
     router_probs: tuple[Tensor, ...] | None = None
     router_penalty: Tensor | None = None
 
 
 @dataclass
-class SeqBoatCausalLMOutput(ModelOutput):
+class SeqBoatCausalLMOutput(CausalLMOutputWithPast):
     """Output of `SeqBoatForCausalLM`: loss (scalar, with labels), logits (B, kept columns, vocab) or None where
     `loss_implementation` does without them, and the rest of `SeqBoatModelOutput`."""
 
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    past_key_values: SeqBoatCache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
     router_probs: tuple[Tensor, ...] | None = None
     router_penalty: Tensor | None = None
 
@@ -96,7 +90,7 @@ class SeqBoatPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["SeqBoatDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = list(CACHE_NAMES)
     _is_stateful = False
     _supports_sdpa = False
     _supports_flash_attn = False
@@ -236,6 +230,8 @@ class SeqBoatModel(SeqBoatPreTrainedModel):
         cu_seq_lens_q: Tensor | None = None,
         cu_seq_lens_k: Tensor | None = None,
         seq_idx: Tensor | None = None,
+        cache: SeqBoatCache | None = None,
+        cache_params: SeqBoatCache | None = None,
         **kwargs,
     ) -> SeqBoatModelOutput:
         """Runs the model.
@@ -246,7 +242,8 @@ class SeqBoatModel(SeqBoatPreTrainedModel):
             attention_mask: (B, L), or (B, past + L) with a cache; 0 at padding, which may stand anywhere.
             position_ids: (B, L) or (1, L) int64, ignored at padding; counted over real tokens when not given. A
                 position not above the one before it starts a new segment of a packed row.
-            past_key_values: a `SeqBoatCache` to continue; it is updated in place.
+            past_key_values, cache, cache_params: three names of one argument, a `SeqBoatCache` to continue, which is
+                updated in place.
             use_cache: whether to return a cache; by default as the config says, and never in training.
             output_hidden_states, output_router_probs: what else to return.
             cu_seq_lens_q: (segments + 1,) borders of a single packed row (cu_seq_lens_k, if given, must be the same);
@@ -270,7 +267,8 @@ class SeqBoatModel(SeqBoatPreTrainedModel):
                 raise ValueError(
                     "cu_seq_lens_k must be given with, and equal, cu_seq_lens_q: keys are the same tokens"
                 )
-        cache = self._cache_for(past_key_values, use_cache)
+        past = one_cache(past_key_values=past_key_values, cache=cache, cache_params=cache_params)
+        cache = self._cache_for(past, use_cache)
         if inputs_embeds is not None:
             if inputs_embeds.ndim != 3 or 0 in inputs_embeds.shape or inputs_embeds.shape[2] != config.hidden_size:
                 raise ValueError(
@@ -319,7 +317,7 @@ class SeqBoatModel(SeqBoatPreTrainedModel):
             penalty = config.router_target_weight * torch.stack([miss.to(hidden.device) for miss in misses]).mean()
         return SeqBoatModelOutput(
             last_hidden_state=hidden,
-            past_key_values=cache,
+            **{CACHE_NAME: cache},
             hidden_states=tuple(states) if wants_hidden else None,
             router_probs=tuple(probs) if output_router_probs else None,
             router_penalty=penalty,
@@ -378,54 +376,7 @@ class SeqBoatModel(SeqBoatPreTrainedModel):
             raise ValueError(f"input_ids must lie in 0..{size - 1}, got {low if low < 0 else high}")
 
 
-def _refuse_uneven_positions(position_ids: Tensor, attention_mask: Tensor | None) -> None:
-    """Raises ValueError unless positions rise by one from each real token to the next."""
-    if position_ids.ndim != 2:
-        raise ValueError(f"position_ids must be of shape (batch, length), got {tuple(position_ids.shape)}")
-    width = position_ids.shape[1]
-    real = torch.ones_like(position_ids) if attention_mask is None else attention_mask[:, -width:].long()
-    if real.shape[1] != width:
-        raise ValueError(f"position_ids has {width} columns, attention_mask {real.shape[1]}")
-    real = real.to(position_ids.device)
-    offset = position_ids - real.cumsum(1)
-    low = offset.masked_fill(real == 0, torch.iinfo(torch.long).max).amin(1)
-    uneven = (real.bool() & (offset != low[:, None])).any(1)
-    if bool(uneven.any()):
-        row = int(uneven.nonzero()[0])
-        raise ValueError(
-            f"generate() counts positions over real tokens itself; position_ids must rise by one from each real token "
-            f"to the next, those of row {row} do not (give the attention_mask of a padded prompt too; forward() takes "
-            "any positions)"
-        )
-
-
-def _refuse_short_continuation(inputs: Tensor | None, kwargs: dict) -> None:
-    """Raises ValueError where `generate` would cut the inputs at the wrong column, as it does without a word when new
-    columns alone come with a filled cache and no mask tells."""
-    cache, mask, embeds = (kwargs.get(name) for name in ("past_key_values", "attention_mask", "inputs_embeds"))
-    past = cache.get_seq_length() if getattr(cache, "is_seqboat_cache", False) else 0
-    name = "input_ids" if embeds is None else "inputs_embeds"
-    given = embeds if embeds is not None else kwargs.get("input_ids") if inputs is None else inputs
-    if past == 0 or given is None:
-        return
-    width = given.shape[1]
-    if mask is not None and mask.shape[1] != width:
-        # New ids alone, behind a mask of the whole text.
-        if embeds is None and mask.shape[1] == past + width:
-            return
-        raise ValueError(
-            f"attention_mask has {mask.shape[1]} columns, {name} {width}, and past_key_values {past}: the mask must cover "
-            "the whole text"
-        )
-    if width <= past:
-        raise ValueError(
-            f"past_key_values holds {past} columns and {name} has {width}: generate() takes the whole text, cached part "
-            f"included, with at least one column that the cache lacks; new input_ids alone need an attention_mask of "
-            f"the whole text ({past + width} columns)"
-        )
-
-
-class SeqBoatForCausalLM(SeqBoatPreTrainedModel, GenerationMixin):
+class SeqBoatForCausalLM(SeqBoatPreTrainedModel, SeqBoatGenerationMixin):
     """A causal SeqBoat with an output matrix, tied to the embeddings by default."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -457,6 +408,8 @@ class SeqBoatForCausalLM(SeqBoatPreTrainedModel, GenerationMixin):
         cu_seq_lens_k: Tensor | None = None,
         seq_idx: Tensor | None = None,
         skip_logits: bool | None = None,
+        cache: SeqBoatCache | None = None,
+        cache_params: SeqBoatCache | None = None,
         **kwargs,
     ) -> SeqBoatCausalLMOutput:
         """Runs the model and its output matrix.
@@ -488,7 +441,7 @@ class SeqBoatForCausalLM(SeqBoatPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            past_key_values=one_cache(past_key_values=past_key_values, cache=cache, cache_params=cache_params),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
@@ -517,7 +470,7 @@ class SeqBoatForCausalLM(SeqBoatPreTrainedModel, GenerationMixin):
         return SeqBoatCausalLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE_NAME: outputs[CACHE_NAME] if CACHE_NAME in outputs else None},
             hidden_states=outputs.hidden_states,
             router_probs=outputs.router_probs,
             router_penalty=outputs.router_penalty,
@@ -549,110 +502,6 @@ class SeqBoatForCausalLM(SeqBoatPreTrainedModel, GenerationMixin):
         following = torch.cat([following[:, 1:], torch.full_like(following[:, :1], length)], dim=1)
         shifted = torch.cat([labels, ignored], dim=1).gather(1, following)
         return shifted.masked_fill(~real, -100)
-
-    def generate(
-        self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, *args, **kwargs
-    ):
-        """`GenerationMixin.generate`.
-
-        A prompt padded on the right gets a warning, since its last column is read. Positions are counted by the model;
-        `position_ids` that say the same up to one offset a row are accepted (only differences of positions matter),
-        others raise ValueError.
-        """
-        mask = kwargs.get("attention_mask")
-        if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] > 0 and bool((mask[:, -1] == 0).any()):
-            logger.warning(
-                "generate() continues from the last column, which is padding in some rows: pad on the left "
-                "(tokenizer.padding_side = 'left')"
-            )
-        # A draft model is handed what the loop around it keeps, not the user's.
-        if not getattr(generation_config, "is_assistant", False):
-            if kwargs.get("position_ids") is not None:
-                _refuse_uneven_positions(kwargs["position_ids"], mask)
-            _refuse_short_continuation(inputs, kwargs)
-        return super().generate(inputs, generation_config, *args, **kwargs)
-
-    def generate_batch(self, *args, **kwargs):
-        raise NotImplementedError(
-            "SeqBoat does not run under paged continuous batching: its state has a constant size and no pages; "
-            "use generate() with a padded batch"
-        )
-
-    def init_continuous_batching(self, *args, **kwargs):
-        self.generate_batch()
-
-    def prepare_inputs_for_generation(
-        self, input_ids, past_key_values=None, attention_mask=None, inputs_embeds=None, **kwargs
-    ):
-        """The mask is cut to the new columns: the padding before them is in the state already, and its width would
-        change at every step. Positions are counted by the model, from the cache on."""
-        inputs = super().prepare_inputs_for_generation(
-            input_ids,
-            past_key_values=past_key_values,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            **kwargs,
-        )
-        if getattr(past_key_values, "is_seqboat_cache", False):
-            given = inputs.get("inputs_embeds")
-            length = (inputs["input_ids"] if given is None else given).shape[1]
-            mask = inputs.get("attention_mask")
-            if mask is not None:
-                inputs["attention_mask"] = mask[:, -length:]
-            inputs.pop("position_ids", None)
-        return inputs
-
-    def _prefill(self, input_ids, generation_config, model_kwargs, is_first_iteration=True):
-        """transformers cuts ids into chunks, but not embeddings."""
-        embeds, cache = model_kwargs.get("inputs_embeds"), model_kwargs.get("past_key_values")
-        size, mask = generation_config.prefill_chunk_size, model_kwargs.get("attention_mask")
-        if embeds is None or cache is None or size is None or not is_first_iteration:
-            return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
-        end = cache.get_seq_length()
-        for chunk in embeds[:, end:].split(size, dim=1):
-            end += chunk.shape[1]
-            given = {"inputs_embeds": chunk, "attention_mask": None if mask is None else mask[:, :end]}
-            inputs = self.prepare_inputs_for_generation(
-                input_ids, is_first_iteration=True, **{**model_kwargs, **given}
-            )
-            outputs = self(**inputs, return_dict=True)
-        return outputs
-
-    @staticmethod
-    def create_masks_for_generate(attention_mask: Tensor | None = None, **kwargs) -> Tensor | None:
-        """A padding mask is all SeqBoat needs, for a static cache too."""
-        return attention_mask
-
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:
-        cache = model_kwargs.get("past_key_values")
-        implementation = generation_config.cache_implementation
-        if cache is not None:
-            if not getattr(cache, "is_seqboat_cache", False):
-                raise ValueError(
-                    f"past_key_values must be a SeqBoatCache, got {type(cache).__name__}; use SeqBoatCache(model.config)"
-                )
-            if (
-                generation_config.prefill_chunk_size is not None
-                and cache.get_seq_length() > 0
-                and Version(transformers.__version__) < Version("5.18")
-            ):
-                raise ValueError(
-                    f"prefill_chunk_size onto a filled past_key_values needs transformers newer than "
-                    f"{transformers.__version__}, whose loop feeds the cached prompt again; feed the chunks by forward()"
-                )
-            super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-            return
-        if generation_config.use_cache is False:
-            return
-        if implementation not in (None, "dynamic", "static"):
-            raise ValueError(
-                f"cache_implementation must be None, 'dynamic' or 'static' for SeqBoat, got {implementation!r}: the "
-                "state has a constant size and is neither offloaded nor quantised by generate()"
-            )
-        cache = SeqBoatCache(self.config, static=implementation == "static")
-        if generation_config.is_assistant:
-            cache.activate_past_recording()
-        model_kwargs["past_key_values"] = cache
 
 
 def __getattr__(name: str) -> type:

@@ -1,0 +1,223 @@
+"""What `generate()` may do with a SeqBoat, and what differs between the versions of transformers.
+
+Letters: B batch, L columns.
+"""
+
+import torch
+import transformers
+from packaging.version import Version
+from torch import Tensor
+from transformers.generation import GenerationConfig, GenerationMixin
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils import logging
+
+from .cache_seqboat import SeqBoatCache
+
+logger = logging.get_logger(__name__)
+
+# The first and the last release of transformers that all tests pass on.
+OLDEST_TESTED, NEWEST_TESTED = "5.17", "5.24"
+
+# What transformers calls the cache in outputs and inside generate(): `cache` from 5.24 on, `past_key_values` before.
+# The class says so itself, a development version too.
+CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+# All names under which callers may give it.
+CACHE_NAMES = ("past_key_values", "cache", "cache_params")
+
+
+def untested_version(version: str) -> str | None:
+    """What to tell a user of a transformers newer than any that was tried, or None where there is nothing to tell."""
+    if Version(version).release[:2] <= Version(NEWEST_TESTED).release[:2]:
+        return None
+    return (
+        f"SeqBoat was tested with transformers {OLDEST_TESTED} to {NEWEST_TESTED}; this is {version}. Should something "
+        f'break, `pip install "transformers=={NEWEST_TESTED}.*"` gives the newest version that is known to work'
+    )
+
+
+# A warning and no upper bound in the package's requirements: a bound would hold back a user's upgrade, whether anything
+# breaks or not, and folders that bring their code with them have no requirements that pip reads.
+if untested_version(transformers.__version__) is not None:
+    logger.warning(untested_version(transformers.__version__))
+
+
+def one_cache(**given: SeqBoatCache | None) -> SeqBoatCache | None:
+    """The cache that a caller gave under any of `CACHE_NAMES`, or None.
+
+    Raises:
+        ValueError: if two names hold different objects.
+    """
+    named = {name: cache for name, cache in given.items() if cache is not None}
+    caches = list(named.values())
+    if any(cache is not caches[0] for cache in caches[1:]):
+        raise ValueError(
+            f"{' and '.join(named)} are names of one argument and hold different caches: give one of them"
+        )
+    return caches[0] if caches else None
+
+
+def take_cache(kwargs: dict) -> SeqBoatCache | None:
+    """`one_cache` of keyword arguments, which lose those names."""
+    return one_cache(**{name: kwargs.pop(name) for name in CACHE_NAMES if name in kwargs})
+
+
+def _refuse_uneven_positions(position_ids: Tensor, attention_mask: Tensor | None) -> None:
+    """Raises ValueError unless positions rise by one from each real token to the next."""
+    if position_ids.ndim != 2:
+        raise ValueError(f"position_ids must be of shape (batch, length), got {tuple(position_ids.shape)}")
+    width = position_ids.shape[1]
+    real = torch.ones_like(position_ids) if attention_mask is None else attention_mask[:, -width:].long()
+    if real.shape[1] != width:
+        raise ValueError(f"position_ids has {width} columns, attention_mask {real.shape[1]}")
+    real = real.to(position_ids.device)
+    offset = position_ids - real.cumsum(1)
+    low = offset.masked_fill(real == 0, torch.iinfo(torch.long).max).amin(1)
+    uneven = (real.bool() & (offset != low[:, None])).any(1)
+    if bool(uneven.any()):
+        row = int(uneven.nonzero()[0])
+        raise ValueError(
+            f"generate() counts positions over real tokens itself; position_ids must rise by one from each real token "
+            f"to the next, those of row {row} do not (give the attention_mask of a padded prompt too; forward() takes "
+            "any positions)"
+        )
+
+
+def _refuse_short_continuation(inputs: Tensor | None, kwargs: dict) -> None:
+    """Raises ValueError where `generate` would cut the inputs at the wrong column, as it does without a word when new
+    columns alone come with a filled cache and no mask tells."""
+    cache, mask, embeds = (kwargs.get(name) for name in (CACHE_NAME, "attention_mask", "inputs_embeds"))
+    past = cache.get_seq_length() if getattr(cache, "is_seqboat_cache", False) else 0
+    name = "input_ids" if embeds is None else "inputs_embeds"
+    given = embeds if embeds is not None else kwargs.get("input_ids") if inputs is None else inputs
+    if past == 0 or given is None:
+        return
+    width = given.shape[1]
+    if mask is not None and mask.shape[1] != width:
+        # New ids alone, behind a mask of the whole text.
+        if embeds is None and mask.shape[1] == past + width:
+            return
+        raise ValueError(
+            f"attention_mask has {mask.shape[1]} columns, {name} {width}, and past_key_values {past}: the mask must cover "
+            "the whole text"
+        )
+    if width <= past:
+        raise ValueError(
+            f"past_key_values holds {past} columns and {name} has {width}: generate() takes the whole text, cached part "
+            f"included, with at least one column that the cache lacks; new input_ids alone need an attention_mask of "
+            f"the whole text ({past + width} columns)"
+        )
+
+
+class SeqBoatGenerationMixin(GenerationMixin):
+    """transformers' `GenerationMixin` over a `SeqBoatCache`. The cache is accepted under each of `CACHE_NAMES`."""
+
+    def generate(
+        self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, *args, **kwargs
+    ):
+        """`GenerationMixin.generate`.
+
+        A prompt padded on the right gets a warning, since its last column is read. Positions are counted by the model;
+        `position_ids` that say the same up to one offset a row are accepted (only differences of positions matter),
+        others raise ValueError.
+        """
+        cache = take_cache(kwargs)
+        if cache is not None:
+            kwargs[CACHE_NAME] = cache
+        mask = kwargs.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] > 0 and bool((mask[:, -1] == 0).any()):
+            logger.warning(
+                "generate() continues from the last column, which is padding in some rows: pad on the left "
+                "(tokenizer.padding_side = 'left')"
+            )
+        # A draft model is handed what the loop around it keeps, not the user's.
+        if not getattr(generation_config, "is_assistant", False):
+            if kwargs.get("position_ids") is not None:
+                _refuse_uneven_positions(kwargs["position_ids"], mask)
+            _refuse_short_continuation(inputs, kwargs)
+        return super().generate(inputs, generation_config, *args, **kwargs)
+
+    def generate_batch(self, *args, **kwargs):
+        raise NotImplementedError(
+            "SeqBoat does not run under paged continuous batching: its state has a constant size and no pages; "
+            "use generate() with a padded batch"
+        )
+
+    def init_continuous_batching(self, *args, **kwargs):
+        self.generate_batch()
+
+    def prepare_inputs_for_generation(
+        self, input_ids, next_sequence_length=None, attention_mask=None, inputs_embeds=None, **kwargs
+    ):
+        """The mask is cut to the new columns: the padding before them is in the state already, and its width would
+        change at every step. Positions are counted by the model, from the cache on."""
+        cache = take_cache(kwargs)
+        if cache is not None:
+            kwargs[CACHE_NAME] = cache
+        inputs = super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        if getattr(inputs.get(CACHE_NAME), "is_seqboat_cache", False):
+            given = inputs.get("inputs_embeds")
+            length = (inputs["input_ids"] if given is None else given).shape[1]
+            mask = inputs.get("attention_mask")
+            if mask is not None:
+                # A copy: the strides of a view grow with the text, and a compiled step would be compiled anew.
+                inputs["attention_mask"] = mask[:, -length:].clone(memory_format=torch.contiguous_format)
+            inputs.pop("position_ids", None)
+        return inputs
+
+    def _prefill(self, input_ids, generation_config, model_kwargs, is_first_iteration=True):
+        """transformers cuts ids into chunks, but not embeddings."""
+        embeds, cache = model_kwargs.get("inputs_embeds"), model_kwargs.get(CACHE_NAME)
+        size, mask = generation_config.prefill_chunk_size, model_kwargs.get("attention_mask")
+        if embeds is None or cache is None or size is None or not is_first_iteration:
+            return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
+        end = cache.get_seq_length()
+        for chunk in embeds[:, end:].split(size, dim=1):
+            end += chunk.shape[1]
+            given = {"inputs_embeds": chunk, "attention_mask": None if mask is None else mask[:, :end]}
+            inputs = self.prepare_inputs_for_generation(
+                input_ids, is_first_iteration=True, **{**model_kwargs, **given}
+            )
+            outputs = self(**inputs, return_dict=True)
+        return outputs
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask: Tensor | None = None, **kwargs) -> Tensor | None:
+        """A padding mask is all SeqBoat needs, for a static cache too."""
+        return attention_mask
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:
+        cache = model_kwargs.get(CACHE_NAME)
+        implementation = generation_config.cache_implementation
+        if cache is not None:
+            if not getattr(cache, "is_seqboat_cache", False):
+                raise ValueError(
+                    f"past_key_values must be a SeqBoatCache, got {type(cache).__name__}; use SeqBoatCache(model.config)"
+                )
+            if (
+                generation_config.prefill_chunk_size is not None
+                and cache.get_seq_length() > 0
+                and Version(transformers.__version__) < Version("5.18")
+            ):
+                raise ValueError(
+                    f"prefill_chunk_size onto a filled past_key_values needs transformers newer than "
+                    f"{transformers.__version__}, whose loop feeds the cached prompt again; feed the chunks by forward()"
+                )
+            super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+            return
+        if generation_config.use_cache is False:
+            return
+        if implementation not in (None, "dynamic", "static"):
+            raise ValueError(
+                f"cache_implementation must be None, 'dynamic' or 'static' for SeqBoat, got {implementation!r}: the "
+                "state has a constant size and is neither offloaded nor quantised by generate()"
+            )
+        cache = SeqBoatCache(self.config, static=implementation == "static")
+        if generation_config.is_assistant:
+            cache.activate_past_recording()
+        model_kwargs[CACHE_NAME] = cache
