@@ -36,7 +36,7 @@ _OTHER_NAMES = {
     "encoder.encoder.pos_emb.scale": "model.absolute_positions.scale",
     "classifier.0.0.weight": "classifier.dense.weight",
     "classifier.0.0.bias": "classifier.dense.bias",
-    "sentence_projection_layer.weight": "classifier.out_proj.weight",
+    "sentence_projection_layer.weight": "classifier.output.weight",
 }
 
 

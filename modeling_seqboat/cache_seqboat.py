@@ -189,7 +189,7 @@ class SeqBoatCacheLayer(CacheLayerMixin):
     def _allocate(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> None:
         width, memory, key_width, value_width = self.shapes
         self.dtype, self.device = dtype, device
-        self.ssm_state = torch.zeros(batch_size, *self.state_shape, device=device)
+        self.ssm_state = torch.zeros(batch_size, *self.state_shape, dtype=torch.float32, device=device)
         self.keys = torch.zeros(batch_size, memory, key_width, dtype=dtype, device=device)
         self.values = torch.zeros(batch_size, memory, value_width, dtype=dtype, device=device)
         self.positions = torch.zeros(batch_size, memory, dtype=torch.long, device=device)
@@ -524,6 +524,8 @@ class SeqBoatCache(Cache):
             raise ValueError("a bidirectional SeqBoat has no cache: bidirectional must be False, got True")
         super().__init__(layers=[SeqBoatCacheLayer(config, static) for _ in range(config.num_hidden_layers)])
         self.signature = _signature(config)
+        # Whether a packed segment may have started anew: a layer counts the tokens of a row's last segment only.
+        self.restarted = False
 
     def check_config(self, config: SeqBoatConfig) -> None:
         """Raises ValueError unless the cache was made for a model of this shape."""
@@ -541,6 +543,11 @@ class SeqBoatCache(Cache):
     @property
     def batch_size(self) -> int:
         return self.layers[0].batch_size
+
+    def reset(self) -> None:
+        """Empties the cache."""
+        super().reset()
+        self.restarted = False
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every buffer as (`layers.{i}.{name}`, tensor)."""
@@ -632,4 +639,6 @@ class SeqBoatCache(Cache):
                         raise ValueError(f"{key} in {path} is {tuple(loaded.shape)}, expected {tuple(buffer.shape)}")
                     buffer.copy_(loaded)
                 layer._advance(int(meta["seen"]))
+        # The file does not say.
+        cache.restarted = True
         return cache

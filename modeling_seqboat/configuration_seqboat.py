@@ -166,6 +166,9 @@ _COMPANION_KEYS = frozenset(
 )
 
 
+SPECIAL_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
+
+
 def _contradictions(config: Mapping[str, Any]) -> Iterator[str]:
     """Yield one message for each pair of field values that cannot go together, naming both."""
 
@@ -216,14 +219,19 @@ def _contradictions(config: Mapping[str, Any]) -> Iterator[str]:
             f"{pair('add_absolute_positions', 'hidden_size')}: half of the channels are sines, half cosines; use an "
             "even hidden_size."
         )
-    if config["input_type"] == "tokens":
-        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-            ids = config[name] if isinstance(config[name], list) else [config[name]]
-            if any(item is not None and item >= config["vocab_size"] for item in ids):
-                yield (
-                    f"{pair(name, 'vocab_size')}: ids run from 0 to {config['vocab_size'] - 1}; use one of these or "
-                    "None, or a larger vocab_size."
-                )
+
+
+def _ids_without_rows(config: Mapping[str, Any]) -> Iterator[str]:
+    """Yield one message for each special id that the vocabulary is too small for."""
+    if config["input_type"] != "tokens":
+        return
+    for name in SPECIAL_IDS:
+        ids = config[name] if isinstance(config[name], list) else [config[name]]
+        if any(item is not None and item >= config["vocab_size"] for item in ids):
+            yield (
+                f"{name}={config[name]!r} contradicts vocab_size={config['vocab_size']!r}: ids run from 0 to "
+                f"{config['vocab_size'] - 1}; use one of these or None, or a larger vocab_size."
+            )
 
 
 class SeqBoatConfig(PreTrainedConfig):
@@ -232,7 +240,8 @@ class SeqBoatConfig(PreTrainedConfig):
     with the byte tokenizer's vocabulary and no dropout.
 
     Values are checked on construction and on assignment alike: a field takes an int where a float is meant; an unknown
-    value, or one that contradicts another field, raises ValueError and leaves the config as it was.
+    value, or one that contradicts another field, raises ValueError and leaves the config as it was. A special id that is
+    assigned before the embeddings have its row gets a warning only.
 
     Args:
         bidirectional: False builds a causal model with a cache, True an encoder.
@@ -361,6 +370,8 @@ class SeqBoatConfig(PreTrainedConfig):
                 f"SeqBoatConfig: per_layer_config={kwargs['per_layer_config']!r} is not supported; "
                 "all SeqBoat layers of a model share one configuration."
             )
+        # TRL reads it off the config of every class that is none of transformers' own.
+        self.auto_map = kwargs.pop("auto_map", None) or {}
         super().__post_init__(**kwargs)
 
     def __setattr__(self, key: str, value: Any) -> None:
@@ -374,6 +385,11 @@ class SeqBoatConfig(PreTrainedConfig):
             if len(values) == len(FIELD_CHECKS):
                 for message in _contradictions(values):
                     raise ValueError(f"SeqBoatConfig: {message}")
+                for message in _ids_without_rows(values):
+                    # Scripts take over a tokenizer's ids first and make room for them then.
+                    if key not in SPECIAL_IDS or key not in self.__dict__:
+                        raise ValueError(f"SeqBoatConfig: {message}")
+                    logger.warning_once(f"SeqBoatConfig: {message} resize_token_embeddings makes room for it.")
         super().__setattr__(key, value)
 
     def _with_default(self, name: str, value: Any) -> Any:
@@ -401,8 +417,13 @@ class SeqBoatConfig(PreTrainedConfig):
 
     @num_attention_heads.setter
     def num_attention_heads(self, value: int) -> None:
+        if not _is_integer(value) or value < 1:
+            _refuse("num_attention_heads", value, "an integer of at least 1")
         if value != 1:
-            _refuse("num_attention_heads", value, "1: the gated attention unit has a single head")
+            # Tools for sharding set it on any config.
+            logger.warning_once(
+                f"SeqBoatConfig: num_attention_heads={value!r} changes nothing: the gated attention unit has a single head"
+            )
 
     @property
     def head_dim(self) -> int:
@@ -416,6 +437,24 @@ class SeqBoatConfig(PreTrainedConfig):
                 f"SeqBoatConfig: head_dim={value!r} contradicts qk_head_dim={self.qk_head_dim!r}; set qk_head_dim, "
                 "head_dim follows it."
             )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, and `num_attention_heads`, which PEFT's prompt learning looks for here."""
+        return super().to_dict() | {"num_attention_heads": self.num_attention_heads}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What config.json holds: without what follows from the fields."""
+        values = super().to_diff_dict()
+        values.pop("num_attention_heads", None)
+        if not values.get("auto_map"):
+            values.pop("auto_map", None)
+        return values
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Raises ValueError, before anything is written, for a special id without a row: it could not be loaded."""
+        for message in _ids_without_rows(self.__dict__):
+            raise ValueError(f"SeqBoatConfig: {message}")
+        super().save_pretrained(*args, **kwargs)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "SeqBoatConfig":

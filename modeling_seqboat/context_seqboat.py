@@ -46,11 +46,35 @@ def real_columns(attention_mask: Tensor | None, batch: int, length: int, cache: 
                 f"attention_mask has {width} columns; expected {length} (the new ones)"
                 + (f" or {past + length} (with the {past} in past_key_values)" if past else "")
             )
-    real = attention_mask[:, width - length :].bool()
-    if stepping:
+        if past and (length > 1 or attention_mask.device.type == "cpu"):
+            expect_same_past(attention_mask[:, :past], cache)
+    mask = attention_mask[:, width - length :]
+    if stepping and (mask.device.type != "cpu" or torch.compiler.is_compiling()):
         # A decode step does not wait for the device to say whether a row is padded.
-        return real if real.device.type != "cpu" or torch.compiler.is_compiling() else _unless_all(real)
-    return _unless_all(real)
+        return mask.bool()
+    return _checked(mask)
+
+
+def expect_same_past(mask: Tensor, cache: SeqBoatCache) -> None:
+    """Raises ValueError where a mask of columns that the cache has read marks another number of real tokens in a row.
+
+    The state has taken up the real tokens, and cannot leave one out afterwards: for instance the padding that
+    generate() wrote behind a row that ended before its batch did.
+
+    Args:
+        mask: (B, past), nonzero at real tokens.
+    """
+    read = cache.layers[0].token_count.to(mask.device)
+    marked = (mask != 0).sum(1)
+    # A row whose segment started anew counts the tokens of this one alone.
+    differs = marked < read if cache.restarted else marked != read
+    if bool(differs.any()):
+        row = int(differs.nonzero()[0])
+        raise ValueError(
+            f"attention_mask marks {int(marked[row])} real tokens in the columns that past_key_values has read, which "
+            f"took {int(read[row])} for real (row {row}): the state cannot leave out or add a token afterwards. Give the "
+            "mask that the cache was filled under, or read the whole text anew"
+        )
 
 
 def must_not_wait(device: torch.device) -> bool:
@@ -58,8 +82,19 @@ def must_not_wait(device: torch.device) -> bool:
     return torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
 
 
-def _unless_all(real: Tensor) -> Tensor | None:
-    return None if bool(real.all()) else real
+def _checked(mask: Tensor) -> Tensor | None:
+    """(B, L) bool of a mask, None where every entry is real. Raises ValueError for entries other than 0 and 1."""
+    real = mask.bool()
+    every, plain = real.all(), ((mask == 0) | (mask == 1)).all()
+    # One wait for the device.
+    every, plain = torch.stack([every, plain]).tolist()
+    if not plain:
+        value = mask[(mask != 0) & (mask != 1)][0].item()
+        raise ValueError(
+            f"attention_mask must be 1 at real tokens and 0 at padding, got {value}: number packed texts by seq_idx or by "
+            "position_ids that start anew, and give no mask that is added to scores"
+        )
+    return None if every else real
 
 
 def segment_starts(
@@ -147,6 +182,8 @@ def build_context(
     if position_ids is not None:
         if position_ids.ndim != 2 or position_ids.shape[1] != length or position_ids.shape[0] not in (1, batch):
             raise ValueError(f"position_ids must be of shape {(batch, length)}, got {tuple(position_ids.shape)}")
+        if position_ids.is_floating_point():
+            raise ValueError(f"position_ids must be integers, got dtype {position_ids.dtype}")
         position_ids = position_ids.to(device=device, dtype=torch.long).expand(batch, -1)
     reset = segment_starts(real, batch, length, device, position_ids, seq_idx, cu_seq_lens_q, cache)
     stepping = must_not_wait(device) or (length == 1 and device.type != "cpu")

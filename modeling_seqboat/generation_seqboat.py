@@ -7,11 +7,12 @@ import torch
 import transformers
 from packaging.version import Version
 from torch import Tensor
-from transformers.generation import GenerationConfig, GenerationMixin
+from transformers.generation import GenerationConfig, GenerationMixin, MaxLengthCriteria, StoppingCriteriaList
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import logging
 
 from .cache_seqboat import SeqBoatCache
+from .context_seqboat import expect_same_past
 
 logger = logging.get_logger(__name__)
 
@@ -45,10 +46,18 @@ def one_cache(**given: SeqBoatCache | None) -> SeqBoatCache | None:
     """The cache that a caller gave under any of `CACHE_NAMES`, or None.
 
     Raises:
-        ValueError: if two names hold different objects.
+        ValueError: if it is no SeqBoat cache, or if two names hold different ones.
     """
     named = {name: cache for name, cache in given.items() if cache is not None}
     caches = list(named.values())
+    for name, cache in named.items():
+        # Not by class: code that came with a checkpoint has a class object of its own.
+        if not getattr(cache, "is_seqboat_cache", False):
+            raise ValueError(
+                f"{name} must be a SeqBoatCache, got {type(cache).__name__}, which has no place for the state of the "
+                "recurrence; use SeqBoatCache(model.config). Adapters that give keys and values of their own (prefix "
+                "tuning) do not go with SeqBoat; prompt tuning and p-tuning do"
+            )
     if any(cache is not caches[0] for cache in caches[1:]):
         raise ValueError(
             f"{' and '.join(named)} are names of one argument and hold different caches: give one of them"
@@ -87,6 +96,8 @@ def _refuse_short_continuation(inputs: Tensor | None, kwargs: dict) -> None:
     columns alone come with a filled cache and no mask tells."""
     cache, mask, embeds = (kwargs.get(name) for name in (CACHE_NAME, "attention_mask", "inputs_embeds"))
     past = cache.get_seq_length() if getattr(cache, "is_seqboat_cache", False) else 0
+    if past and mask is not None and mask.ndim == 2 and mask.shape[1] > past:
+        expect_same_past(mask[:, :past], cache)
     name = "input_ids" if embeds is None else "inputs_embeds"
     given = embeds if embeds is not None else kwargs.get("input_ids") if inputs is None else inputs
     if past == 0 or given is None:
@@ -148,8 +159,8 @@ class SeqBoatGenerationMixin(GenerationMixin):
     def prepare_inputs_for_generation(
         self, input_ids, next_sequence_length=None, attention_mask=None, inputs_embeds=None, **kwargs
     ):
-        """The mask is cut to the new columns: the padding before them is in the state already, and its width would
-        change at every step. Positions are counted by the model, from the cache on."""
+        """Positions are counted by the model, from the cache on. For a static cache the mask is cut to the new columns:
+        the padding before them is in the state already, and its width would change at every step."""
         cache = take_cache(kwargs)
         if cache is not None:
             kwargs[CACHE_NAME] = cache
@@ -163,8 +174,11 @@ class SeqBoatGenerationMixin(GenerationMixin):
         if getattr(inputs.get(CACHE_NAME), "is_seqboat_cache", False):
             given = inputs.get("inputs_embeds")
             length = (inputs["input_ids"] if given is None else given).shape[1]
+            if CACHE_NAME != "past_key_values":
+                # PEFT's prompt learning looks for the cache under its old name.
+                inputs["past_key_values"] = inputs[CACHE_NAME]
             mask = inputs.get("attention_mask")
-            if mask is not None:
+            if mask is not None and inputs[CACHE_NAME].is_compileable:
                 # A copy: the strides of a view grow with the text, and a compiled step would be compiled anew.
                 inputs["attention_mask"] = mask[:, -length:].clone(memory_format=torch.contiguous_format)
             inputs.pop("position_ids", None)
@@ -185,6 +199,15 @@ class SeqBoatGenerationMixin(GenerationMixin):
             )
             outputs = self(**inputs, return_dict=True)
         return outputs
+
+    def _get_stopping_criteria(self, *args, **kwargs) -> StoppingCriteriaList:
+        """Without the warning of a text longer than `max_position_embeddings`: that is the reach of a table of relative
+        positions, which clamps what is further away."""
+        criteria = super()._get_stopping_criteria(*args, **kwargs)
+        for criterion in criteria:
+            if isinstance(criterion, MaxLengthCriteria):
+                criterion.max_position_embeddings = None
+        return criteria
 
     @staticmethod
     def create_masks_for_generate(attention_mask: Tensor | None = None, **kwargs) -> Tensor | None:

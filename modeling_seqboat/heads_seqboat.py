@@ -3,6 +3,7 @@
 Letters: B batch, L columns, D hidden width, C labels.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,13 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_seqboat import SeqBoatConfig
 from .context_seqboat import real_columns
-from .modeling_seqboat import SeqBoatModel, SeqBoatModelOutput, SeqBoatPreTrainedModel
+from .modeling_seqboat import (
+    SeqBoatModel,
+    SeqBoatModelOutput,
+    SeqBoatPreTrainedModel,
+    main_input_name,
+    refuse_unknown_arguments,
+)
 
 
 @dataclass
@@ -62,27 +69,22 @@ class SeqBoatClassificationHead(nn.Module):
         hidden = config.classifier_hidden_size
         self.dense = nn.Linear(width, hidden) if hidden else None
         self.activation = ACT2FN[config.classifier_act]
-        self.out_proj = nn.Linear(hidden or width, config.num_labels, bias=hidden == 0)
+        self.output = nn.Linear(hidden or width, config.num_labels, bias=hidden == 0)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.dense is not None:
             x = self.activation(F.dropout(self.dense(x), self.config.hidden_dropout, self.training))
-        return self.out_proj(x)
+        return self.output(x)
 
 
 def init_classification_head(module: nn.Module) -> None:
     """Xavier weights and zero biases, where `module` is a `SeqBoatClassificationHead`."""
     if isinstance(module, SeqBoatClassificationHead):
-        for linear in (module.dense, module.out_proj):
+        for linear in (module.dense, module.output):
             if linear is not None:
                 init.xavier_uniform_(linear.weight)
                 if linear.bias is not None:
                     init.zeros_(linear.bias)
-
-
-def main_input_name(config: SeqBoatConfig) -> str:
-    """The argument that Trainer counts as the input."""
-    return "input_ids" if config.input_type == "tokens" else "input_values"
 
 
 def refuse_packing(kwargs: dict) -> None:
@@ -90,6 +92,14 @@ def refuse_packing(kwargs: dict) -> None:
     packing = [name for name in ("seq_idx", "cu_seq_lens_q", "position_ids") if kwargs.get(name) is not None]
     if packing:
         raise ValueError(f"a head that pools takes one sequence a row, got {', '.join(packing)}: pad instead")
+
+
+def refuse_swallowed(forward: Callable, kwargs: dict) -> None:
+    """Raises ValueError for arguments that a head with one answer a row would ignore."""
+    refuse_packing(kwargs)
+    if kwargs.get("use_cache"):
+        raise ValueError("this head reads a text once and returns no cache: use_cache must be False")
+    refuse_unknown_arguments(forward, kwargs, also=("num_items_in_batch", "use_cache"))
 
 
 def refuse_other_than_values(config: SeqBoatConfig, name: str) -> None:
@@ -167,7 +177,7 @@ class SeqBoatForSequenceClassification(SeqBoatPooledClassifier):
         pair_input_ids: Tensor | None = None,
         pair_attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | int | list[int] | None = None,
         output_router_probs: bool = False,
         output_attentions: bool | None = None,
         **kwargs,
@@ -183,7 +193,7 @@ class SeqBoatForSequenceClassification(SeqBoatPooledClassifier):
         Raises:
             ValueError: for packed rows (a pooled head has one output a row) and for a missing or unwanted pair.
         """
-        refuse_packing(kwargs)
+        refuse_swallowed(type(self).forward, kwargs)
         wants_pair = self.config.pair_features != "none"
         if wants_pair != (pair_input_ids is not None):
             raise ValueError(
@@ -225,7 +235,7 @@ class SeqBoatForImageClassification(SeqBoatPooledClassifier):
         self,
         pixel_values: Tensor | None = None,
         labels: Tensor | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | int | list[int] | None = None,
         output_router_probs: bool = False,
         output_attentions: bool | None = None,
         **kwargs,
@@ -240,7 +250,7 @@ class SeqBoatForImageClassification(SeqBoatPooledClassifier):
         Raises:
             ValueError: for more than one channel, another shape, or a mask: a picture has no padding.
         """
-        refuse_packing(kwargs)
+        refuse_swallowed(type(self).forward, kwargs)
         if pixel_values is None:
             raise ValueError("give pixel_values of shape (batch, 1, height, width)")
         if pixel_values.ndim != 4 or pixel_values.shape[1] != 1:
@@ -277,7 +287,7 @@ class SeqBoatForAudioClassification(SeqBoatPooledClassifier):
         input_values: Tensor | None = None,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | int | list[int] | None = None,
         output_router_probs: bool = False,
         output_attentions: bool | None = None,
         **kwargs,
@@ -289,7 +299,7 @@ class SeqBoatForAudioClassification(SeqBoatPooledClassifier):
             attention_mask: (B, L), 0 at padding; without it padding would be heard as silence.
             labels: as in `SeqBoatForSequenceClassification.forward`.
         """
-        refuse_packing(kwargs)
+        refuse_swallowed(type(self).forward, kwargs)
         outputs, features = self._encode(
             attention_mask,
             input_values=input_values,

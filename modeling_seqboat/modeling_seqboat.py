@@ -4,8 +4,12 @@ Letters: B batch, L columns, D hidden width.
 """
 
 import copy
+import difflib
+import inspect
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +17,7 @@ from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
@@ -43,6 +48,11 @@ AUTO_CLASSES: dict[str, str] = {
 }
 
 _PAGED_ARGUMENTS = ("read_index", "write_index", "block_table")
+# Arguments that may come along and say nothing that the model does not know: the longest packed segment, and the columns
+# that the cache counts itself.
+_IMPLIED_ARGUMENTS = ("max_length_q", "max_length_k", "cache_position")
+# Arguments of other models under which ours would be looked for.
+_OTHER_NAMES = {"cu_seqlens": "cu_seq_lens_q", "cu_seqlens_q": "cu_seq_lens_q", "sequence_ids": "seq_idx"}
 
 
 @dataclass
@@ -74,12 +84,79 @@ class SeqBoatCausalLMOutput(CausalLMOutputWithPast):
     router_penalty: Tensor | None = None
 
 
+def refuse_unknown_arguments(forward: Callable, kwargs: dict, also: tuple[str, ...] = ()) -> None:
+    """Raises ValueError for a keyword argument that `forward` would swallow, with the name that was probably meant.
+
+    Args:
+        kwargs: what `forward` took by `**kwargs`; None counts as not given, and so do token types that are all 0.
+        also: further names that `forward` reads from them.
+    """
+    for name, value in kwargs.items():
+        if value is None or name in _IMPLIED_ARGUMENTS or name in also:
+            continue
+        if name == "token_type_ids" and isinstance(value, Tensor) and not must_not_wait(value.device):
+            if bool((value == 0).all()):
+                continue
+            raise ValueError("token_type_ids must be all 0: SeqBoat has no embeddings of token types")
+        if name in _PAGED_ARGUMENTS:
+            raise ValueError(
+                f"SeqBoat does not run under paged continuous batching (got {name}): its state has no pages; use "
+                "generate() with a padded batch"
+            )
+        known = [known for known in inspect.signature(forward).parameters if known not in ("self", "kwargs")]
+        near = _OTHER_NAMES.get(name) or difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+        raise ValueError(f"{name!r} is not an argument of this model, and would be ignored; the nearest is {near!r}")
+
+
+def selected_states(output_hidden_states: bool | int | list[int] | None, count: int) -> set[int]:
+    """Indices of the hidden states to return.
+
+    Args:
+        output_hidden_states: True for all, or one index or several as transformers takes them from 5.23 on: negative
+            ones count from the end, those out of range select nothing.
+        count: how many there are.
+    """
+    if output_hidden_states is None or isinstance(output_hidden_states, bool):
+        return set(range(count)) if output_hidden_states else set()
+    chosen = [output_hidden_states] if isinstance(output_hidden_states, int) else list(output_hidden_states)
+    return {index % count for index in chosen if -count <= index < count}
+
+
 def _trunc_normal(tensor: Tensor, std: float) -> None:
     """Every truncated normal of the model is cut at two standard deviations."""
     if std == 0:
         init.zeros_(tensor)
     else:
         init.trunc_normal_(tensor, mean=0.0, std=std, a=-2 * std, b=2 * std)
+
+
+def expect_class_ids(name: str, labels: Tensor, shape: tuple[int, ...], count: int) -> None:
+    """Raises ValueError unless `labels` are int64 of this shape and, where looking is free, -100 or in 0..count - 1."""
+    if labels.shape != shape:
+        raise ValueError(f"{name} must be of shape {tuple(shape)}, got {tuple(labels.shape)}")
+    if labels.dtype != torch.int64:
+        raise ValueError(
+            f"{name} must be of dtype int64, got {labels.dtype}: -100, which marks what is ignored, needs a sign and room"
+        )
+    if labels.device.type != "cpu" or must_not_wait(labels.device) or labels.numel() == 0:
+        return
+    wrong = (labels != -100) & ((labels < 0) | (labels >= count))
+    if bool(wrong.any()):
+        raise ValueError(f"{name} must be -100 or lie in 0..{count - 1}, got {int(labels[wrong][0])}")
+
+
+def refuse_tracing(without_cache: bool) -> None:
+    """Raises ValueError under torch.jit.trace, and under torch.export unless it is a step over a cache."""
+    if torch.jit.is_tracing():
+        raise ValueError(
+            "SeqBoat cannot be traced by torch.jit.trace: how many tokens attend depends on the data, and a trace would "
+            "hold the number of its example; use torch.compile"
+        )
+    if without_cache and torch.compiler.is_exporting():
+        raise ValueError(
+            "SeqBoat's forward over a whole text cannot be exported by torch.export: its shapes depend on how many tokens "
+            "attend; a decode step over SeqBoatCache(config, static=True) can be exported"
+        )
 
 
 class SeqBoatPreTrainedModel(PreTrainedModel):
@@ -162,9 +239,12 @@ class SeqBoatPreTrainedModel(PreTrainedModel):
         """`PreTrainedModel.from_pretrained`, which would only warn of a checkpoint that is no SeqBoat's.
 
         Raises:
-            ValueError: if the checkpoint holds none of the layers' tensors but others.
+            ValueError: if the checkpoint holds none of the layers' tensors but others; with `output_loading_info` the
+                report that is returned says so.
         """
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        if output_loading_info:
+            return model, info
         layers = {name for name in model.state_dict() if "layers." in name}
         unexpected = sorted(info["unexpected_keys"])
         if unexpected and layers and layers <= set(info["missing_keys"]):
@@ -172,7 +252,7 @@ class SeqBoatPreTrainedModel(PreTrainedModel):
                 f"the checkpoint holds no tensor of a SeqBoat layer: it has {unexpected[0]}, expected names such as "
                 f"{min(layers)}"
             )
-        return (model, info) if output_loading_info else model
+        return model
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
@@ -180,15 +260,23 @@ class SeqBoatPreTrainedModel(PreTrainedModel):
         """`PreTrainedModel.resize_token_embeddings`.
 
         Raises:
-            ValueError: before anything changes, if a special id of the config would have no row, or if the model reads
-                no tokens.
+            ValueError: before anything changes, if a number is no positive integer, if a special id of the config would
+                have no row, or if the model reads no tokens.
         """
         if self.config.input_type != "tokens":
             raise ValueError(f"input_type={self.config.input_type!r} has no token embeddings to resize")
+        for name, value in (("new_num_tokens", new_num_tokens), ("pad_to_multiple_of", pad_to_multiple_of)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, Integral) or value < 1):
+                raise ValueError(f"{name} must be an integer of at least 1 or None, got {value!r}")
         if new_num_tokens is not None:
             multiple = pad_to_multiple_of or 1
             copy.deepcopy(self.config).vocab_size = -(-new_num_tokens // multiple) * multiple
         return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+
+
+def main_input_name(config: SeqBoatConfig) -> str:
+    """The argument that transformers counts as the input."""
+    return "input_ids" if config.input_type == "tokens" else "input_values"
 
 
 class SeqBoatModel(SeqBoatPreTrainedModel):
@@ -206,6 +294,7 @@ class SeqBoatModel(SeqBoatPreTrainedModel):
         self.layers = nn.ModuleList([SeqBoatDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
         self.final_norm = build_norm(config, config.final_norm_affine) if config.norm_first else None
         self.gradient_checkpointing = False
+        self.main_input_name = main_input_name(config)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -224,7 +313,7 @@ class SeqBoatModel(SeqBoatPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         input_values: Tensor | None = None,
         use_cache: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | int | list[int] | None = None,
         output_router_probs: bool = False,
         output_attentions: bool | None = None,
         cu_seq_lens_q: Tensor | None = None,
@@ -245,7 +334,8 @@ class SeqBoatModel(SeqBoatPreTrainedModel):
             past_key_values, cache, cache_params: three names of one argument, a `SeqBoatCache` to continue, which is
                 updated in place.
             use_cache: whether to return a cache; by default as the config says, and never in training.
-            output_hidden_states, output_router_probs: what else to return.
+            output_hidden_states, output_router_probs: what else to return; a hidden state's index, or several, returns
+                these and None in place of the others.
             cu_seq_lens_q: (segments + 1,) borders of a single packed row (cu_seq_lens_k, if given, must be the same);
                 seq_idx: (B, L) segment numbers.
 
@@ -253,7 +343,9 @@ class SeqBoatModel(SeqBoatPreTrainedModel):
             ValueError: for arguments that contradict each other or that SeqBoat cannot honour.
         """
         config = self.config
-        self._refuse_unsupported(kwargs, output_attentions)
+        refuse_unknown_arguments(type(self).forward, kwargs)
+        self._refuse_attentions(output_attentions)
+        refuse_tracing(past_key_values is None and cache is None and cache_params is None)
         own = "input_ids" if config.input_type == "tokens" else "input_values"
         given = [
             name
@@ -292,44 +384,44 @@ class SeqBoatModel(SeqBoatPreTrainedModel):
         context = build_context(
             config, batch, length, inputs_embeds.device, attention_mask, position_ids, seq_idx, cu_seq_lens_q, cache
         )
+        if cache is not None and context.reset is not None:
+            cache.restarted = True
         hidden = inputs_embeds * math.sqrt(config.hidden_size) if config.scale_embeddings else inputs_embeds
         if self.absolute_positions is not None:
             hidden = hidden + self.absolute_positions(context.positions).to(hidden.dtype)
         hidden = F.dropout(hidden, config.hidden_dropout, self.training)
         if context.real is not None:
             hidden = hidden.masked_fill(~context.real[..., None], 0)
-        wants_hidden = config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        states, probs, misses = [hidden], [], []
-        for layer in self.layers:
-            if cache is not None and layer.training and layer.gradient_checkpointing:
+        layers = self.layers[: config.num_hidden_layers]
+        if output_hidden_states is None:
+            output_hidden_states = config.output_hidden_states
+        wanted = selected_states(output_hidden_states, len(layers) + 1)
+        states, probs, misses = [hidden if 0 in wanted else None], [], []
+        for index, layer in enumerate(layers):
+            # A layer in a module of the user's own need not have the attribute.
+            if cache is not None and layer.training and getattr(layer, "gradient_checkpointing", False):
                 # Nothing is computed twice without gradients, but the wrapper drops a cache that it knows by name.
                 hidden, confidence, miss = layer(hidden, context, cache)
             else:
                 hidden, confidence, miss = layer(hidden, context, past_key_values=cache)
-            states.append(hidden if wants_hidden else None)
+            states.append(hidden if index + 1 in wanted else None)
             probs.append(confidence)
             misses.append(miss)
         if self.final_norm is not None:
             hidden = self.final_norm(hidden, context.real)
-            states[-1] = hidden
+            states[-1] = hidden if len(layers) in wanted else None
         penalty = None
         if config.router_target_rate is not None:
             penalty = config.router_target_weight * torch.stack([miss.to(hidden.device) for miss in misses]).mean()
         return SeqBoatModelOutput(
             last_hidden_state=hidden,
             **{CACHE_NAME: cache},
-            hidden_states=tuple(states) if wants_hidden else None,
+            hidden_states=tuple(states) if wanted else None,
             router_probs=tuple(probs) if output_router_probs else None,
             router_penalty=penalty,
         )
 
-    def _refuse_unsupported(self, kwargs: dict, output_attentions: bool | None) -> None:
-        paged = [name for name in _PAGED_ARGUMENTS if kwargs.get(name) is not None]
-        if paged:
-            raise ValueError(
-                f"SeqBoat does not run under paged continuous batching (got {', '.join(paged)}): its state has no "
-                "pages; use generate() with a padded batch"
-            )
+    def _refuse_attentions(self, output_attentions: bool | None) -> None:
         if output_attentions or (output_attentions is None and self.config.output_attentions):
             raise ValueError(
                 "output_attentions=True is not supported: attention runs over activated tokens in blocks and keeps no "
@@ -344,10 +436,13 @@ class SeqBoatModel(SeqBoatPreTrainedModel):
                     "a bidirectional SeqBoat has no cache: use_cache must be False and past_key_values None"
                 )
             return None
-        if past_key_values is not None and not getattr(past_key_values, "is_seqboat_cache", False):
+        kept = len(past_key_values.layers) if past_key_values is not None else config.num_hidden_layers
+        if kept != len(self.layers[: config.num_hidden_layers]) and (
+            past_key_values is not None or use_cache is not False
+        ):
             raise ValueError(
-                f"past_key_values must be a SeqBoatCache, got {type(past_key_values).__name__}, which has no place for "
-                "the state of an EMA; use SeqBoatCache(model.config)"
+                f"the model has {len(self.layers)} layers, the cache {kept}: set config.num_hidden_layers to the number of "
+                "layers that run, and make the cache of that config"
             )
         # Without gradients, as in generate(), nothing is computed twice and a cache is as good as ever.
         if self.training and self.gradient_checkpointing and torch.is_grad_enabled():
@@ -368,9 +463,13 @@ class SeqBoatModel(SeqBoatPreTrainedModel):
         return SeqBoatCache(config) if use_cache else None
 
     def _check_ids(self, input_ids: Tensor) -> None:
+        if input_ids.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"input_ids must be of dtype int64, got {input_ids.dtype}")
         if input_ids.device.type != "cpu" or torch.compiler.is_compiling():
             return
-        size = self.embed_tokens.num_embeddings
+        # An adapter or a wrapper in the embeddings' place has their weight, if anything.
+        weight = getattr(self.embed_tokens, "weight", None)
+        size = self.config.vocab_size if weight is None or weight.ndim != 2 else weight.shape[0]
         low, high = int(input_ids.min()), int(input_ids.max())
         if low < 0 or high >= size:
             raise ValueError(f"input_ids must lie in 0..{size - 1}, got {low if low < 0 else high}")
@@ -401,13 +500,14 @@ class SeqBoatForCausalLM(SeqBoatPreTrainedModel, SeqBoatGenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | int | list[int] | None = None,
         output_router_probs: bool = False,
         output_attentions: bool | None = None,
         cu_seq_lens_q: Tensor | None = None,
         cu_seq_lens_k: Tensor | None = None,
         seq_idx: Tensor | None = None,
         skip_logits: bool | None = None,
+        num_items_in_batch: Tensor | int | None = None,
         cache: SeqBoatCache | None = None,
         cache_params: SeqBoatCache | None = None,
         **kwargs,
@@ -417,6 +517,10 @@ class SeqBoatForCausalLM(SeqBoatPreTrainedModel, SeqBoatGenerationMixin):
         Args:
             labels: (B, L) int64 next-token targets before shifting (labels[t] is compared with what is predicted at
                 the real token before t); -100, padding and the first token of a segment are ignored.
+            shift_labels: (B, L) int64, by keyword only, in place of what is made of `labels`: the target of each column
+                itself, as training with a sequence cut over processes passes them; -100 is ignored.
+            num_items_in_batch: how many targets all batches have whose gradients are summed; the loss is then the sum
+                over this batch divided by it.
             logits_to_keep: how many of the last columns get logits (0: all), or the (n,) indices of those that do.
             skip_logits: whether `loss_implementation` liger computes the loss, and logits are None; by default in
                 training only. The others, and calls without labels, have logits either way.
@@ -427,14 +531,21 @@ class SeqBoatForCausalLM(SeqBoatPreTrainedModel, SeqBoatGenerationMixin):
             ValueError: also where `loss_implementation` liger cannot run (the package is missing, the model is not on a
                 GPU or in float64, lm_head has adapters, is quantised or sharded), with the reason.
         """
+        # Not in the signature: Trainer takes every name there that holds "label" for a column that evaluation needs.
+        shift_labels = kwargs.pop("shift_labels", None)
+        refuse_unknown_arguments(type(self).forward, kwargs)
         given = input_ids if inputs_embeds is None else inputs_embeds
-        if labels is not None and given is not None:
-            if labels.shape != given.shape[:2]:
-                raise ValueError(f"labels must be of shape {tuple(given.shape[:2])}, got {tuple(labels.shape)}")
-            if not isinstance(logits_to_keep, int) or 0 < logits_to_keep < labels.shape[1]:
-                raise ValueError(f"labels need the logits of every column: logits_to_keep=0, got {logits_to_keep}")
+        for name, targets in (("labels", labels), ("shift_labels", shift_labels)):
+            if targets is None or given is None:
+                continue
+            expect_class_ids(name, targets, given.shape[:2], self.config.vocab_size)
+            if not isinstance(logits_to_keep, int) or 0 < logits_to_keep < targets.shape[1]:
+                raise ValueError(f"{name} need the logits of every column: logits_to_keep=0, got {logits_to_keep}")
+        if isinstance(logits_to_keep, int) and logits_to_keep < 0:
+            raise ValueError(f"logits_to_keep must be at least 0 (0: all columns), got {logits_to_keep}")
+        has_targets = labels is not None or shift_labels is not None
         skip_logits = self.training if skip_logits is None else skip_logits
-        fused = skip_logits and labels is not None and self.config.loss_implementation == "liger"
+        fused = skip_logits and has_targets and self.config.loss_implementation == "liger"
         if fused:
             expect_liger(self.lm_head)
         outputs = self.model(
@@ -451,22 +562,25 @@ class SeqBoatForCausalLM(SeqBoatPreTrainedModel, SeqBoatGenerationMixin):
             cu_seq_lens_k=cu_seq_lens_k,
             seq_idx=seq_idx,
             return_dict=True,
-            **{name: kwargs[name] for name in _PAGED_ARGUMENTS if name in kwargs},
         )
         hidden, logits, loss = outputs.last_hidden_state, None, None
         if not fused:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden[:, kept, :])
-        if labels is not None:
-            shifted = self._next_labels(labels, attention_mask, position_ids, seq_idx, cu_seq_lens_q)
+        if has_targets:
+            shifted = shift_labels
+            if shifted is None:
+                shifted = self._next_labels(labels, attention_mask, position_ids, seq_idx, cu_seq_lens_q)
+            # At least one, so that a batch without any target has the loss 0 and not NaN.
+            counted = (shifted != -100).sum().clamp_min(1) if num_items_in_batch is None else num_items_in_batch
             if fused:
-                loss = fused_linear_cross_entropy(hidden, self.lm_head, shifted, kwargs.get("num_items_in_batch"))
+                loss = fused_linear_cross_entropy(hidden, self.lm_head, shifted, counted)
             else:
-                passed = {name: kwargs[name] for name in ("num_items_in_batch",) if name in kwargs}
                 loss = self.loss_function(
-                    logits=logits, labels=labels, vocab_size=self.config.vocab_size, shift_labels=shifted, **passed
-                )
-            loss = self._with_router_penalty(loss, outputs.router_penalty, shifted, kwargs.get("num_items_in_batch"))
+                    logits=logits, labels=shifted, vocab_size=self.config.vocab_size, shift_labels=shifted,
+                    num_items_in_batch=counted,
+                )  # fmt: skip
+            loss = self._with_router_penalty(loss, outputs.router_penalty, shifted, num_items_in_batch)
         return SeqBoatCausalLMOutput(
             loss=loss,
             logits=logits,
@@ -518,3 +632,8 @@ def __getattr__(name: str) -> type:
             if head.__name__ == name:
                 return head
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+# Trainer's label smoothing shifts labels for the classes in this table only, and takes all others to predict the token
+# that they read.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(SeqBoatConfig.model_type, SeqBoatForCausalLM.__name__)

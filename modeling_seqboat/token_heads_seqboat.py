@@ -12,9 +12,15 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_seqboat import SeqBoatConfig
-from .context_seqboat import real_columns
-from .heads_seqboat import SeqBoatClassificationHead, init_classification_head, main_input_name, refuse_packing
-from .modeling_seqboat import SeqBoatModel, SeqBoatPreTrainedModel
+from .context_seqboat import must_not_wait, real_columns
+from .heads_seqboat import SeqBoatClassificationHead, init_classification_head, refuse_swallowed
+from .modeling_seqboat import (
+    SeqBoatModel,
+    SeqBoatPreTrainedModel,
+    expect_class_ids,
+    main_input_name,
+    refuse_unknown_arguments,
+)
 
 
 @dataclass
@@ -48,8 +54,10 @@ def _ignore_padding(labels: Tensor, attention_mask: Tensor | None) -> Tensor:
     return labels if real is None else labels.masked_fill(~real, -100)
 
 
-def _loss_arguments(kwargs: dict) -> dict:
-    return {name: kwargs[name] for name in ("num_items_in_batch",) if name in kwargs}
+def _loss_arguments(kwargs: dict, labels: Tensor) -> dict:
+    """How many labels the loss is a mean over; at least one, so that a batch without any gives 0 and not NaN."""
+    count = kwargs.get("num_items_in_batch")
+    return {"num_items_in_batch": (labels != -100).sum().clamp_min(1) if count is None else count}
 
 
 class SeqBoatForTokenClassification(SeqBoatPreTrainedModel):
@@ -77,7 +85,7 @@ class SeqBoatForTokenClassification(SeqBoatPreTrainedModel):
         input_values: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | int | list[int] | None = None,
         output_router_probs: bool = False,
         output_attentions: bool | None = None,
         cu_seq_lens_q: Tensor | None = None,
@@ -92,6 +100,7 @@ class SeqBoatForTokenClassification(SeqBoatPreTrainedModel):
 
         The other arguments are those of `SeqBoatModel.forward`; rows may be packed.
         """
+        refuse_unknown_arguments(type(self).forward, kwargs, also=("num_items_in_batch",))
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -110,10 +119,34 @@ class SeqBoatForTokenClassification(SeqBoatPreTrainedModel):
         logits = self.classifier(hidden)
         loss = None
         if labels is not None:
+            expect_class_ids("labels", labels, hidden.shape[:2], self.config.num_labels)
             labels = _ignore_padding(labels, attention_mask)
-            loss = self.loss_function(logits, labels, self.config, **_loss_arguments(kwargs))
+            loss = self.loss_function(logits, labels, self.config, **_loss_arguments(kwargs, labels))
             loss = self._with_router_penalty(loss, outputs.router_penalty, labels, kwargs.get("num_items_in_batch"))
         return SeqBoatTokenOutput(loss, logits, outputs.hidden_states, outputs.router_probs, outputs.router_penalty)
+
+
+def _expect_real(name: str, positions: Tensor, real: Tensor | None, shape: tuple[int, int]) -> None:
+    """Raises ValueError where a column that holds padding is said to be an end of the answer."""
+    batch, length = shape
+    columns = positions.flatten()
+    if columns.shape != (batch,):
+        raise ValueError(f"{name} must be of shape {(batch,)}, got {tuple(positions.shape)}")
+    if must_not_wait(columns.device):
+        return
+    if bool((columns < 0).any()):
+        raise ValueError(
+            f"{name} must be at least 0 ({length} or more: no answer in this row), got {columns.tolist()}"
+        )
+    if real is None:
+        return
+    padding = (columns < length) & ~real.gather(1, columns.clamp_max(length - 1)[:, None])[:, 0]
+    if bool(padding.any()):
+        row = int(padding.nonzero()[0])
+        raise ValueError(
+            f"{name} is {int(columns[row])} in row {row}, where attention_mask has padding: positions are columns of the "
+            "padded row, so padding on the left moves them"
+        )
 
 
 class SeqBoatForQuestionAnswering(SeqBoatPreTrainedModel):
@@ -135,7 +168,7 @@ class SeqBoatForQuestionAnswering(SeqBoatPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         start_positions: Tensor | None = None,
         end_positions: Tensor | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | int | list[int] | None = None,
         output_router_probs: bool = False,
         output_attentions: bool | None = None,
         **kwargs,
@@ -152,7 +185,7 @@ class SeqBoatForQuestionAnswering(SeqBoatPreTrainedModel):
         Raises:
             ValueError: for packed rows (a row has one answer), and where one of the positions is missing.
         """
-        refuse_packing(kwargs)
+        refuse_swallowed(type(self).forward, kwargs)
         if (start_positions is None) != (end_positions is None):
             missing = "start_positions" if start_positions is None else "end_positions"
             raise ValueError(f"{missing} is missing: give both positions or none")
@@ -174,6 +207,8 @@ class SeqBoatForQuestionAnswering(SeqBoatPreTrainedModel):
         start, end = logits.unbind(-1)
         loss = None
         if start_positions is not None:
+            for name, at in (("start_positions", start_positions), ("end_positions", end_positions)):
+                _expect_real(name, at, real, logits.shape[:2])
             loss = self.loss_function(start.float(), end.float(), start_positions, end_positions)
             loss = self._with_router_penalty(loss, outputs.router_penalty, start_positions, None)
         return SeqBoatQuestionAnsweringOutput(
@@ -204,7 +239,7 @@ class SeqBoatForMaskedLM(SeqBoatPreTrainedModel):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | int | list[int] | None = None,
         output_router_probs: bool = False,
         output_attentions: bool | None = None,
         cu_seq_lens_q: Tensor | None = None,
@@ -218,6 +253,7 @@ class SeqBoatForMaskedLM(SeqBoatPreTrainedModel):
 
         The other arguments are those of `SeqBoatModel.forward`; rows may be packed.
         """
+        refuse_unknown_arguments(type(self).forward, kwargs, also=("num_items_in_batch",))
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -234,9 +270,10 @@ class SeqBoatForMaskedLM(SeqBoatPreTrainedModel):
         logits = self.lm_head(outputs.last_hidden_state)
         loss = None
         if labels is not None:
+            expect_class_ids("labels", labels, logits.shape[:2], self.config.vocab_size)
             labels = _ignore_padding(labels, attention_mask)
             loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **_loss_arguments(kwargs)
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **_loss_arguments(kwargs, labels)
             )
             loss = self._with_router_penalty(loss, outputs.router_penalty, labels, kwargs.get("num_items_in_batch"))
         return SeqBoatTokenOutput(loss, logits, outputs.hidden_states, outputs.router_probs, outputs.router_penalty)

@@ -14,17 +14,30 @@ SPECIAL_TOKENS = (
     "<|end|>",
 )
 
-# The generation block marks what an assistant said, for losses on these tokens alone.
+# The generation block marks what an assistant said, for losses on these tokens alone. A content is a text, or a list of
+# parts of type text, as servers write them; `developer` is a newer name of the system's role.
 CHAT_TEMPLATE = (
+    "{%- macro text_of(content) -%}"
+    "{%- if content is string -%}{{- content -}}"
+    "{%- elif content is sequence and content is not mapping -%}"
+    "{%- for part in content -%}"
+    "{%- if part is string -%}{{- part -}}"
+    "{%- elif part is mapping and part.get('type') in ('text', 'input_text') and part.get('text') is string -%}"
+    "{{- part['text'] -}}"
+    "{%- else -%}{{- raise_exception('a part of a content must be a text or of type text') -}}{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- else -%}{{- raise_exception('a content must be a text or a list of parts of type text') -}}{%- endif -%}"
+    "{%- endmacro -%}"
     "{%- for message in messages -%}"
-    "{%- if message['role'] not in ('system', 'user', 'assistant') -%}"
-    "{{- raise_exception('a role must be system, user or assistant, not ' + message['role']) -}}"
+    "{%- set role = 'system' if message['role'] == 'developer' else message['role'] -%}"
+    "{%- if role not in ('system', 'user', 'assistant') -%}"
+    "{{- raise_exception('a role must be system, developer, user or assistant, not ' ~ message['role']) -}}"
     "{%- endif -%}"
-    "{{- '<|' + message['role'] + '|>' -}}"
-    "{%- if message['role'] == 'assistant' -%}"
-    "{%- generation -%}{{- message['content'] + '<|end|>' -}}{%- endgeneration -%}"
+    "{{- '<|' + role + '|>' -}}"
+    "{%- if role == 'assistant' -%}"
+    "{%- generation -%}{{- text_of(message['content']) + '<|end|>' -}}{%- endgeneration -%}"
     "{%- else -%}"
-    "{{- message['content'] + '<|end|>' -}}"
+    "{{- text_of(message['content']) + '<|end|>' -}}"
     "{%- endif -%}"
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"
@@ -39,7 +52,7 @@ def _byte_symbols() -> list[str]:
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]
 
 
-def build_byte_tokenizer() -> PreTrainedTokenizerFast:
+def build_byte_tokenizer(chat: bool = True) -> PreTrainedTokenizerFast:
     """Build the byte tokenizer: ids 0..255 are bytes, 256..263 `<|pad|> <|bos|> <|eos|> <|mask|> <|system|> <|user|>
     <|assistant|> <|end|>`; 264 ids in all.
 
@@ -48,6 +61,10 @@ def build_byte_tokenizer() -> PreTrainedTokenizerFast:
     special; with `split_special_tokens=True` it stays bytes, which is what data of unknown origin needs. Padding goes
     to the left. `save_pretrained` writes a plain `tokenizer.json` that AutoTokenizer loads without code of this
     package.
+
+    Args:
+        chat: whether it has a chat template. Tokenizers of encoders should have none: sentence-transformers writes every
+            text as a chat where there is one.
     """
     backend = Tokenizer(models.BPE(vocab={symbol: byte for byte, symbol in enumerate(_byte_symbols())}, merges=[]))
     # Without the regular expression a text is one piece, and no blank is treated specially.
@@ -65,5 +82,5 @@ def build_byte_tokenizer() -> PreTrainedTokenizerFast:
         model_max_length=10**30,
         clean_up_tokenization_spaces=False,
         model_input_names=["input_ids", "attention_mask"],
-        chat_template=CHAT_TEMPLATE,
+        chat_template=CHAT_TEMPLATE if chat else None,
     )

@@ -72,7 +72,7 @@ def test_defaults_are_the_enwik8_shape_with_the_byte_vocabulary():
         ("pad_token_id", -1),
         ("bos_token_id", 1.0),
         ("eos_token_id", []),
-        ("num_attention_heads", 2),
+        ("num_attention_heads", 0),
     ],
 )
 def test_a_wrong_value_is_refused_by_name_and_changes_nothing(field, value):

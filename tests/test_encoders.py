@@ -53,7 +53,7 @@ def test_published_encoder_reproduces_its_logits(name):
             ("mega_layer.gamma", "mega_layer.attention.qk_scale"), ("mega_layer.beta", "mega_layer.attention.qk_offset"),
             ("rel_pos_bias.rel_pos_bias", "attention.position_bias.weight"), ("q_router.temp", "router.log_temperature"),
             ("mx_proj", "attention.in_proj"), ("h_proj", "attention.out_proj"), ("mega_layer.", ""),
-            ("classifier.0.0.", "classifier.dense."), ("sentence_projection_layer.", "classifier.out_proj."),
+            ("classifier.0.0.", "classifier.dense."), ("sentence_projection_layer.", "classifier.output."),
         ):  # fmt: skip
             key = key.replace(old, new)
         if kind["norm"] == "layernorm":

@@ -234,7 +234,24 @@ def test_a_config_file_with_contradictory_values_is_refused(tmp_path):
 
 IDS = random_ids(2, 6)
 REFUSED = {
-    "pages": (dict(input_ids=IDS, cache=object()), "continuous batching"),
+    "pages": (dict(input_ids=IDS, cache=object(), read_index=torch.zeros(1)), "continuous batching"),
+    "something else as the cache": (dict(input_ids=IDS, cache=object()), "cache must be a SeqBoatCache, got object"),
+    "ids of another dtype": (dict(input_ids=IDS.float()), "input_ids must be of dtype int64, got torch.float32"),
+    "fractional positions": (
+        dict(input_ids=IDS, position_ids=torch.arange(6.0)[None]),
+        "position_ids must be integers",
+    ),
+    "a mask that numbers texts": (
+        dict(input_ids=IDS, attention_mask=torch.tensor([[1, 1, 1, 2, 2, 2]] * 2)),
+        "seq_idx",
+    ),
+    "a mask to be added": (
+        dict(input_ids=IDS, attention_mask=torch.tensor([[0.0, 0, 0, 0, -1e9, -1e9]] * 2)),
+        "1 at real tokens and 0 at padding, got -1000000000.0",
+    ),
+    "a mistyped argument": (dict(input_ids=IDS, output_router_prob=True), "nearest is 'output_router_probs'"),
+    "another library's borders": (dict(input_ids=IDS, cu_seqlens=torch.tensor([0, 6])), "nearest is 'cu_seq_lens_q'"),
+    "token types": (dict(input_ids=IDS, token_type_ids=torch.ones_like(IDS)), "token_type_ids must be all 0"),
     "read_index": (dict(input_ids=IDS, read_index=torch.zeros(1)), "read_index"),
     "write_index": (dict(input_ids=IDS, write_index=torch.zeros(1)), "write_index"),
     "block_table": (dict(input_ids=IDS, block_table=torch.zeros(1)), "block_table"),

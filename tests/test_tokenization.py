@@ -117,7 +117,7 @@ def test_a_chat_becomes_turns_and_marks_what_the_assistant_said(tokenizer):
     tokens = tokenizer.apply_chat_template(chat, return_dict=True, return_assistant_tokens_mask=True)
     said = [token for token, mine in zip(tokens["input_ids"], tokens["assistant_masks"], strict=True) if mine]
     assert said == [*as_bytes("ö"), 263]
-    with pytest.raises(Exception, match="role must be system, user or assistant, not tool"):
+    with pytest.raises(Exception, match="role must be system, developer, user or assistant, not tool"):
         tokenizer.apply_chat_template([{"role": "tool", "content": ""}], tokenize=False)
 
 

@@ -285,7 +285,7 @@ def load_text(a: DataArguments, pad_id: int) -> TaskData:
 
     splits = _split(make, np.flatnonzero(~parts), np.flatnonzero(parts), a)
     return TaskData(
-        SeqBoatForSequenceClassification, collate=_pad_with(pad_id), processor=build_byte_tokenizer(), vocab_size=256,
+        SeqBoatForSequenceClassification, collate=_pad_with(pad_id), processor=build_byte_tokenizer(chat=False), vocab_size=256,
         **splits,
     )  # fmt: skip
 
@@ -431,7 +431,7 @@ def load_retrieval(a: DataArguments, pad_id: int) -> TaskData:
         rng = np.random.default_rng([a.data_seed, 1])
         splits = {name: _with_random_pairs(rows.indices, encoded, rng) for name, rows in splits.items()}
     return TaskData(
-        SeqBoatForSequenceClassification, collate=_pad_with(pad_id), processor=build_byte_tokenizer(), vocab_size=256,
+        SeqBoatForSequenceClassification, collate=_pad_with(pad_id), processor=build_byte_tokenizer(chat=False), vocab_size=256,
         **splits,
     )  # fmt: skip
 
