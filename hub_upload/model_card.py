@@ -6,6 +6,7 @@ from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData
 
 from modeling_seqboat.configuration_seqboat import LEARNED_ROUTERS, SeqBoatConfig
+from modeling_seqboat.generation_seqboat import NEWEST_TESTED, OLDEST_TESTED
 
 from .activation_plot import FILE_NAME as PLOT_FILE
 from .activation_plot import write_activation_plot
@@ -226,7 +227,8 @@ def _usage(published: Published, options: CardOptions) -> str:
         )
     return (
         f"## Use\n\n```python\n{code}\n```\n\n`trust_remote_code=True` runs the Python files of this repo; they need "
-        "`torch` and `transformers`, and use `triton` on a GPU where it is installed."
+        f"`torch` and `transformers` (tested with {OLDEST_TESTED} to {NEWEST_TESTED}), and use `triton` on a GPU where it is "
+        "installed."
     )
 
 

@@ -3,6 +3,9 @@
 Letters: B batch, L columns.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 import torch
 import transformers
 from packaging.version import Version
@@ -10,11 +13,15 @@ from torch import Tensor
 from transformers.generation import GenerationConfig, GenerationMixin, MaxLengthCriteria, StoppingCriteriaList
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import logging
+from transformers.utils.logging import tqdm
 
 from .cache_seqboat import SeqBoatCache
 from .context_seqboat import expect_same_past
 
 logger = logging.get_logger(__name__)
+
+# Columns of a prompt that are read at once where `prefill_chunk_size` does not say.
+LONG_PREFILL = 32_768
 
 # The first and the last release of transformers that all tests pass on.
 OLDEST_TESTED, NEWEST_TESTED = "5.17", "5.24"
@@ -68,6 +75,26 @@ def one_cache(**given: SeqBoatCache | None) -> SeqBoatCache | None:
 def take_cache(kwargs: dict) -> SeqBoatCache | None:
     """`one_cache` of keyword arguments, which lose those names."""
     return one_cache(**{name: kwargs.pop(name) for name in CACHE_NAMES if name in kwargs})
+
+
+@contextmanager
+def _reported(progress: bool | Callable[[int, int], None] | None, total: int) -> Iterator[Callable[[int], None]]:
+    """Yields what to call with the number of columns that a chunk had; `progress` as `generate` takes it."""
+    if callable(progress):
+        done = 0
+
+        def report(columns: int) -> None:
+            nonlocal done
+            done += columns
+            progress(done, total)
+
+        yield report
+    else:
+        delay = 0 if progress else 10
+        with tqdm(
+            total=total, desc="prefill", unit="tokens", unit_scale=True, delay=delay, disable=progress is False
+        ) as bar:
+            yield bar.update
 
 
 def _refuse_uneven_positions(position_ids: Tensor, attention_mask: Tensor | None) -> None:
@@ -130,6 +157,14 @@ class SeqBoatGenerationMixin(GenerationMixin):
         A prompt padded on the right gets a warning, since its last column is read. Positions are counted by the model;
         `position_ids` that say the same up to one offset a row are accepted (only differences of positions matter),
         others raise ValueError.
+
+        A prompt longer than `LONG_PREFILL` columns is read in chunks of that many, so that its memory is constant;
+        `prefill_chunk_size` says otherwise. A bar shows the progress of a prefill in chunks that takes more than ten
+        seconds.
+
+        Args:
+            prefill_progress: False for no bar, True for one at once, or a function that is called after each chunk with
+                the columns read and the columns to be read in all.
         """
         cache = take_cache(kwargs)
         if cache is not None:
@@ -157,7 +192,13 @@ class SeqBoatGenerationMixin(GenerationMixin):
         self.generate_batch()
 
     def prepare_inputs_for_generation(
-        self, input_ids, next_sequence_length=None, attention_mask=None, inputs_embeds=None, **kwargs
+        self,
+        input_ids,
+        next_sequence_length=None,
+        attention_mask=None,
+        inputs_embeds=None,
+        prefill_progress=None,
+        **kwargs,
     ):
         """Positions are counted by the model, from the cache on. For a static cache the mask is cut to the new columns:
         the padding before them is in the state already, and its width would change at every step."""
@@ -185,19 +226,36 @@ class SeqBoatGenerationMixin(GenerationMixin):
         return inputs
 
     def _prefill(self, input_ids, generation_config, model_kwargs, is_first_iteration=True):
-        """transformers cuts ids into chunks, but not embeddings."""
-        embeds, cache = model_kwargs.get("inputs_embeds"), model_kwargs.get(CACHE_NAME)
-        size, mask = generation_config.prefill_chunk_size, model_kwargs.get("attention_mask")
-        if embeds is None or cache is None or size is None or not is_first_iteration:
+        """transformers' loop over chunks shows nothing of its progress, cuts no embeddings, and reads what a filled cache
+        holds once more before 5.18."""
+        progress = model_kwargs.pop("prefill_progress", None)
+        embeds, cache, mask = (model_kwargs.get(name) for name in ("inputs_embeds", CACHE_NAME, "attention_mask"))
+        by_embeds = embeds is not None and is_first_iteration
+        given, first = (embeds, 0) if by_embeds else (input_ids, 0)
+        size = generation_config.prefill_chunk_size
+        if cache is not None:
+            # Ids narrower than the mask are the new ones alone. From 5.18 on a mask of ones is left out, and its width kept.
+            unmasked = getattr(generation_config, "_mask_length", given.shape[1])
+            width = unmasked if mask is None else mask.shape[1]
+            first = cache.get_seq_length() if by_embeds or width == given.shape[1] else 0
+        if size is None and given.shape[1] - first > LONG_PREFILL:
+            size = LONG_PREFILL
+        if cache is None or size is None or first >= given.shape[1]:
             return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
         end = cache.get_seq_length()
-        for chunk in embeds[:, end:].split(size, dim=1):
-            end += chunk.shape[1]
-            given = {"inputs_embeds": chunk, "attention_mask": None if mask is None else mask[:, :end]}
-            inputs = self.prepare_inputs_for_generation(
-                input_ids, is_first_iteration=True, **{**model_kwargs, **given}
-            )
-            outputs = self(**inputs, return_dict=True)
+        with _reported(progress, given.shape[1] - first) as report:
+            for chunk in given[:, first:].split(size, dim=1):
+                end += chunk.shape[1]
+                part = {"attention_mask": None if mask is None else mask[:, :end]}
+                if by_embeds:
+                    part["inputs_embeds"] = chunk
+                inputs = self.prepare_inputs_for_generation(
+                    input_ids if by_embeds else chunk,
+                    is_first_iteration=is_first_iteration,
+                    **{**model_kwargs, **part},
+                )
+                outputs = self(**inputs, return_dict=True)
+                report(chunk.shape[1])
         return outputs
 
     def _get_stopping_criteria(self, *args, **kwargs) -> StoppingCriteriaList:
@@ -221,15 +279,6 @@ class SeqBoatGenerationMixin(GenerationMixin):
             if not getattr(cache, "is_seqboat_cache", False):
                 raise ValueError(
                     f"past_key_values must be a SeqBoatCache, got {type(cache).__name__}; use SeqBoatCache(model.config)"
-                )
-            if (
-                generation_config.prefill_chunk_size is not None
-                and cache.get_seq_length() > 0
-                and Version(transformers.__version__) < Version("5.18")
-            ):
-                raise ValueError(
-                    f"prefill_chunk_size onto a filled past_key_values needs transformers newer than "
-                    f"{transformers.__version__}, whose loop feeds the cached prompt again; feed the chunks by forward()"
                 )
             super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
             return

@@ -6,12 +6,10 @@ from threading import Thread
 
 import pytest
 import torch
-import transformers
-from packaging.version import Version
 from small_models import pad_left, random_ids, small_lm
 from transformers import TextIteratorStreamer, TextStreamer, set_seed
 
-from modeling_seqboat import SeqBoatCache, build_byte_tokenizer
+from modeling_seqboat import SeqBoatCache, build_byte_tokenizer, generation_seqboat
 
 KINDS = [
     ("rotary", "softmax"),
@@ -23,7 +21,6 @@ KINDS = [
     ("none", "laplace"),
 ]
 NEW = 24
-CONTINUES_CHUNKED = Version(transformers.__version__) >= Version("5.18")
 
 
 def model_of(kind: tuple[str, str], **overrides):
@@ -106,6 +103,35 @@ def test_greedy_with_a_truncated_ema_and_a_feed_forward_block():
 def test_prefill_in_chunks(kind, chunk):
     model, inputs = model_of(kind), padded_prompts()
     assert torch.equal(greedy(model, inputs, prefill_chunk_size=chunk), greedy(model, inputs, use_cache=False))
+
+
+@pytest.mark.parametrize("rows", ["ids", "embeddings"])
+def test_a_long_prompt_is_read_in_chunks_that_are_reported(rows, monkeypatch):
+    model, inputs = model_of(KINDS[0]), padded_prompts()
+    expected = greedy(model, inputs, use_cache=False)
+    monkeypatch.setattr(generation_seqboat, "LONG_PREFILL", 8)
+    if rows == "embeddings":
+        inputs["inputs_embeds"] = model.get_input_embeddings()(inputs.pop("input_ids"))
+        expected = expected[:, -NEW:]
+    reports, widths = [], []
+    hook = model.register_forward_pre_hook(
+        lambda module, args, kwargs: widths.append(
+            next(kwargs[name] for name in ("inputs_embeds", "input_ids") if kwargs.get(name) is not None).shape[1]
+        ),
+        with_kwargs=True,
+    )
+    found = greedy(model, inputs, prefill_progress=lambda done, total: reports.append((done, total)))
+    hook.remove()
+    assert torch.equal(found, expected)
+    assert reports == [(8, 21), (16, 21), (21, 21)] and widths[:4] == [8, 8, 5, 1]
+
+
+def test_the_bar_of_a_prefill(capfd):
+    model, inputs = model_of(KINDS[0]), padded_prompts()
+    greedy(model, inputs, prefill_chunk_size=8)
+    assert "prefill" not in capfd.readouterr().err
+    greedy(model, inputs, prefill_chunk_size=8, prefill_progress=True)
+    assert "prefill" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("kind", KINDS, ids="-".join)
@@ -194,13 +220,11 @@ def test_continuing_a_conversation_with_more_text():
     expected = greedy(model, {"input_ids": whole}, use_cache=False)
     cached = greedy(model, {"input_ids": whole, "past_key_values": copy.deepcopy(first.past_key_values)})
     assert torch.equal(cached, expected)
-    chunked = {"input_ids": whole, "past_key_values": first.past_key_values}
-    if CONTINUES_CHUNKED:
-        assert torch.equal(greedy(model, chunked, prefill_chunk_size=4), expected)
-    else:
-        with pytest.raises(ValueError, match="prefill_chunk_size"):
-            greedy(model, chunked, prefill_chunk_size=4)
-        assert torch.equal(greedy(model, chunked), expected)
+    chunked = {"input_ids": whole, "past_key_values": copy.deepcopy(first.past_key_values)}
+    assert torch.equal(greedy(model, chunked, prefill_chunk_size=4), expected)
+    unread = whole[:, first.past_key_values.get_seq_length() :]
+    new = {"input_ids": unread, "attention_mask": torch.ones_like(whole), "past_key_values": first.past_key_values}
+    assert torch.equal(greedy(model, new, prefill_chunk_size=4)[:, -NEW:], expected[:, -NEW:])
 
 
 class Collector:
