@@ -46,7 +46,7 @@ class TrainArguments:
     gradient_checkpointing: bool = field(default=False)
     compile: bool = field(default=False, metadata={"help": "torch.compile the model"})
     cuda_graphs: bool = field(
-        default=False, metadata={"help": "forward and backward as one CUDA graph; one process on a GPU"}
+        default=False, metadata={"help": "forward and backward as one CUDA graph, in each process"}
     )
     cpu: bool = field(default=False, metadata={"help": "do not use a GPU"})
     eval_steps: int = field(default=100)
@@ -111,7 +111,8 @@ def check_graphs(a: TrainArguments, on_cpu: bool) -> None:
     reasons = {
         "it needs a GPU": on_cpu,
         "it is for SeqBoat": a.model_type != "seqboat",
-        "it runs in one process": int(os.environ.get("WORLD_SIZE", 1)) > 1,
+        "a sharded model is not whole in any process": os.environ.get("ACCELERATE_USE_FSDP") == "true"
+        or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true",
         "it does not go with compile": a.compile,
         "it does not go with gradient_checkpointing": a.gradient_checkpointing,
         "fp16 scales its loss outside the graph; use bf16": a.mixed_precision == "fp16",

@@ -7,21 +7,52 @@ loss; a step in which a layer had more tokens than room is computed again withou
 the model and not of the capacity.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 # Capacities are multiples of _STEP tokens, with _SPARE for layers that hardly activate any.
 _STEP, _SPARE = 256, 512
 # Steps over which the largest counts are remembered, for a smaller capacity.
 _WINDOW = 500
+# Gradients are averaged over processes in pieces of about this many bytes, so that the next one is copied together while
+# one travels.
+_BUCKET = 32 * 2**20
 
 
 def stream_capacity(count: int, headroom: float = 1.2) -> int:
     """Room of a layer's stream that was seen to hold `count` tokens; more than all tokens is cut to that by the layer."""
     return -(-int(headroom * count + _SPARE) // _STEP) * _STEP
+
+
+@torch.no_grad()
+def average_gradients(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup | None = None) -> None:
+    """Replaces each parameter's gradient by its mean over the processes of `group`, in place; every process has to call
+    it with the same parameters. One that has no gradient on a process counts as zero there, so that none waits for it."""
+    buckets: list[list[Tensor]] = []
+    size, kind = 0, None
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        grad = parameter.grad
+        if not buckets or size + grad.nbytes > _BUCKET or (grad.dtype, grad.device) != kind:
+            buckets.append([])
+            size, kind = 0, (grad.dtype, grad.device)
+        buckets[-1].append(grad)
+        size += grad.nbytes
+    share = 1 / dist.get_world_size(group)
+    waiting = []
+    for bucket in buckets:
+        flat = torch.cat([grad.flatten() for grad in bucket]).mul_(share)
+        waiting.append((bucket, flat, dist.all_reduce(flat, group=group, async_op=True)))
+    for bucket, flat, work in waiting:
+        work.wait()
+        parts = flat.split([grad.numel() for grad in bucket])
+        torch._foreach_copy_(bucket, [part.view_as(grad) for part, grad in zip(parts, bucket, strict=True)])
 
 
 class GraphedStep:
@@ -37,8 +68,12 @@ class GraphedStep:
     Forward hooks run in captures, and what they do to tensors in place is part of the graph (`RouterMonitor` counts so; a
     captured batch, and one computed again, counts twice).
 
+    Under data parallelism each process has a graph of its own, and captures and overflows when it does: nothing in it
+    waits for another process. Gradients are averaged after the backward pass, as DistributedDataParallel does: summed up
+    over micro-batches first, and not under its `no_sync()`.
+
     Args:
-        model: a SeqBoat model with a head, on one CUDA device, not wrapped for data parallelism.
+        model: a SeqBoat model with a head, on one CUDA device, as it is or wrapped by DistributedDataParallel.
         divisor: micro-batches a step, for gradient accumulation.
         headroom: capacity of a layer as a multiple of the tokens that it was seen to activate.
 
@@ -47,8 +82,8 @@ class GraphedStep:
         overflows: steps that were computed again without the graph.
 
     Raises:
-        ValueError: for what a graph cannot hold, before work starts: a model that is wrapped, sharded, compiled or not on
-            a GPU, layers that cannot take the fused kernels, gradient checkpointing, float16 under autocast, hooks on
+        ValueError: for what a graph cannot hold, before work starts: a model that is wrapped otherwise, sharded, compiled
+            or not on a GPU, communication hooks, layers that cannot take the fused kernels, gradient checkpointing, float16 under autocast, hooks on
             parameters, `loss_implementation` liger, batch norm under an attention mask.
     """
 
@@ -58,7 +93,9 @@ class GraphedStep:
         devices = {parameter.device for parameter in model.parameters()}
         if len(devices) != 1 or next(iter(devices)).type != "cuda":
             raise ValueError(f"GraphedStep needs the whole model on one CUDA device, got {sorted(map(str, devices))}")
-        self.model, self.divisor, self.headroom = model, divisor, headroom
+        self.given, self.divisor, self.headroom = model, divisor, headroom
+        self.parallel = model if isinstance(model, DistributedDataParallel) else None
+        self.model = model if self.parallel is None else model.module
         self.device = next(iter(devices))
         self.layers = [module for module in model.modules() if hasattr(module, "stream_capacity")]
         if not self.layers:
@@ -80,6 +117,16 @@ class GraphedStep:
 
     def __call__(self, **batch: Any) -> Tensor:
         """batch: keyword arguments of the model, tensors on its device or plain values; returns the loss, (), detached."""
+        parallel = self.parallel
+        if parallel is not None and parallel.broadcast_buffers and parallel.require_forward_param_sync:
+            for buffer in self.model.buffers():
+                dist.broadcast(buffer, dist.get_global_rank(parallel.process_group, 0), parallel.process_group)
+        loss = self._step(batch)
+        if parallel is not None and parallel.require_backward_grad_sync:
+            average_gradients((p for p in self.model.parameters() if p.requires_grad), parallel.process_group)
+        return loss
+
+    def _step(self, batch: dict[str, Any]) -> Tensor:
         form = self._form_of(batch)
         if form == self._form:
             self._other = None
@@ -114,13 +161,15 @@ class GraphedStep:
         """Raises ValueError for what a graph cannot hold."""
         model, kind = self.model, self.device.type
         loss = getattr(getattr(model, "config", None), "loss_implementation", "torch")
-        wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel, torch._dynamo.eval_frame.OptimizedModule)
+        wrappers = (nn.DataParallel, DistributedDataParallel, torch._dynamo.eval_frame.OptimizedModule)
         sharded = any(type(parameter).__name__ == "DTensor" for parameter in model.parameters())
         masked = any(name.endswith("attention_mask") and value is not None for name, value in batch.items())
         half = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
         reasons = {
-            f"it takes one process and its plain model, got {type(model).__name__}": isinstance(model, wrappers)
-            or sharded,
+            "it takes a model that is whole in every process, as it is or wrapped by DistributedDataParallel, got "
+            f"{'a sharded ' * sharded}{type(model).__name__}": isinstance(model, wrappers) or sharded,
+            "gradients are averaged by the step itself, not by a communication hook": self.parallel is not None
+            and bool(self.parallel._comm_hooks),
             "a compiled model makes graphs of its own": any(
                 module._compiled_call_impl is not None for module in self._modules
             ),
@@ -224,7 +273,8 @@ class GraphedStep:
             torch.cuda.empty_cache()
             model, aliases = self._on_aliases({})
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            # Other threads may ask the device meanwhile, as the one that watches over NCCL does.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local" if dist.is_initialized() else "global"):
                 self._loss = self._backward(self._inputs, model)
                 self._counts = torch.cat([layer.stream_count for layer in self.layers])
         finally:

@@ -255,7 +255,7 @@ class SeqBoatTrainerMixin:
     `compute_loss_func`, label smoothing), the pull to `router_target_rate` is added to it.
 
     Args:
-        cuda_graphs: run forward and backward of a batch as one CUDA graph (`GraphedStep`): for one process on a GPU, in
+        cuda_graphs: run forward and backward of a batch as one CUDA graph (`GraphedStep`): with one GPU a process, in
             float32 or bf16, where batches are of one shape. The loss is the model's own, whatever `compute_loss` is, and
             a mean over the batch's labels.
     """
@@ -270,7 +270,8 @@ class SeqBoatTrainerMixin:
         self._head, self._added, self._penalty = None, False, None
         reasons = {
             "it needs a GPU": self.args.device.type != "cuda",
-            "it runs in one process on one GPU": self.args.world_size > 1 or self.args.n_gpu > 1,
+            "each process has one GPU": self.args.n_gpu > 1,
+            "a sharded model is not whole in any process": self.is_fsdp_enabled or self.is_deepspeed_enabled,
             "gradient_accumulation_steps must be 1": self.args.gradient_accumulation_steps != 1,
             "fp16 scales its loss outside the graph; use bf16": self.accelerator.mixed_precision == "fp16",
             "a compiled model makes graphs of its own": self.args.torch_compile,
@@ -326,7 +327,7 @@ class SeqBoatTrainerMixin:
         if not self.cuda_graphs:
             return super().training_step(model, inputs, *args, **kwargs)
         model.train()
-        if self._graphed is None or self._graphed.model is not model:
+        if self._graphed is None or self._graphed.given is not model:
             self._graphed = GraphedStep(model)
         return self._graphed(**self._prepare_inputs(inputs))
 

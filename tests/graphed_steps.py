@@ -1,6 +1,55 @@
 """What the tests of graphed steps share, on a GPU and of one that is emulated on the CPU."""
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from modeling_seqboat.graphed_step_seqboat import GraphedStep
+
+_nothing = SimpleNamespace(wait_stream=lambda other: None)
+# torch.cuda without a device: streams and captures do nothing.
+CUDA_STAND_INS = {
+    "Stream": lambda: _nothing,
+    "current_stream": lambda *args: _nothing,
+    "stream": lambda stream: nullcontext(),
+    "get_rng_state": lambda: None,
+    "set_rng_state": lambda state: None,
+    "synchronize": lambda *args: None,
+    "empty_cache": lambda: None,
+    "CUDAGraph": SimpleNamespace,
+    "graph": lambda graph, **options: nullcontext(),
+}
+
+
+class EmulatedGraph(GraphedStep):
+    """On a CPU: a replay runs the captured step again and writes where the graph would have written."""
+
+    def __init__(self, model, divisor=1.0, headroom=1.2):
+        self.given, self.divisor, self.headroom, self.device = model, divisor, headroom, torch.device("cpu")
+        self.parallel = model if isinstance(model, DistributedDataParallel) else None
+        self.model = model if self.parallel is None else model.module
+        self.layers = list(self.model.model.layers)
+        self._modules = list(self.model.modules())
+        self.captures = self.overflows = self._calls = 0
+        self._peaks = self._other = None
+        self._forget()
+
+    def _capture(self, batch):
+        super()._capture(batch)
+        capacities = self._capacities
+
+        def replay():
+            self._listen(capacities)
+            run, aliases = self._on_aliases({})
+            self._loss.copy_(self._backward(self._inputs, run))
+            self._counts.copy_(torch.cat([layer.stream_count for layer in self.layers]))
+            for own, alias in zip(self._grads, aliases, strict=True):
+                own.copy_(alias.grad)
+            self._stop_listening()
+
+        self._graph.replay = replay
 
 
 def gradients(model) -> dict[str, torch.Tensor]:

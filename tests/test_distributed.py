@@ -117,3 +117,25 @@ def test_shipped_configs_are_what_accelerate_reads(path):
     assert config.num_processes == text["num_processes"]
     if "fsdp_config" in text:
         assert text["fsdp_config"]["fsdp_transformer_layer_cls_to_wrap"] == "SeqBoatDecoderLayer"
+
+
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=slow)])
+def test_graphed_steps_of_adversarial_routers_are_those_of_one_process(tmp_path, processes):
+    report_file = tmp_path / "report.json"
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes),
+        str(ROOT / "tests/graphed_worker.py"), str(report_file),
+    ]  # fmt: skip
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}, cwd=ROOT, capture_output=True,
+        text=True, timeout=280,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    reports = json.loads(report_file.read_text("utf-8"))
+    assert len(reports) == processes
+    for report in reports:
+        assert report["captures"] >= 2 and report["overflows"][-1] >= 1
+        assert max(report["errors"]) < 1e-5
+    # Each process computed steps again when its own routers asked for it, while others replayed their graphs.
+    assert reports[0]["overflows"] != reports[1]["overflows"]

@@ -1,11 +1,8 @@
 """GraphedStep's bookkeeping, what it refuses, and the Trainer's use of it; what needs a GPU is in test_gpu.py."""
 
-from contextlib import nullcontext
-from types import SimpleNamespace
-
 import pytest
 import torch
-from graphed_steps import check_that_an_overflow_is_computed_again, gradients
+from graphed_steps import CUDA_STAND_INS, EmulatedGraph, check_that_an_overflow_is_computed_again, gradients
 from small_models import random_ids, small_lm
 from transformers import TrainingArguments
 from triton_interpreter import DEVICE  # before anything imports triton
@@ -25,7 +22,8 @@ class OnAnyDevice(GraphedStep):
     """Writes down what it would do in place of capturing and replaying."""
 
     def __init__(self, model):
-        self.model, self.divisor, self.headroom, self.device = model, 1.0, 1.2, torch.device("cpu")
+        self.given = self.model = model
+        self.parallel, self.divisor, self.headroom, self.device = None, 1.0, 1.2, torch.device("cpu")
         self._modules = list(model.modules())
         self.captures = self.overflows = self._calls = 0
         self._peaks = self._other = None
@@ -130,7 +128,8 @@ class Stub:
     """A graphed step that is not one."""
 
     def __init__(self, model):
-        self.model, self.calls = model, 0
+        self.given = self.model = model
+        self.calls = 0
 
     def __call__(self, **batch):
         self.calls += 1
@@ -181,45 +180,11 @@ def test_a_step_in_place_does_not_touch_what_backward_needs(monkeypatch):
         torch.testing.assert_close(followed, alone, atol=1e-6, rtol=1e-6)
 
 
-class EmulatedGraph(GraphedStep):
-    """On a CPU: a replay runs the captured step again and writes where the graph would have written."""
-
-    def __init__(self, model, divisor=1.0, headroom=1.2):
-        self.model, self.divisor, self.headroom, self.device = model, divisor, headroom, torch.device("cpu")
-        self.layers = list(model.model.layers)
-        self._modules = list(model.modules())
-        self.captures = self.overflows = self._calls = 0
-        self._peaks = self._other = None
-        self._forget()
-
-    def _capture(self, batch):
-        super()._capture(batch)
-        capacities = self._capacities
-
-        def replay():
-            self._listen(capacities)
-            run, aliases = self._on_aliases({})
-            self._loss.copy_(self._backward(self._inputs, run))
-            self._counts.copy_(torch.cat([layer.stream_count for layer in self.layers]))
-            for own, alias in zip(self._grads, aliases, strict=True):
-                own.copy_(alias.grad)
-            self._stop_listening()
-
-        self._graph.replay = replay
-
-
 @pytest.fixture
 def emulated(monkeypatch):
-    """torch.cuda without a device: streams and captures do nothing."""
     if DEVICE == "cuda":
         pytest.skip("stands in for a GPU; test_gpu.py has the real thing")
-    nothing = SimpleNamespace(wait_stream=lambda other: None)
-    stand_ins = {
-        "Stream": lambda: nothing, "current_stream": lambda *args: nothing, "stream": lambda stream: nullcontext(),
-        "get_rng_state": lambda: None, "set_rng_state": lambda state: None, "synchronize": lambda *args: None,
-        "empty_cache": lambda: None, "CUDAGraph": SimpleNamespace, "graph": lambda graph: nullcontext(),
-    }  # fmt: skip
-    for name, stand_in in stand_ins.items():
+    for name, stand_in in CUDA_STAND_INS.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
     model = small_lm(num_hidden_layers=1).train()
     monkeypatch.setenv("SEQBOAT_KERNEL_BACKEND", "triton")
