@@ -31,9 +31,19 @@ class TrainArguments:
     max_minutes: float | None = field(
         default=None, metadata={"help": "end after this much training time, validation and saving not counted"}
     )
-    optimizer: str = field(default="adamw", metadata={"help": "adamw or radam"})
+    optimizer: str = field(default="adamw", metadata={"help": "adamw, radam or muon"})
     learning_rate: float = field(default=2e-3)
     router_learning_rate: float | None = field(default=None, metadata={"help": "peak rate of the routers"})
+    muon_learning_rate: float = field(
+        default=0.02, metadata={"help": "peak rate of the layers' matrices with optimizer muon"}
+    )
+    router_gain: float = field(
+        default=0.1,
+        metadata={"help": "holds router_target_rate by moving the routers' biases; 0: by a term of the loss"},
+    )
+    average_decay: float | None = field(
+        default=None, metadata={"help": "also keep, score and save an average of the weights, such as 0.999 a step"}
+    )
     beta1: float = field(default=0.9)
     beta2: float = field(default=0.98)
     weight_decay: float = field(default=0.1)
@@ -75,7 +85,7 @@ def check_arguments(a: TrainArguments) -> None:
     """Raises ValueError for values that no run can use, naming them."""
     choices = {
         "model_type": (a.model_type, ("seqboat", "llama")),
-        "optimizer": (a.optimizer, ("adamw", "radam")),
+        "optimizer": (a.optimizer, ("adamw", "radam", "muon")),
         "schedule": (a.schedule, ("linear", "cosine")),
         "mixed_precision": (a.mixed_precision, (None, "no", "bf16", "fp16")),
     }

@@ -9,7 +9,7 @@ from lm_arguments import TrainArguments
 from text_data import (
     RowOrder,
     StreamedBlocks,
-    TokenBlocks,
+    TokenWindows,
     joined_tokens,
     read_text_file,
     split_text,
@@ -37,7 +37,7 @@ def load_data(a: TrainArguments, tokenizer) -> tuple[Dataset, dict[str, HeldOut]
                     f"score_test is for enwik8, whole, whose test split is known; train_file {a.train_file!r} has none"
                 )
             held_out["test"] = HeldOut(splits.test, splits.test_bytes_per_token)
-        return TokenBlocks(splits.train, a.sequence_length), held_out
+        return TokenWindows(splits.train, a.sequence_length), held_out
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError
 
@@ -72,7 +72,7 @@ def load_data(a: TrainArguments, tokenizer) -> tuple[Dataset, dict[str, HeldOut]
     scored = {"validation": HeldOut(*joined_tokens(held_out, a.text_column, tokenizer, limit))}
     if not a.streaming:
         rows, _ = joined_tokens(train, a.text_column, tokenizer, 2**62)
-        return TokenBlocks(rows, a.sequence_length), scored
+        return TokenWindows(rows, a.sequence_length), scored
     return StreamedBlocks(train, a.text_column, tokenizer, a.sequence_length), scored
 
 
@@ -85,5 +85,5 @@ def build_loader(a: TrainArguments, accelerator: Accelerator, rows, start: int) 
     if isinstance(rows, StreamedBlocks):
         rows.place(a.batch_size, **place)
         return DataLoader(rows, batch_size=a.batch_size, generator=generator)
-    order = RowOrder(len(rows), a.batch_size, a.seed, **place)
+    order = RowOrder(len(rows.tokens), a.sequence_length, a.batch_size, a.seed, **place)
     return DataLoader(rows, batch_size=a.batch_size, sampler=order, generator=generator)

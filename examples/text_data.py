@@ -110,14 +110,43 @@ class TokenBlocks(Dataset):
         return {"input_ids": torch.from_numpy(row.astype(np.int64))}
 
 
+class TokenWindows(Dataset):
+    """Rows of `length` consecutive tokens, by their first token: {"input_ids": (length,) int64}.
+
+    Raises ValueError if the tokens do not fill one row.
+    """
+
+    def __init__(self, tokens: np.ndarray, length: int):
+        if len(tokens) < length:
+            raise ValueError(
+                f"sequence_length {length} is longer than the training data, which has {len(tokens)} tokens"
+            )
+        self.tokens = tokens
+        self.length = length
+
+    def __len__(self) -> int:
+        return len(self.tokens) - self.length + 1
+
+    def __getitem__(self, start: int) -> dict[str, torch.Tensor]:
+        if not 0 <= start < len(self):
+            raise IndexError(start)
+        return {"input_ids": torch.from_numpy(self.tokens[start : start + self.length].astype(np.int64))}
+
+
 class RowOrder(Sampler[int]):
-    """Row numbers for one process of a run, for ever: a new permutation each epoch, the same for the same seed.
+    """First tokens of the rows of one process, for ever. Each pass over the text cuts it into rows at another random
+    offset, and takes them in another random order, the same for the same seed.
 
     The order depends on the seed and on `start` alone, so a run that resumes at batch `start` reads what an
     uninterrupted one would have read. Rows that do not fill a batch of all processes wait for another epoch.
     """
 
-    def __init__(self, rows: int, batch_size: int, seed: int, start: int = 0, rank: int = 0, world: int = 1):
+    def __init__(
+        self, tokens: int, length: int, batch_size: int, seed: int, start: int = 0, rank: int = 0, world: int = 1
+    ):
+        # As many rows as fit whatever the offset is, so that passes are of one length.
+        rows = max(1, (tokens - length + 1) // length)
+        self.offsets, self.length = min(length, tokens - rows * length + 1), length
         self.batches = rows // (batch_size * world)
         if self.batches == 0:
             raise ValueError(
@@ -131,7 +160,8 @@ class RowOrder(Sampler[int]):
         epoch, first = divmod(self.start, self.batches)
         while True:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            order = torch.randperm(self.rows, generator=generator).tolist()
+            offset = torch.randint(self.offsets, (), generator=generator)
+            order = (offset + self.length * torch.randperm(self.rows, generator=generator)).tolist()
             for batch in range(first, self.batches):
                 begin = (batch * self.world + self.rank) * self.batch_size
                 yield from order[begin : begin + self.batch_size]

@@ -23,7 +23,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin, set_seed
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, set_seed
 from lm_arguments import TrainArguments, check_arguments, check_graphs
 from lm_checkpoints import Clock, Progress, Saver
 from lm_data import HeldOut, build_loader, load_data
@@ -36,7 +36,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTra
 
 from modeling_seqboat import SeqBoatConfig, SeqBoatForCausalLM
 from modeling_seqboat.graphed_step_seqboat import GraphedStep
-from modeling_seqboat.training_seqboat import CollapseWarning, RouterMonitor, parameter_groups, statistics_as_logs
+from modeling_seqboat.optimizer_seqboat import MuonAdamW
+from modeling_seqboat.training_seqboat import (
+    CollapseWarning,
+    RouterBudget,
+    RouterMonitor,
+    parameter_groups,
+    statistics_as_logs,
+)
 
 
 def build_config(a: TrainArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
@@ -66,12 +73,28 @@ def rate_factor(a: TrainArguments, step: int, time_share: float = 0.0) -> float:
 
 
 def build_optimizer(a: TrainArguments, model: torch.nn.Module, device: torch.device) -> torch.optim.Optimizer:
-    groups = parameter_groups(model, a.weight_decay, router_learning_rate=a.router_learning_rate)
+    groups = parameter_groups(
+        model, a.weight_decay, router_learning_rate=a.router_learning_rate,
+        muon_learning_rate=a.muon_learning_rate if a.optimizer == "muon" else None,
+    )  # fmt: skip
     settings = dict(lr=a.learning_rate, betas=(a.beta1, a.beta2))
     if a.optimizer == "radam":
         return torch.optim.RAdam(groups, **settings, decoupled_weight_decay=True)
+    if a.optimizer == "muon":
+        return MuonAdamW(groups, **settings)
     # One launch for many parameters; the CPU keeps the arithmetic of its records.
     return torch.optim.AdamW(groups, **settings, fused=device.type == "cuda")
+
+
+def build_budget(a: TrainArguments, model: torch.nn.Module, accelerator: Accelerator) -> RouterBudget | None:
+    """What holds the routers to the config's target rate; None where there is no target, or the loss has a term for it."""
+    if not a.router_gain or getattr(model.config, "router_target_rate", None) is None:
+        return None
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise ValueError(
+            "router_gain: DeepSpeed keeps parameters of its own and would undo its moves; give --router_gain 0"
+        )
+    return RouterBudget(model, a.router_gain)
 
 
 @torch.no_grad()
@@ -154,6 +177,7 @@ def main(argv: list[str] | None = None) -> dict:
     if a.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     monitor, collapse = RouterMonitor(model), CollapseWarning()
+    budget = build_budget(a, model, accelerator)
     optimizer = build_optimizer(a, model, accelerator.device)
     if a.compile:
         model.compile()
@@ -174,7 +198,9 @@ def main(argv: list[str] | None = None) -> dict:
     if checkpoint is None:
         set_seed(a.seed, device_specific=True)
     saver = Saver(a, accelerator, model, tokenizer, config)
-    result = run(a, accelerator, model, optimizer, schedule, loader, progress, saver, monitor, collapse, held_out)
+    result = run(
+        a, accelerator, model, optimizer, schedule, loader, progress, saver, monitor, collapse, held_out, budget
+    )
     monitor.close()
     if accelerator.is_main_process:
         write_record(output, run_record(a, argv, accelerator, progress))
@@ -220,7 +246,9 @@ def run_record(a: TrainArguments, argv: list[str], accelerator: Accelerator, pro
     }
 
 
-def run(a, accelerator, model, optimizer, schedule, loader, progress, saver, monitor, collapse, held_out) -> dict:
+def run(
+    a, accelerator, model, optimizer, schedule, loader, progress, saver, monitor, collapse, held_out, budget
+) -> dict:
     """The training loop, from `progress.step` on."""
     stopping = {"asked": False}
 
@@ -272,6 +300,8 @@ def run(a, accelerator, model, optimizer, schedule, loader, progress, saver, mon
                         accelerator.clip_grad_norm_(model.parameters(), a.max_grad_norm)
                     optimizer.step()
                     optimizer.zero_grad()
+                    if budget is not None and accelerator.sync_gradients:
+                        budget.step()
                 step_loss += loss.detach().float() / a.gradient_accumulation_steps
             if not accelerator.optimizer_step_was_skipped:
                 schedule.step()

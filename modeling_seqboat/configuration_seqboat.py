@@ -135,6 +135,7 @@ FIELD_CHECKS: dict[str, Check] = {
     "router_random_rate": _real("a number above 0, up to 1", lambda value: 0 < value <= 1),
     "router_random_seed": _integer(0),
     "router_target_rate": _real("a number from 0 to 1", lambda value: 0 <= value <= 1, optional=True),
+    "router_target_scope": _one_of("model", "layer"),
     "router_target_weight": _NOT_NEGATIVE,
     "activation_bias": _real("a finite number"),
     "scale_embeddings": _boolean,
@@ -279,11 +280,15 @@ class SeqBoatConfig(PreTrainedConfig):
         router_random_rate: share of tokens in (0, 1] that a `random` router activates.
         router_random_seed: of the `random` router. Its draw is a function of seed, layer and the token's place in its
             text, so the same tokens are drawn each time.
-        router_target_rate: share of activated tokens in [0, 1] that learned routers are pulled to in training, or None.
-            With labels, the loss of every head then has the term
-            router_target_weight * mean over layers of (r - router_target_rate)^2, also returned as `router_penalty`; r
-            is the share of the batch's real tokens that the layer activates, with the gradient of the mean soft
-            probability sigmoid((u_1 - u_0) / temperature), the temperature held fixed.
+        router_target_rate: share of activated tokens in [0, 1] that learned routers are held to in training, or None. Best by
+            `training_seqboat.RouterBudget`, which moves their biases after each optimiser step. Without one, the loss of
+            every head has a term for it with labels, also returned as `router_penalty`. Let r be the share of the batch's
+            real tokens that a layer activates, with the gradient of the mean soft probability
+            sigmoid((u_1 - u_0) / temperature), the temperature held fixed. The term is router_target_weight * layers *
+            (mean over layers of r - router_target_rate)^2 with scope `model`, and
+            router_target_weight * mean over layers of (r - router_target_rate)^2 with scope `layer`.
+        router_target_scope: `model`: the mean rate of all layers has the target, and the layers share it out among
+            themselves; `layer`: every layer has it.
         router_target_weight: see `router_target_rate`.
         activation_bias: added to the logit for skipping a token; positive means fewer activations. Read at every
             forward.
@@ -337,6 +342,7 @@ class SeqBoatConfig(PreTrainedConfig):
     router_random_rate: float = 0.5
     router_random_seed: int = 0
     router_target_rate: float | None = None
+    router_target_scope: str = "model"
     router_target_weight: float = 1.0
     activation_bias: float = 0.0
     scale_embeddings: bool | None = None

@@ -65,8 +65,9 @@ class GraphedStep:
     comes twice in a row, it is captured in its place. So rows should be of one length. Mixed precision: call it under
     `torch.autocast`, or give a model that autocasts itself, as Accelerate's `prepare` makes it.
 
-    Forward hooks run in captures, and what they do to tensors in place is part of the graph (`RouterMonitor` counts so; a
-    captured batch, and one computed again, counts twice).
+    Forward hooks run in captures, and what they do to tensors in place is part of the graph. A module's list
+    `written_by_hooks` names tensors that count each batch once, as buffers do, though it was captured or computed again:
+    `RouterMonitor` and `RouterBudget` count so.
 
     Under data parallelism each process has a graph of its own, and captures and overflows when it does: nothing in it
     waits for another process. Gradients are averaged after the backward pass, as DistributedDataParallel does: summed up
@@ -156,6 +157,10 @@ class GraphedStep:
 
     def _forward_hooks(self) -> list[Callable]:
         return [hook for module in self._modules for hook in module._forward_hooks.values()]
+
+    def _written_by_hooks(self) -> list[Tensor]:
+        found = {id(tensor): tensor for module in self._modules for tensor in getattr(module, "written_by_hooks", ())}
+        return list(found.values())
 
     def _refuse(self, batch: dict[str, Any]) -> None:
         """Raises ValueError for what a graph cannot hold."""
@@ -264,9 +269,12 @@ class GraphedStep:
             aside.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(aside):
                 state = torch.cuda.get_rng_state()
-                # Compiles the kernels that these shapes need, and leaves no trace in buffers or random states.
+                # Compiles the kernels that these shapes need, and leaves no trace in buffers, counts or random states.
                 copies = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+                counted = [(tensor, tensor.clone()) for tensor in self._written_by_hooks()]
                 self._backward(self._inputs, self._on_aliases(copies)[0])
+                for tensor, before in counted:
+                    tensor.copy_(before)
                 torch.cuda.set_rng_state(state)
             torch.cuda.current_stream().wait_stream(aside)
             torch.cuda.synchronize()
@@ -294,7 +302,7 @@ class GraphedStep:
             grad.clone() if grad is not None and grad is own else grad
             for grad, own in zip((parameter.grad for parameter in self._parameters), self._grads, strict=True)
         ]
-        buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        buffers = [(buffer, buffer.clone()) for buffer in (*self.model.buffers(), *self._written_by_hooks())]
         self._graph.replay()
         counts = self._counts.tolist()
         if any(count > capacity for count, capacity in zip(counts, self._capacities, strict=True)):

@@ -99,7 +99,7 @@ class SeqBoatDecoderLayer(GradientCheckpointingLayer):
         self, hidden_states: Tensor, context: SequenceContext, past_key_values=None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """hidden_states (B, L, D) -> the same shape, the router's confidence (B, L) float32, and with
-        `router_target_rate` its squared distance from it (a scalar), else None."""
+        `router_target_rate` the rate (a scalar with a gradient), else None."""
         config, x = self.config, hidden_states
         if past_key_values is None and self._runs_fused(x):
             return self._forward_fused(x, context)
@@ -113,7 +113,7 @@ class SeqBoatDecoderLayer(GradientCheckpointingLayer):
         m, scanned = self.ssm(h, context, cache)
         m = F.dropout(m, config.hidden_dropout, self.training)
         hidden = self.hidden_proj(m)
-        confidence, active, miss = self.router(m, context.real, context.places)
+        confidence, active, rate = self.router(m, context.real, context.places)
         if cache is not None and x.shape[1] == 1 and cache.steps_in_place:
             step = self._step_in_memory if self._steps_in_memory(context, cache) else self._step
             hidden = step(h, m, hidden, confidence, active, context, cache, scanned)
@@ -125,7 +125,7 @@ class SeqBoatDecoderLayer(GradientCheckpointingLayer):
                 self._commit(cache, h, context, scanned, entries)
         if not config.bidirectional:
             hidden = F.dropout(hidden, config.hidden_dropout, self.training)
-        return self._finish(self.activation(hidden + x), context), confidence, miss
+        return self._finish(self.activation(hidden + x), context), confidence, rate
 
     def _finish(self, x: Tensor, context: SequenceContext) -> Tensor:
         if not self.config.norm_first:
@@ -156,7 +156,7 @@ class SeqBoatDecoderLayer(GradientCheckpointingLayer):
             h = self.norm(x, context.real).to(dtype)
         m, _ = self.ssm(h, context, None)
         m = F.dropout(m, config.hidden_dropout, self.training)
-        confidence, active, miss = self.router(m, context.real, context.places)
+        confidence, active, rate = self.router(m, context.real, context.places)
         pending = begin_stream(
             active, config.memory_size, config.bidirectional, context.segment_bounds(), self.stream_capacity
         )
@@ -172,7 +172,7 @@ class SeqBoatDecoderLayer(GradientCheckpointingLayer):
                 hidden.flatten(0, 1), residual.flatten(0, 1), out, confidence.flatten().float(), stream.slot, dropout_p,
                 stream.padded,
             )  # fmt: skip
-        return self._finish(added.view_as(x), context), confidence, miss
+        return self._finish(added.view_as(x), context), confidence, rate
 
     def _state_dtype(self, x: Tensor) -> torch.dtype:
         kind = x.device.type

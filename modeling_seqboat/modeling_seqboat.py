@@ -396,23 +396,28 @@ class SeqBoatModel(SeqBoatPreTrainedModel):
         if output_hidden_states is None:
             output_hidden_states = config.output_hidden_states
         wanted = selected_states(output_hidden_states, len(layers) + 1)
-        states, probs, misses = [hidden if 0 in wanted else None], [], []
+        states, probs, rates = [hidden if 0 in wanted else None], [], []
         for index, layer in enumerate(layers):
             # A layer in a module of the user's own need not have the attribute.
             if cache is not None and layer.training and getattr(layer, "gradient_checkpointing", False):
                 # Nothing is computed twice without gradients, but the wrapper drops a cache that it knows by name.
-                hidden, confidence, miss = layer(hidden, context, cache)
+                hidden, confidence, rate = layer(hidden, context, cache)
             else:
-                hidden, confidence, miss = layer(hidden, context, past_key_values=cache)
+                hidden, confidence, rate = layer(hidden, context, past_key_values=cache)
             states.append(hidden if index + 1 in wanted else None)
             probs.append(confidence)
-            misses.append(miss)
+            rates.append(rate)
         if self.final_norm is not None:
             hidden = self.final_norm(hidden, context.real)
             states[-1] = hidden if len(layers) in wanted else None
         penalty = None
-        if config.router_target_rate is not None:
-            penalty = config.router_target_weight * torch.stack([miss.to(hidden.device) for miss in misses]).mean()
+        if rates[0] is not None:
+            rates = torch.stack([rate.to(hidden.device) for rate in rates])
+            if config.router_target_scope == "model":
+                missed = len(rates) * (rates.mean() - config.router_target_rate).square()
+            else:
+                missed = (rates - config.router_target_rate).square().mean()
+            penalty = config.router_target_weight * missed
         return SeqBoatModelOutput(
             last_hidden_state=hidden,
             **{CACHE_NAME: cache},

@@ -54,6 +54,8 @@ class SeqBoatRouter(nn.Module):
         self.config = config
         self.layer_idx = layer_idx
         self.learned = config.router_type in LEARNED_ROUTERS
+        # Set by a `RouterBudget`, which moves the bias: then nothing is left for a term of the loss to do.
+        self.rate_is_held = False
         if self.learned:
             self.weight = nn.Parameter(torch.empty(2, config.hidden_size))
             self.bias = nn.Parameter(torch.empty(2))
@@ -71,7 +73,7 @@ class SeqBoatRouter(nn.Module):
 
         Returns:
             confidence (B, L) float32, 0 where skipped or a pad; active (B, L) bool; and with `router_target_rate` the
-            squared distance of the rate from it (see `_miss`), a scalar, else None.
+            rate with a gradient (see `_rate`), a scalar, else None; None also where a `RouterBudget` holds the rate.
         """
         if not self.learned:
             active = self._fixed(x, places)
@@ -79,7 +81,8 @@ class SeqBoatRouter(nn.Module):
                 active = active & real
             return active.float(), active, None
         config = self.config
-        if config.router_type == "tempered_softmax" and config.router_target_rate is None:
+        pulled = config.router_target_rate is not None and not self.rate_is_held
+        if config.router_type == "tempered_softmax" and not pulled:
             found = run_route(
                 requested_backend(config.kernel_backend), x, self.weight, self.bias, self.log_temperature, real,
                 config.activation_bias,
@@ -104,10 +107,10 @@ class SeqBoatRouter(nn.Module):
             if config.router_type == "gumbel_straight_through":
                 # 1 with the gradient of the soft probability.
                 confidence = 1 + (confidence - confidence.detach())
-            miss = None
-            if config.router_target_rate is not None:
-                miss = self._miss(torch.sigmoid((run - skip) * sharpness.detach()), active, real)
-            return torch.where(active, confidence, 0), active, miss
+            rate = None
+            if pulled:
+                rate = self._rate(torch.sigmoid((run - skip) * sharpness.detach()), active, real)
+            return torch.where(active, confidence, 0), active, rate
 
     def _fixed(self, x: Tensor, places: Tensor | None) -> Tensor:
         config, shape = self.config, x.shape[:2]
@@ -115,9 +118,8 @@ class SeqBoatRouter(nn.Module):
             return random_activation(places, self.layer_idx, config.router_random_rate, config.router_random_seed)
         return torch.full(shape, config.router_type == "always", dtype=torch.bool, device=x.device)
 
-    def _miss(self, probability: Tensor, active: Tensor, real: Tensor | None) -> Tensor:
-        """(r - target)^2, where r is the share of real tokens that are activated and has the gradient of the mean soft
-        probability.
+    def _rate(self, probability: Tensor, active: Tensor, real: Tensor | None) -> Tensor:
+        """The share of real tokens that are activated, with the gradient of the mean soft probability.
 
         The soft probability of a tempered softmax stays near 1/2 whatever is decided, so its own mean would be a poor
         account of the rate; its gradient points the right way, and is there when nothing is activated. The temperature
@@ -128,8 +130,7 @@ class SeqBoatRouter(nn.Module):
             probability = probability.masked_fill(~real, 0)
             count = real.sum().clamp_min(1)
         soft = probability.sum() / count
-        rate = active.sum() / count + (soft - soft.detach())
-        return (rate - self.config.router_target_rate).square()
+        return active.sum() / count + (soft - soft.detach())
 
 
 def _logistic_noise(like: Tensor) -> Tensor:

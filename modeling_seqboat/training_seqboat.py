@@ -64,6 +64,7 @@ def parameter_groups(
     *,
     decay_embeddings: bool = False,
     router_learning_rate: float | None = None,
+    muon_learning_rate: float | None = None,
 ) -> list[dict]:
     """Parameter groups for any torch optimizer, in model order; frozen parameters are left out, empty groups too.
 
@@ -71,6 +72,8 @@ def parameter_groups(
         weight_decay: for the parameters of `decay_parameter_names`; all others get 0.
         router_learning_rate: peak rate of the routers' weight, bias and temperature, which then are a group of their
             own; by default they learn at the optimizer's rate.
+        muon_learning_rate: peak rate of the matrices of the layers' linears, which then are a group of their own that
+            `MuonAdamW` trains by Muon.
 
     Example: `Trainer(..., optimizers=(torch.optim.AdamW(parameter_groups(model, 0.1), lr=2e-3), None))`.
     """
@@ -83,14 +86,22 @@ def parameter_groups(
         {"params": [], "weight_decay": 0.0},
     ]
     router_group = {"params": [], "weight_decay": 0.0, "lr": router_learning_rate}
-    for name, _, parameter in _owned_parameters(model):
+    muon_group = {"params": [], "weight_decay": weight_decay, "lr": muon_learning_rate, "muon": True}
+    for name, module, parameter in _owned_parameters(model):
         if not parameter.requires_grad:
             continue
         if router_learning_rate is not None and id(parameter) in router_ids:
             router_group["params"].append(parameter)
+        elif (
+            muon_learning_rate is not None
+            and isinstance(module, nn.Linear)
+            and name in decaying
+            and _LAYER.search(name)
+        ):
+            muon_group["params"].append(parameter)
         else:
             groups[name not in decaying]["params"].append(parameter)
-    return [group for group in (*groups, router_group) if group["params"]]
+    return [group for group in (*groups, router_group, muon_group) if group["params"]]
 
 
 @dataclass
@@ -102,18 +113,14 @@ class RouterStatistics:
     temperature: float
 
 
-class RouterMonitor:
-    """Counts activations of every router during training forwards. Nothing is synchronised until `read`.
-
-    Call `close` (or use it as a context manager) to take the hooks off again.
-    """
+class _ActivationCounter:
+    """Counts, on the device and without waiting for it, what every learned router does in training forwards: activated
+    tokens, real tokens, and the temperature last seen, summed since the last `take`."""
 
     def __init__(self, model: nn.Module):
+        self.routers = {int(_LAYER.search(f"{name}.")[1]): router for name, router in _routers(model)}
         self._sums: dict[int, Tensor] = {}
-        self._handles = []
-        for name, router in _routers(model):
-            layer = int(_LAYER.search(f"{name}.")[1])
-            self._handles.append(router.register_forward_hook(self._hook(layer)))
+        self._handles = [router.register_forward_hook(self._hook(layer)) for layer, router in self.routers.items()]
 
     def _hook(self, layer: int):
         @torch.compiler.disable
@@ -123,9 +130,7 @@ class RouterMonitor:
             active, real = output[1], args[1]
             with torch.no_grad():
                 # Written in place, so that a CUDA graph goes on counting where it was captured.
-                sums = self._sums.get(layer)
-                if sums is None:
-                    sums = self._sums[layer] = torch.zeros(3, dtype=torch.float64, device=active.device)
+                sums = self._sums[layer] if layer in self._sums else self._place(layer, active.device)
                 sums[0].add_(active.sum())
                 sums[1].add_(active.numel() if real is None else real.sum())
                 if module.log_temperature.numel() > 0:
@@ -135,19 +140,53 @@ class RouterMonitor:
 
         return count
 
-    def read(self) -> dict[int, RouterStatistics]:
-        """Statistics per layer since the last call, over all processes; every process has to call it."""
+    def _place(self, layer: int, device: torch.device) -> Tensor:
+        """Three numbers of a table that all layers of a device share. `GraphedStep` finds it at the router."""
+        others = [sums._base for sums in self._sums.values() if sums.device == device]
+        table = others[0] if others else torch.zeros(max(self.routers) + 1, 3, dtype=torch.float64, device=device)
+        router = self.routers[layer]
+        router.written_by_hooks = [*getattr(router, "written_by_hooks", ()), table]
+        self._sums[layer] = table[layer]
+        return self._sums[layer]
+
+    def take(self) -> tuple[list[int], Tensor]:
+        """Numbers of the layers that were run, and their (layers, 3) float64, the counts of all processes; every process
+        has to call it."""
         layers = sorted(self._sums)
         if not layers:
-            return {}
+            return [], torch.empty(0, 3, dtype=torch.float64)
         device = self._sums[layers[0]].device
         table = torch.stack([self._sums[layer].to(device) for layer in layers])
         for sums in self._sums.values():
-            sums.zero_()
+            sums[:2].zero_()
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            counts = table[:, :2].long().contiguous()
+            counts = table[:, :2].contiguous()
             dist.all_reduce(counts)
-            table[:, :2] = counts.double()
+            table[:, :2] = counts
+        return layers, table
+
+    def close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        tables = [sums._base for sums in self._sums.values()]
+        for router in self.routers.values():
+            kept = getattr(router, "written_by_hooks", ())
+            router.written_by_hooks = [table for table in kept if not any(table is own for own in tables)]
+
+
+class RouterMonitor:
+    """Counts activations of every router during training forwards. Nothing is synchronised until `read`.
+
+    Call `close` (or use it as a context manager) to take the hooks off again.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._counter = _ActivationCounter(model)
+
+    def read(self) -> dict[int, RouterStatistics]:
+        """Statistics per layer since the last call, over all processes; every process has to call it."""
+        layers, table = self._counter.take()
         return {
             layer: RouterStatistics(active / tokens, temperature)
             for layer, (active, tokens, temperature) in zip(layers, table.tolist(), strict=True)
@@ -155,15 +194,101 @@ class RouterMonitor:
         }
 
     def close(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self._counter.close()
 
     def __enter__(self) -> "RouterMonitor":
         return self
 
     def __exit__(self, *exception) -> None:
         self.close()
+
+
+class RouterBudget:
+    """Holds a model's routers to the config's `router_target_rate` by moving their biases, in place of a term in the loss.
+
+    `step`, called after each optimiser step, moves the threshold of every router by
+    gain * (r - target), where r is the share of all real tokens that all layers together activated since the last call,
+    over micro-batches and processes. So layers may share the budget out among themselves, what they choose is learned from
+    the task's loss alone, and a step's parts add up exactly, however it is cut. With `router_target_scope` layer each
+    layer is held by its own rate.
+
+    With scope `model`, a layer that comes within `floor` of activating nothing, or everything, is also pushed back by its
+    distance from there: at 0 nothing else would reopen it, since tokens that are not activated have no gradient.
+
+    Nothing else is kept from step to step, so that a checkpoint of the parameters is all that a resumed run needs. While
+    a budget is attached, the loss has no term for the rate and `router_penalty` is None. `close` takes it off.
+
+    Args:
+        model: with trainable routers, before or after it is wrapped by DDP or FSDP2. DeepSpeed keeps parameters of its own,
+            which would undo the moves.
+        gain: move of a step, in units of the two logits' difference, for a rate that is off by 1. The loss pushes back: the
+            rate settles where both are even, nearer to the target with more gain or a lower rate of the routers.
+        floor: least share, and most share is 1 - floor, that a layer may stay at; 0 for none.
+
+    Raises:
+        ValueError: if the config has no `router_target_rate`, or routers have no bias that can be moved (other router
+            types, frozen or sharded by ZeRO-3).
+    """
+
+    def __init__(self, model: nn.Module, gain: float = 0.1, floor: float = 0.02):
+        if not gain > 0:
+            raise ValueError(f"gain must be above 0, got {gain}")
+        if not 0 <= floor < 0.5:
+            raise ValueError(f"floor must be from 0 up to, but not including, 0.5, got {floor}")
+        self.config = _model_and_head(model)[0].config
+        if self.config.router_target_rate is None:
+            raise ValueError("RouterBudget needs a config with router_target_rate, got None")
+        routers = [router for _, router in _routers(model)]
+        if any(not router.bias.requires_grad or router.bias.numel() != 2 for router in routers):
+            raise ValueError("RouterBudget moves the routers' biases, which are frozen or sharded away in this model")
+        self.gain, self.floor = gain, floor
+        self._counter = _ActivationCounter(model)
+        for router in routers:
+            router.rate_is_held = True
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Moves the biases by what was counted since the last call; every process has to call it. It waits for nothing."""
+        layers, table = self._counter.take()
+        if not layers:
+            return
+        target = self.config.router_target_rate
+        active, tokens = table[:, 0], table[:, 1]
+        rates = active / tokens.clamp_min(1)
+        if self.config.router_target_scope == "layer":
+            missed = rates - target
+        else:
+            floor = min(self.floor, target / 2, (1 - target) / 2)
+            missed = active.sum() / tokens.sum().clamp_min(1) - target
+            missed = missed + (rates - floor).clamp_max(0) + (rates - (1 - floor)).clamp_min(0)
+        moves = torch.where(tokens > 0, self.gain / 2 * missed, 0)
+        biases = [self._counter.routers[layer].bias for layer in layers]
+        pairs = torch.stack([moves, -moves], 1).to(biases[0].dtype).unbind()
+        torch._foreach_add_(biases, [_like(pair, bias) for pair, bias in zip(pairs, biases, strict=True)])
+
+    def close(self) -> None:
+        self._counter.close()
+        for router in self._counter.routers.values():
+            router.rate_is_held = False
+
+    def __enter__(self) -> "RouterBudget":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+
+def _like(value: Tensor, parameter: Tensor) -> Tensor:
+    """A value that every process holds, of the dtype, device and sharding of a parameter."""
+    value = value.to(parameter.device, parameter.dtype)
+    if not hasattr(parameter, "device_mesh"):
+        return value
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = parameter.device_mesh
+    return DTensor.from_local(value, mesh, [Replicate()] * mesh.ndim, run_check=False).redistribute(
+        placements=parameter.placements
+    )
 
 
 class CollapseWarning:
@@ -249,6 +374,25 @@ class RouterCallback(TrainerCallback):
             self._monitor = None
 
 
+class _BudgetCallback(TrainerCallback):
+    """Keeps a `RouterBudget` while a Trainer trains."""
+
+    def __init__(self, gain: float):
+        self._gain, self._budget = gain, None
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.on_train_end(args, state, control)
+        self._budget = RouterBudget(model, self._gain)
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self._budget.step()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self._budget is not None:
+            self._budget.close()
+            self._budget = None
+
+
 class SeqBoatTrainerMixin:
     """Gives a Trainer the right weight decay: `class MyTrainer(SeqBoatTrainerMixin, SFTTrainer): pass`. The argument
     `use_liger_kernel` sets the config's `loss_implementation`. Where the loss is not the model's own (SFTTrainer's, one of
@@ -258,10 +402,19 @@ class SeqBoatTrainerMixin:
         cuda_graphs: run forward and backward of a batch as one CUDA graph (`GraphedStep`): with one GPU a process, in
             float32 or bf16, where batches are of one shape. The loss is the model's own, whatever `compute_loss` is, and
             a mean over the batch's labels.
+        router_gain: hold the routers to the config's `router_target_rate` by a `RouterBudget` of this gain, in place of a
+            term in the loss.
     """
 
-    def __init__(self, *args, cuda_graphs: bool = False, **kwargs):
+    def __init__(self, *args, cuda_graphs: bool = False, router_gain: float | None = None, **kwargs):
         super().__init__(*args, **kwargs)
+        if router_gain is not None:
+            if self.is_deepspeed_enabled:
+                raise ValueError("router_gain does not go with DeepSpeed, which keeps parameters of its own")
+            if self.model is not None:
+                # Says at once what cannot be held.
+                RouterBudget(self.model, router_gain).close()
+            self.add_callback(_BudgetCallback(router_gain))
         if self.args.use_liger_kernel:
             # The Trainer looks a model type up in Liger's own table, which does not have this one.
             self.model.config.loss_implementation = "liger"

@@ -1,8 +1,16 @@
 """GraphedStep's bookkeeping, what it refuses, and the Trainer's use of it; what needs a GPU is in test_gpu.py."""
 
+import copy
+
 import pytest
 import torch
-from graphed_steps import CUDA_STAND_INS, EmulatedGraph, check_that_an_overflow_is_computed_again, gradients
+from graphed_steps import (
+    CUDA_STAND_INS,
+    EmulatedGraph,
+    check_that_an_overflow_is_computed_again,
+    gradients,
+    set_rates,
+)
 from small_models import random_ids, small_lm
 from transformers import TrainingArguments
 from triton_interpreter import DEVICE  # before anything imports triton
@@ -15,7 +23,7 @@ from modeling_seqboat import (
     training_seqboat,
 )
 from modeling_seqboat.graphed_step_seqboat import GraphedStep
-from modeling_seqboat.training_seqboat import RouterMonitor, SeqBoatTrainer
+from modeling_seqboat.training_seqboat import RouterBudget, RouterMonitor, SeqBoatTrainer
 
 
 class OnAnyDevice(GraphedStep):
@@ -209,6 +217,25 @@ def test_gradients_are_those_of_plain_steps_however_they_are_cleared(emulated):
             for parameter in model.parameters():
                 parameter.add_(0.01 * torch.ones_like(parameter))
     assert step.captures == 1 and step.overflows == 0
+
+
+def test_a_budget_counts_every_batch_once_captured_or_computed_again(emulated, monkeypatch):
+    monkeypatch.setattr(graphed_step_seqboat, "_STEP", 4)
+    monkeypatch.setattr(graphed_step_seqboat, "_SPARE", 0)
+    emulated.config.router_target_rate = 0.3
+    plain = copy.deepcopy(emulated)
+    step = EmulatedGraph(emulated, headroom=1.0)
+    with RouterBudget(emulated, gain=0.5) as graphed, RouterBudget(plain, gain=0.5) as eager:
+        for turn, threshold in enumerate((2.0, 2.0, 2.0, -30.0, -30.0)):
+            ids = random_ids(1, 16, seed=turn)
+            for model in (emulated, plain):
+                set_rates(model, threshold)
+            step(input_ids=ids, labels=ids)
+            plain(ids, labels=ids).loss.backward()
+            graphed.step()
+            eager.step()
+            torch.testing.assert_close(emulated.state_dict(), plain.state_dict())
+    assert step.captures == 2 and step.overflows == 1
 
 
 def test_more_tokens_than_room_are_computed_again(emulated, monkeypatch):

@@ -199,6 +199,7 @@ def test_only_learned_routers_cost_flops(kind):
         ("router_target_rate", 1.5),
         ("router_target_rate", "0.3"),
         ("router_target_weight", -1),
+        ("router_target_scope", "models"),
     ],
 )
 def test_wrong_values_are_refused_by_name(field, value):
@@ -217,10 +218,12 @@ def test_a_target_for_a_router_without_parameters_is_refused(kind):
 TARGET = {"router_target_rate": 0.25, "router_target_weight": 3.0}
 
 
+@pytest.mark.parametrize("scope", ["model", "layer"])
 @pytest.mark.parametrize("rate", [0, 0.5, 1])
 @pytest.mark.parametrize("kind", ["tempered_softmax", *GUMBEL])
-def test_the_penalty_is_the_squared_distance_and_moves_routers_at_any_rate(kind, rate):
-    model, ids = tiny_lm(rate=rate, router_type=kind, **TARGET).train(), token_ids(3, 30)
+def test_the_penalty_is_the_squared_distance_and_moves_routers_at_any_rate(kind, rate, scope):
+    model = tiny_lm(rate=rate, router_type=kind, router_target_scope=scope, **TARGET).train()
+    ids = token_ids(3, 30)
     if rate != 0.5:
         # Clear decisions, but not so clear that the soft probability is flat.
         with torch.no_grad():
@@ -232,7 +235,10 @@ def test_the_penalty_is_the_squared_distance_and_moves_routers_at_any_rate(kind,
     outputs = model(ids, attention_mask=mask, output_router_probs=True)
     shares = [(probs > 0).sum() / mask.sum() for probs in outputs.router_probs]
     assert rate == 0.5 or all(share == rate for share in shares)
-    expected = 3 * sum((share - 0.25) ** 2 for share in shares) / 2
+    if scope == "model":
+        expected = 3 * 2 * (sum(shares) / 2 - 0.25) ** 2
+    else:
+        expected = 3 * sum((share - 0.25) ** 2 for share in shares) / 2
     torch.testing.assert_close(outputs.router_penalty, expected)
     outputs.router_penalty.backward()
     first, last = (layer.router for layer in model.model.layers)
@@ -290,7 +296,7 @@ def test_micro_batches_weigh_it_by_their_labels():
 @pytest.mark.parametrize("kind", ["tempered_softmax", *GUMBEL])
 @pytest.mark.parametrize("start", [0.0, 1.0])
 def test_a_short_training_reaches_the_target_from_either_end(kind, start):
-    model = tiny_lm(router_type=kind, router_target_rate=0.3, hidden_size=16).train()
+    model = tiny_lm(router_type=kind, router_target_rate=0.3, router_target_scope="layer", hidden_size=16).train()
     with torch.no_grad():
         for layer in model.model.layers:
             layer.router.weight.mul_(0.1)

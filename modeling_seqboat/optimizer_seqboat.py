@@ -1,0 +1,133 @@
+"""Muon for the matrices of a model's layers and AdamW for everything else, as one optimizer.
+
+Letters: S matrices of one shape, R rows, C columns.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+# The quintic of Keller Jordan's Muon (https://kellerjordan.github.io/posts/muon/), which `torch.optim.Muon` uses too.
+_QUINTIC = (3.4445, -4.7750, 2.0315)
+
+
+def orthogonalized(matrices: Tensor, steps: int = 5) -> Tensor:
+    """Matrices with the singular vectors of the given ones and singular values near 1 (between 0.7 and 1.2 mostly).
+
+    Args:
+        matrices: (S, R, C). steps: Newton-Schulz steps, in bfloat16, which is enough for an update.
+
+    Returns:
+        (S, R, C) bfloat16.
+    """
+    x = matrices.bfloat16()
+    tall = x.shape[1] > x.shape[2]
+    # The product of a matrix with itself is smaller on this side.
+    x = x.mT if tall else x
+    # No singular value is above the Frobenius norm.
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
+    a, b, c = _QUINTIC
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+def _expect_matrices(parameters: list[nn.Parameter]) -> None:
+    for parameter in parameters:
+        if parameter.ndim != 2 or hasattr(parameter, "device_mesh"):
+            raise ValueError(
+                f"Muon takes whole matrices, got a {type(parameter).__name__} of shape {tuple(parameter.shape)}: "
+                "sharded training (FSDP2, ZeRO-3) goes with AdamW"
+            )
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """Muon for groups with `muon: True`, as `parameter_groups(..., muon_learning_rate=...)` makes them, and AdamW for
+    the others, in one object: schedules, clipping, checkpoints and Accelerate see a single optimizer.
+
+    The update is that of `torch.optim.Muon` (Nesterov momentum, decoupled weight decay, a rate times
+    sqrt(max(1, rows / columns))), but all matrices of one shape are orthogonalised together: torch's goes through them one
+    by one, some 30 kernels each.
+
+    Args:
+        groups: parameters, or dictionaries of parameters and their settings.
+        lr, betas, eps, weight_decay: AdamW's, where a group has none of its own; `lr` and `weight_decay` also Muon's.
+        momentum: Muon's. ns_steps: Newton-Schulz steps.
+        fused: AdamW as one kernel; by default where all parameters are on a GPU.
+
+    Raises:
+        ValueError: for a `muon` group with a tensor that is no whole matrix: of another rank, or sharded.
+    """
+
+    def __init__(
+        self,
+        groups: Iterable,
+        lr: float = 2e-3,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        ns_steps: int = 5,
+        fused: bool | None = None,
+    ):
+        groups = list(groups)
+        if groups and not isinstance(groups[0], dict):
+            groups = [{"params": groups}]
+        groups = [{**group, "params": list(group["params"])} for group in groups]
+        if not 0 <= momentum < 1:
+            raise ValueError(f"momentum must be from 0 up to, but not including, 1, got {momentum}")
+        if ns_steps < 1:
+            raise ValueError(f"ns_steps must be at least 1, got {ns_steps}")
+        if fused is None:
+            devices = {p.device.type for group in groups for p in group["params"]}
+            fused = devices == {"cuda"}
+        # It holds the AdamW groups' settings under their names and steps them; the state is kept here.
+        stand_in = nn.Parameter(torch.zeros(1))
+        self._adamw = torch.optim.AdamW([stand_in], lr, betas, eps, weight_decay, fused=fused)
+        super().__init__(groups, {**self._adamw.defaults, "momentum": momentum, "ns_steps": ns_steps, "muon": False})
+
+    def add_param_group(self, group: dict) -> None:
+        if group.get("muon"):
+            group["params"] = list(group["params"])
+            _expect_matrices(group["params"])
+        super().add_param_group(group)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            if group["muon"]:
+                self._step_matrices(group)
+        # Both may be new objects since the last step: loading a checkpoint replaces them.
+        self._adamw.state = self.state
+        self._adamw.param_groups = [group for group in self.param_groups if not group["muon"]]
+        self._adamw.step()
+        return loss
+
+    def _step_matrices(self, group: dict) -> None:
+        # FSDP2 shards parameters after an optimizer was made.
+        _expect_matrices(group["params"])
+        shapes: dict[tuple, list[nn.Parameter]] = {}
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                key = parameter.shape, parameter.device, parameter.dtype
+                shapes.setdefault(key, []).append(parameter)
+        momentum, rate = group["momentum"], float(group["lr"])
+        for (shape, *_), parameters in shapes.items():
+            for parameter in parameters:
+                if not self.state[parameter]:
+                    self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+            grads = [parameter.grad for parameter in parameters]
+            averages = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
+            torch._foreach_lerp_(averages, grads, 1 - momentum)
+            ahead = torch._foreach_lerp(grads, averages, momentum)
+            update = orthogonalized(torch.stack(ahead), group["ns_steps"]).to(parameters[0].dtype)
+            torch._foreach_mul_(parameters, 1 - rate * group["weight_decay"])
+            scale = math.sqrt(max(1, shape[0] / shape[1]))
+            torch._foreach_add_(parameters, list(update.unbind()), alpha=-rate * scale)
