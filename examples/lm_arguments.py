@@ -106,6 +106,11 @@ def check_arguments(a: TrainArguments) -> None:
     ):
         if getattr(a, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(a, name)}")
+    for name in ("muon_learning_rate", "router_gain"):
+        if not 0 <= getattr(a, name) < math.inf:
+            raise ValueError(f"{name} must be at least 0, got {getattr(a, name)}")
+    if a.average_decay is not None and not 0 < a.average_decay < 1:
+        raise ValueError(f"average_decay must lie between 0 and 1, got {a.average_decay}")
     if a.sequence_length < 2:
         raise ValueError(f"sequence_length must be at least 2, got {a.sequence_length}")
     if a.eval_context is not None and not 1 <= a.eval_context < a.sequence_length:

@@ -76,10 +76,12 @@ class Saver:
                 shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
 
-    def model_folder(self, name: str) -> None:
-        state = self.accelerator.get_state_dict(self.model)
+    def model_folder(self, name: str, model=None) -> None:
+        """Writes the trained model, or another one, to `name`."""
+        model = self.model if model is None else model
+        state = self.accelerator.get_state_dict(model)
         if self.accelerator.is_main_process:
-            unwrapped = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+            unwrapped = self.accelerator.unwrap_model(model, keep_torch_compile=False)
             unwrapped.save_pretrained(self.output / name, state_dict=state)
             self.tokenizer.save_pretrained(self.output / name)
         self.accelerator.wait_for_everyone()

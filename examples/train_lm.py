@@ -6,6 +6,9 @@
 Writes to `output_dir`: `checkpoint-N/` to resume from, `best/` (the model with the lowest validation loss), `final/`,
 `metrics.jsonl`, `training_record.json` and TensorBoard logs. Ctrl-C saves a checkpoint after the current step and ends.
 
+`--average_decay` keeps an average of the weights beside them, scores it at each validation and writes it to `averaged/`. A
+layer whose router stops choosing is an entry `router/collapse` of `metrics.jsonl`.
+
 `--max_minutes` ends the run after that much training time: the clock stops during validation and saving, a resumed run
 goes on with the time already used, and the learning rate falls by the share of time or of steps that is used,
 whichever is larger. `--model_type llama` trains a LlamaForCausalLM in the same way, for comparison.
@@ -31,6 +34,7 @@ from recipes import check_launch, check_output_folder, find_checkpoint, parse_ar
 from run_record import hardware, published_command, write_record
 from text_data import load_tokenizer
 from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 
@@ -84,6 +88,15 @@ def build_optimizer(a: TrainArguments, model: torch.nn.Module, device: torch.dev
         return MuonAdamW(groups, **settings)
     # One launch for many parameters; the CPU keeps the arithmetic of its records.
     return torch.optim.AdamW(groups, **settings, fused=device.type == "cuda")
+
+
+def check_sharding(a: TrainArguments, kind: DistributedType) -> None:
+    """Raises ValueError for what needs whole parameters where they are in parts, or copies."""
+    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        if a.optimizer == "muon":
+            raise ValueError(f"optimizer muon takes whole matrices, which {kind.value} does not keep; use adamw")
+        if a.average_decay is not None:
+            raise ValueError(f"average_decay averages whole parameters, which {kind.value} does not keep")
 
 
 def build_budget(a: TrainArguments, model: torch.nn.Module, accelerator: Accelerator) -> RouterBudget | None:
@@ -166,6 +179,7 @@ def main(argv: list[str] | None = None) -> dict:
         project_dir=str(output),
         step_scheduler_with_optimizer=False,
     )
+    check_sharding(a, accelerator.distributed_type)
     if a.cuda_graphs and accelerator.mixed_precision == "fp16":
         raise ValueError("cuda_graphs cannot be used: fp16 scales its loss outside the graph; use bf16")
     if accelerator.is_main_process:
@@ -173,7 +187,13 @@ def main(argv: list[str] | None = None) -> dict:
     accelerator.wait_for_everyone()
     set_seed(a.seed)
     model = SeqBoatForCausalLM(config) if a.model_type == "seqboat" else LlamaForCausalLM(config)
-    parameters = model.num_parameters()
+    parameters, averaged = model.num_parameters(), None
+    if a.average_decay is not None:
+        # Before anything is hooked to the model: the copy is not to run it.
+        averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(a.average_decay))
+        # The count of steps stays on the CPU, where asking for it waits for nothing.
+        averaged.module.to(accelerator.device)
+        accelerator.register_for_checkpointing(averaged)
     if a.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     monitor, collapse = RouterMonitor(model), CollapseWarning()
@@ -199,7 +219,19 @@ def main(argv: list[str] | None = None) -> dict:
         set_seed(a.seed, device_specific=True)
     saver = Saver(a, accelerator, model, tokenizer, config)
     result = run(
-        a, accelerator, model, optimizer, schedule, loader, progress, saver, monitor, collapse, held_out, budget
+        a,
+        accelerator,
+        model,
+        optimizer,
+        schedule,
+        loader,
+        progress,
+        saver,
+        monitor,
+        collapse,
+        held_out,
+        budget,
+        averaged,
     )
     monitor.close()
     if accelerator.is_main_process:
@@ -237,6 +269,8 @@ def run_record(a: TrainArguments, argv: list[str], accelerator: Accelerator, pro
         "optimizer": a.optimizer,
         "learning_rate": a.learning_rate,
         "router_learning_rate": a.router_learning_rate,
+        **({"muon_learning_rate": a.muon_learning_rate} if a.optimizer == "muon" else {}),
+        **({} if a.average_decay is None else {"average_decay": a.average_decay}),
         "lr_scheduler_type": a.schedule,
         "warmup_steps": a.warmup_steps,
         "weight_decay": a.weight_decay,
@@ -247,7 +281,7 @@ def run_record(a: TrainArguments, argv: list[str], accelerator: Accelerator, pro
 
 
 def run(
-    a, accelerator, model, optimizer, schedule, loader, progress, saver, monitor, collapse, held_out, budget
+    a, accelerator, model, optimizer, schedule, loader, progress, saver, monitor, collapse, held_out, budget, averaged
 ) -> dict:
     """The training loop, from `progress.step` on."""
     stopping = {"asked": False}
@@ -275,6 +309,11 @@ def run(
 
     def validate() -> float:
         scores = {f"{split}/bits_per_byte": evaluate(a, accelerator, model, held_out[split]) for split in held_out}
+        if averaged is not None:
+            with accelerator.autocast():
+                for split in held_out:
+                    score = evaluate(a, accelerator, averaged.module, held_out[split])
+                    scores[f"{split}/averaged_bits_per_byte"] = score
         write(scores)
         value = scores["validation/bits_per_byte"]
         if value < progress.best:
@@ -300,9 +339,11 @@ def run(
                         accelerator.clip_grad_norm_(model.parameters(), a.max_grad_norm)
                     optimizer.step()
                     optimizer.zero_grad()
-                    if budget is not None and accelerator.sync_gradients:
-                        budget.step()
                 step_loss += loss.detach().float() / a.gradient_accumulation_steps
+            if budget is not None:
+                budget.step()
+            if averaged is not None:
+                averaged.update_parameters(accelerator.unwrap_model(model))
             if not accelerator.optimizer_step_was_skipped:
                 schedule.step()
             progress.step += 1
@@ -316,8 +357,8 @@ def run(
                     raise FloatingPointError(f"the loss is not finite near step {progress.step}: {values}")
                 speed = (progress.step - counted_from) * tokens_a_step / (clock.seconds - clock.before)
                 seen = monitor.read()
-                if accelerator.is_main_process:
-                    collapse.check(seen, progress.step)
+                for message in collapse.check(seen, progress.step) if accelerator.is_main_process else ():
+                    write({"router/collapse": message})
                 memory = device_memory(device)
                 write(
                     {
@@ -341,6 +382,8 @@ def run(
             accelerator.print(f"stopped after step {progress.step}; checkpoint-{progress.step} is saved")
         else:
             saver.model_folder("final")
+            if averaged is not None:
+                saver.model_folder("averaged", averaged.module)
         if validated is None:
             validated = evaluate(a, accelerator, model, held_out["validation"])
     finally:

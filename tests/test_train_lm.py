@@ -16,9 +16,12 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import DistributedType
 from example_scripts import imported
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from modeling_seqboat import SeqBoatConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = ROOT / "examples/data/tinyshakespeare.txt"
@@ -81,12 +84,24 @@ def test_short_run_learns_and_leaves_a_model_that_loads(tmp_path, examples, caps
     assert "bits per byte" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "radam"])
-def test_resumed_run_repeats_the_uninterrupted_one_exactly(tmp_path, examples, optimizer):
+HELD = '{"hidden_dropout": 0.1, "router_target_rate": 0.3}'
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "others"),
+    [
+        ("adamw", {}),
+        ("radam", {}),
+        ("muon", {"config_overrides": HELD, "average_decay": 0.9}),
+        ("adamw", {"config_overrides": HELD, "router_gain": 0}),
+    ],
+)
+def test_resumed_run_repeats_the_uninterrupted_one_exactly(tmp_path, examples, optimizer, others):
     options = dict(
         optimizer=optimizer, gradient_accumulation_steps=2, config_overrides='{"hidden_dropout": 0.1}',
         router_learning_rate=1e-3, save_total_limit=5,
     )  # fmt: skip
+    options.update(others)
     whole = tmp_path / "whole"
     # More micro-batches than an epoch has, so that the resume falls into a later epoch.
     run(examples, whole, steps=24, save_steps=15, max_bytes=4000, **options)
@@ -99,9 +114,57 @@ def test_resumed_run_repeats_the_uninterrupted_one_exactly(tmp_path, examples, o
     assert sorted(second) == list(range(16, 25))
     for step in second:
         assert second[step]["train/loss"] == first[step]["train/loss"]
-    torch.testing.assert_close(
-        load_file(resumed / "final/model.safetensors"), load_file(whole / "final/model.safetensors"), rtol=0, atol=0
+    for folder in ("final", "averaged") if "average_decay" in others else ("final",):
+        found, expected = (load_file(run_folder / folder / "model.safetensors") for run_folder in (resumed, whole))
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_the_rate_is_held_and_is_no_part_of_the_loss(tmp_path, examples):
+    text = '{"router_target_rate": 0.25, "router_target_weight": 100.0}'
+    run(examples, tmp_path / "held", steps=60, config_overrides=text, router_gain=0.5, logging_steps=20)
+    run(examples, tmp_path / "pulled", steps=1, config_overrides=text, router_gain=0)
+    run(examples, tmp_path / "free", steps=1)
+    held, pulled, free = (logged(tmp_path / name) for name in ("held", "pulled", "free"))
+    assert held[60]["router/activation_rate"] == pytest.approx(0.25, abs=0.1)
+    assert pulled[1]["train/loss"] > free[1]["train/loss"] + 1
+    assert held[20]["train/loss"] < free[1]["train/loss"]
+
+
+def test_a_layer_that_stops_choosing_is_an_event_of_the_log(tmp_path, examples, monkeypatch):
+    run(examples, tmp_path / "run", steps=2, config_overrides='{"activation_bias": 1000.0}')
+    entries = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text("utf-8").splitlines()]
+    events = [entry for entry in entries if "router/collapse" in entry]
+    layers = SeqBoatConfig.from_preset("tiny").num_hidden_layers
+    assert len(events) == layers and all(entry["step"] == 1 and entry["train/tokens"] == 128 for entry in events)
+    assert "the router of layer 0 activates 0.0% of the tokens" in events[0]["router/collapse"]
+
+
+def test_averaged_weights_are_scored_and_kept(tmp_path, examples):
+    result = run(examples, tmp_path / "run", steps=30, eval_steps=30, average_decay=0.8)
+    steps = logged(tmp_path / "run")
+    average = steps[30]["validation/averaged_bits_per_byte"]
+    assert 0 < average != result["validation_bits_per_byte"]
+    assert average < 8
+    averaged, final = (AutoModelForCausalLM.from_pretrained(tmp_path / "run" / name) for name in ("averaged", "final"))
+    distance = max(
+        float((mine - theirs).detach().abs().max())
+        for mine, theirs in zip(averaged.parameters(), final.parameters(), strict=True)
     )
+    assert 0 < distance < 0.5
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        (dict(optimizer="muon"), "optimizer muon takes whole matrices, which FSDP does not keep"),
+        (dict(average_decay=0.9), "average_decay averages whole parameters, which FSDP does not keep"),
+    ],
+)
+def test_what_needs_whole_parameters_is_refused_where_they_are_sharded(examples, setting, message):
+    arguments = examples.TrainArguments(output_dir="", **setting)
+    with pytest.raises(ValueError, match=message):
+        examples.check_sharding(arguments, DistributedType.FSDP)
+    examples.check_sharding(arguments, DistributedType.MULTI_GPU)
 
 
 def test_interrupt_saves_a_checkpoint_that_latest_finds(tmp_path, examples, monkeypatch):
@@ -229,7 +292,7 @@ def test_bad_input_is_refused_before_training(tmp_path, examples):
         (ValueError, "there is no preset 'tinny'", dict(preset="tinny")),
         (ValueError, "sequence_length 9000 is longer than the training data, which has 5700 tokens",
          dict(sequence_length=9000)),
-        (ValueError, "optimizer must be one of adamw, radam, got 'sgd'", dict(optimizer="sgd")),
+        (ValueError, "optimizer must be one of adamw, radam, muon, got 'sgd'", dict(optimizer="sgd")),
         (ValueError, "model_type must be one of seqboat, llama, got 'mamba'", dict(model_type="mamba")),
         (ValueError, "v_head_dim is no field of LlamaConfig",
          dict(model_type="llama", config_overrides='{"v_head_dim": 8}')),
@@ -237,6 +300,9 @@ def test_bad_input_is_refused_before_training(tmp_path, examples):
         (ValueError, "give one of train_file and dataset_name, got None and None", dict(train_file=None)),
         (ValueError, "eval_context must be from 1 to 31, got 32", dict(eval_context=32)),
         (ValueError, "score_test is for enwik8, whole", dict(score_test=True)),
+        (ValueError, "router_gain must be at least 0, got -0.1", dict(router_gain=-0.1)),
+        (ValueError, "muon_learning_rate must be at least 0, got -1", dict(muon_learning_rate=-1.0)),
+        (ValueError, "average_decay must lie between 0 and 1, got 1", dict(average_decay=1.0)),
         (ValueError, "too few for one batch of 400 rows", dict(batch_size=400)),
         (ValueError, "there is no checkpoint in output_dir", dict(resume_from_checkpoint="latest")),
         (ValueError, "is no checkpoint folder of this script", dict(resume_from_checkpoint=tmp_path / "nowhere")),
@@ -312,13 +378,35 @@ def test_row_order_depends_on_seed_and_position_alone(examples):
     order = sys.modules["text_data"].RowOrder
 
     def take(count, **place):
-        return list(itertools.islice(iter(order(11, 2, 3, **place)), count))
+        # 119 tokens: 11 rows of 10 whatever the offset, of which 10 fill batches of 2.
+        return list(itertools.islice(iter(order(119, 10, 2, 3, **place)), count))
 
     whole = take(20)
     assert take(12, start=4) == whole[8:]
     assert len(set(whole[:10])) == 10 and sorted(whole[10:20]) != whole[10:20]
     ranks = [take(4, rank=rank, world=2) for rank in (0, 1)]
     assert ranks[0][:2] + ranks[1][:2] + ranks[0][2:] + ranks[1][2:] == whole[:8]
+
+
+def test_each_pass_cuts_the_text_at_another_offset_and_reads_all_of_it(examples):
+    text_data = sys.modules["text_data"]
+    windows = text_data.TokenWindows(np.arange(70), 10)
+    stream = iter(text_data.RowOrder(70, 10, 2, 3))
+    offsets = set()
+    for _ in range(40):
+        # 6 rows fit at any offset, so a pass is 3 batches of 2.
+        starts = [next(stream) for _ in range(6)]
+        rows = [windows[start]["input_ids"].tolist() for start in starts]
+        offset = min(starts)
+        assert sorted(sum(rows, [])) == list(range(offset, offset + 60))
+        offsets.add(offset)
+    assert offsets == set(range(10))
+    only = iter(text_data.RowOrder(15, 10, 1, 0))
+    assert {next(only) for _ in range(60)} == set(range(6))
+    with pytest.raises(IndexError):
+        windows[61]
+    with pytest.raises(ValueError, match="sequence_length 71 is longer than the training data, which has 70 tokens"):
+        text_data.TokenWindows(np.arange(70), 71)
 
 
 def test_schedules(examples):
@@ -377,7 +465,7 @@ def test_the_compared_recipes_differ_in_what_is_each_models_own(examples):
         for name in ("enwik8-base", "enwik8-llama")
     )
     own = {"model_type", "preset", "config_overrides", "learning_rate", "router_learning_rate", "max_grad_norm",
-           "cuda_graphs", "eval_steps", "save_steps"}  # fmt: skip
+           "optimizer", "cuda_graphs", "eval_steps", "save_steps"}  # fmt: skip
     different = {name for name in vars(boat) if getattr(boat, name) != getattr(llama, name)}
     assert different <= own
     sizes = []
