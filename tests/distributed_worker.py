@@ -1,5 +1,6 @@
 """Started by test_distributed.py through `accelerate launch`: trains a few steps while the processes' routers activate
-nothing, about half and everything, and compares each step with one process that sees all the data.
+nothing, about half and everything, and compares each step with one process that sees all the data. A `RouterBudget` holds
+the rate of all processes together; Muon takes the place of SGD where parameters are whole. All in float64.
 
 Usage: distributed_worker.py REPORT.json, or distributed_worker.py train_lm FLAGS for examples/train_lm.py with FSDP2 on
 the CPU.
@@ -9,6 +10,7 @@ import copy
 import json
 import os
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -18,7 +20,8 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch.distributed.fsdp import FSDPModule
 
 from modeling_seqboat import SeqBoatConfig, SeqBoatForCausalLM
-from modeling_seqboat.training_seqboat import RouterMonitor, parameter_groups
+from modeling_seqboat.optimizer_seqboat import MuonAdamW
+from modeling_seqboat.training_seqboat import RouterBudget, RouterMonitor, parameter_groups
 
 # Added to the logit for skipping a token; read at every forward, so that it may differ from process to process.
 BIASES = {"none": 1e4, "half": 0.0, "all": -1e4}
@@ -40,6 +43,22 @@ def rows(step: int, rank: int) -> torch.Tensor:
     return torch.randint(0, 256, (2, 21), generator=torch.Generator().manual_seed(100 * step + rank))
 
 
+@contextmanager
+def single_process():
+    """Hides the other processes from what would add up their counts."""
+    usual, torch.distributed.get_world_size = torch.distributed.get_world_size, lambda *args: 1
+    try:
+        yield
+    finally:
+        torch.distributed.get_world_size = usual
+
+
+def make_optimizer(model: torch.nn.Module, sharded: bool) -> torch.optim.Optimizer:
+    if sharded:
+        return torch.optim.SGD(parameter_groups(model, 0.01), lr=0.1, momentum=0.9)
+    return MuonAdamW(parameter_groups(model, 0.01, muon_learning_rate=0.02), lr=1e-2)
+
+
 def make_accelerator(**settings) -> Accelerator:
     """On the CPU Accelerate takes no notice of an FSDP config, though all that `prepare` does for FSDP2 runs there. So
     its state is told by hand, as it tells itself on a GPU; the plugin reads what `accelerate launch` took from the yaml."""
@@ -54,11 +73,12 @@ def run(path: str) -> None:
     accelerator = make_accelerator()
     rank, world = accelerator.process_index, accelerator.num_processes
     torch.manual_seed(0)
-    model = SeqBoatForCausalLM(SeqBoatConfig.from_preset("tiny", intermediate_size=48)).train()
+    config = SeqBoatConfig.from_preset("tiny", intermediate_size=48, router_target_rate=0.3)
+    model = SeqBoatForCausalLM(config).double().train()
     reference = copy.deepcopy(model)
-    monitor = RouterMonitor(model)
-    optimizer = torch.optim.SGD(parameter_groups(model, 0.01), lr=0.1, momentum=0.9)
-    reference_optimizer = torch.optim.SGD(parameter_groups(reference, 0.01), lr=0.1, momentum=0.9)
+    monitor, budget, reference_budget = RouterMonitor(model), RouterBudget(model), RouterBudget(reference)
+    sharded = accelerator.distributed_type == DistributedType.FSDP
+    optimizer, reference_optimizer = make_optimizer(model, sharded), make_optimizer(reference, sharded)
     model, optimizer = accelerator.prepare(model, optimizer)
     plain = accelerator.unwrap_model(model)
     report = {
@@ -95,6 +115,10 @@ def run(path: str) -> None:
         optimizer.zero_grad()
         reference_optimizer.step()
         reference_optimizer.zero_grad()
+        # Only the reference counts the parts of all processes by itself.
+        with single_process():
+            reference_budget.step()
+        budget.step()
         report["losses"].append(float(accelerator.reduce(loss.detach(), "mean")))
         report["reference_losses"].append(reference_loss)
         report["gradient_errors"].append(max(errors))
@@ -102,6 +126,7 @@ def run(path: str) -> None:
     weights = [float((full(a).cpu() - b).abs().max()) for a, b in
                zip(plain.parameters(), reference.parameters(), strict=True)]  # fmt: skip
     report["weight_error"] = max(weights)
+    report["biases"] = [full(layer.router.bias).tolist() for layer in plain.model.layers]
     if accelerator.is_main_process:
         with open(path, "w", encoding="utf-8") as file:
             json.dump(report, file)

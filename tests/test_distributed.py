@@ -53,9 +53,11 @@ def test_adversarial_routers_train_as_one_process_does(tmp_path, config, kind, p
     assert (report["sharded"], report["sharded_layers"]) == ((True, 2) if kind == "FSDP" else (False, 0))
     assert report["find_unused_parameters"] is False
     assert report["without_gradient"] == []
-    assert report["losses"] == pytest.approx(report["reference_losses"], abs=1e-5)
-    assert max(report["gradient_errors"]) < 1e-5
-    assert report["weight_error"] < 1e-5
+    assert report["losses"] == pytest.approx(report["reference_losses"], abs=1e-6)
+    assert max(report["gradient_errors"]) < 1e-6
+    assert report["weight_error"] < 1e-6
+    # The budget has moved them, the same in every process.
+    assert all(abs(skip + run) < 0.05 and abs(skip - run) > 0.01 for skip, run in report["biases"])
     if processes == 2:
         assert report["rates"][0] == [0.5, 0.5]
     assert report["rates"][2] == [0, 0]
