@@ -212,8 +212,9 @@ class RouterBudget:
     the task's loss alone, and a step's parts add up exactly, however it is cut. With `router_target_scope` layer each
     layer is held by its own rate.
 
-    With scope `model`, a layer that comes within `floor` of activating nothing, or everything, is also pushed back by its
-    distance from there: at 0 nothing else would reopen it, since tokens that are not activated have no gradient.
+    With scope `model`, a layer that comes within `floor` of activating nothing, or everything, is also pushed back: at the
+    very end as if its rate were off by 1, at `floor` not at all. Nothing else would reopen a layer that has shut, since
+    tokens that are not activated have no gradient.
 
     Nothing else is kept from step to step, so that a checkpoint of the parameters is all that a resumed run needs. While
     a budget is attached, the loss has no term for the rate and `router_penalty` is None. `close` takes it off.
@@ -223,7 +224,7 @@ class RouterBudget:
             which would undo the moves.
         gain: move of a step, in units of the two logits' difference, for a rate that is off by 1. The loss pushes back: the
             rate settles where both are even, nearer to the target with more gain or a lower rate of the routers.
-        floor: least share, and most share is 1 - floor, that a layer may stay at; 0 for none.
+        floor: layers are kept from rates below it and above 1 - floor; 0 for no such limit. Less for a target near 0 or 1.
 
     Raises:
         ValueError: if the config has no `router_target_rate`, or routers have no bias that can be moved (other router
@@ -260,7 +261,9 @@ class RouterBudget:
         else:
             floor = min(self.floor, target / 2, (1 - target) / 2)
             missed = active.sum() / tokens.sum().clamp_min(1) - target
-            missed = missed + (rates - floor).clamp_max(0) + (rates - (1 - floor)).clamp_min(0)
+            if floor > 0:
+                shut, open_ = (rates - floor) / floor, (rates - (1 - floor)) / floor
+                missed = missed + shut.clamp_max(0) + open_.clamp_min(0)
         moves = torch.where(tokens > 0, self.gain / 2 * missed, 0)
         biases = [self._counter.routers[layer].bias for layer in layers]
         pairs = torch.stack([moves, -moves], 1).to(biases[0].dtype).unbind()

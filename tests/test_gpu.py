@@ -4,10 +4,12 @@ import copy
 
 import pytest
 import torch
-from graphed_steps import check_that_an_overflow_is_computed_again, gradients
+from graphed_steps import check_that_an_overflow_is_computed_again, gradients, set_rates
 
 from modeling_seqboat import SeqBoatCache, SeqBoatConfig, SeqBoatForCausalLM, SeqBoatForSequenceClassification
 from modeling_seqboat.graphed_step_seqboat import GraphedStep
+from modeling_seqboat.optimizer_seqboat import MuonAdamW
+from modeling_seqboat.training_seqboat import RouterBudget, parameter_groups
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -256,6 +258,31 @@ def test_a_graphed_step_with_more_tokens_than_room_is_computed_again():
     step = GraphedStep(model, headroom=1.0)
     ids = ids_of(2, 2000)
     check_that_an_overflow_is_computed_again(step, model, ids, few=4.0, atol=1e-6, rtol=1e-4)
+
+
+def test_a_budget_in_a_graph_moves_routers_as_in_an_eager_training():
+    """Over captures, replays and an overflow, with Muon on the matrices."""
+    eager = build(router_target_rate=0.2).train()
+    graphed = copy.deepcopy(eager)
+    step, sides = GraphedStep(graphed, headroom=1.0), []
+    for model in (eager, graphed):
+        groups = parameter_groups(model, 0.1, router_learning_rate=1e-4, muon_learning_rate=1e-3)
+        sides.append((model, MuonAdamW(groups, lr=1e-4), RouterBudget(model, gain=0.05)))
+    for turn in range(12):
+        ids = ids_of(2, 512, seed=turn)
+        for model, optimizer, budget in sides:
+            if turn == 6:
+                set_rates(model, -30.0)
+            if model is graphed:
+                step(input_ids=ids, labels=ids)
+            else:
+                model(ids, labels=ids).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            budget.step()
+        for one, other in zip(eager.model.layers, graphed.model.layers, strict=True):
+            torch.testing.assert_close(other.router.bias, one.router.bias, atol=1e-3, rtol=0)
+    assert step.captures >= 2 and step.overflows >= 1
 
 
 def test_a_graphed_step_draws_dropout_anew_and_takes_another_shape():

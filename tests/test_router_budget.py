@@ -80,6 +80,29 @@ def test_a_layer_that_has_shut_is_reopened():
         assert bool(last > 0) == opens and bool(first < 1) == opens, (floor, first, last)
 
 
+@pytest.mark.parametrize("side", ["shut", "open"])
+def test_no_layer_collapses_whatever_the_loss_wants(side):
+    """The loss of this training shuts the first router, or opens it entirely, which it can without a floor."""
+    last = []
+    for floor in (0.0, 0.05):
+        model, ids = tiny_lm(router_target_rate=0.5).train(), token_ids(8, 60)
+        set_thresholds(model, 0.0, 0.0)
+        bias = model.model.layers[0].router.bias
+        optimizer = torch.optim.AdamW([bias], lr=3e-2)
+        with RouterBudget(model, gain=0.1, floor=floor) as budget:
+            seen = []
+            for _ in range(150):
+                optimizer.zero_grad()
+                outputs = model(ids, output_router_probs=True)
+                (bias[1] if side == "shut" else -bias[1]).backward()
+                optimizer.step()
+                budget.step()
+                seen.append((outputs.router_probs[0] > 0).float().mean())
+        last.append(torch.stack(seen[-30:]).mean())
+    free, kept = (rate if side == "shut" else 1 - rate for rate in last)
+    assert free < 0.002 and kept > 0.015, (free, kept)
+
+
 def test_the_loss_has_no_term_for_the_rate_while_a_budget_holds_it():
     model, ids = tiny_lm(router_target_rate=0.9, router_target_weight=10.0).train(), token_ids(2, 20)
     pulled = model(ids, labels=ids)
