@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 
 from modeling_seqboat import triton_attention_seqboat as attention
-from modeling_seqboat import triton_fused_seqboat as fused
+from modeling_seqboat import triton_rows_seqboat as rows
+from modeling_seqboat import triton_unit_seqboat as unit_kernels
+from modeling_seqboat.ops_layout_seqboat import Packed
 from modeling_seqboat.triton_launch_seqboat import Kernel
 
 GPU = "cuda"
@@ -103,8 +105,8 @@ def check_unit(dtype, activation, counts, window, z, width):
     out = reference(q, k, v, start, end, activation, factor, None, 0, None, None) * gate
     grad = torch.randn(out.shape, device=GPU).to(dtype)
     expected = (out, *torch.autograd.grad(out, wide, grad.double()))
-    found = fused.gated_unit(
-        *narrow, start, end, activation=activation, attention_scale=factor, cos=angles.cos(), sin=angles.sin(),
+    found, _, _ = unit_kernels.gated_unit_triton(
+        *narrow, start, end, attention=activation, attention_scale=factor, cos=angles.cos(), sin=angles.sin(),
         max_keys=window + 1,
     )  # fmt: skip
     found = (found, *torch.autograd.grad(found, narrow, grad))
@@ -236,12 +238,12 @@ def extract_cases(tokens=32768, m=16384, d=616, dtype=torch.bfloat16):
         torch.autograd.grad(F.silu(total + residual), (hidden, residual, out, confidence), wide)
 
     def triton_extract():
-        found = fused.extract_residual(hidden, residual, out, confidence, slot)
+        found = rows.extract_residual_triton(hidden, residual, out, confidence, Packed(index, slot))
         torch.autograd.grad(found, (hidden, residual, out, confidence), wide)
 
     return {
         "gather torch": lambda: torch.autograd.grad(x.index_select(0, index), x, grad),
-        "gather triton": lambda: torch.autograd.grad(fused.gather_rows(x, index, slot), x, grad),
+        "gather triton": lambda: torch.autograd.grad(rows.gather_rows_triton(x, index, slot), x, grad),
         "extract torch": torch_extract,
         "extract triton": triton_extract,
     }
@@ -253,16 +255,17 @@ def unit_case(parts=False, tokens=32768, counts=(4096,) * 4, z=128, width=1232, 
     projected, scale, offset = leaf(m, z + 2 * width), leaf(2, z, kind=torch.float32), leaf(2, z, kind=torch.float32)
     cos, sin = torch.rand(tokens, z // 2, device=GPU), torch.rand(tokens, z // 2, device=GPU)
     grad = torch.randn(m, width, device=GPU, dtype=projected.dtype)
-    options = {"activation": "softmax", "max_keys": window + 1}
 
     def run():
         if parts:
-            q, k, v, gate = fused.project_unit(projected, scale, offset, cos, sin, index)
-            found = attention.windowed_attention_triton(q, k, v, start, end, scale=z**-0.5, gate=gate, **options)
+            q, k, v, gate = unit_kernels.project_unit_triton(projected, scale, offset, cos, sin, index)
+            found = attention.windowed_attention_triton(
+                q, k, v, start, end, activation="softmax", scale=z**-0.5, gate=gate, max_keys=window + 1
+            )
         else:
-            found = fused.gated_unit(
-                projected, scale, offset, start, end, attention_scale=z**-0.5, cos=cos, sin=sin, table_rows=index,
-                **options,
+            found, _, _ = unit_kernels.gated_unit_triton(
+                projected, scale, offset, start, end, attention="softmax", attention_scale=z**-0.5, cos=cos, sin=sin,
+                table_rows=index, max_keys=window + 1,
             )  # fmt: skip
         torch.autograd.grad(found, (projected, scale, offset), grad)
 

@@ -152,7 +152,7 @@ def time_decode(batch, share=1.0, activation="softmax", label=""):
 
     def step():
         for cache in caches:
-            decode.memory_attention_step(*new, *cache, *rows, activation=activation, scale=Z**-0.5)
+            decode.memory_step_triton(*new, *cache, *rows, activation=activation, scale=Z**-0.5)
 
     with torch.no_grad():
         time = graph_time(step) / len(caches)
@@ -167,7 +167,7 @@ def time_step(batch):
 
     def step():
         for state in states:
-            decode.ema_step(x[:, 0], decay, input_gain, output_gain, skip, state, activation="silu")
+            decode.ema_step_triton(x, decay, input_gain, output_gain, skip, state, activation="silu")
 
     with torch.no_grad():
         print(f"ema_step B{batch}: {graph_time(step) / 14:.2f} us a layer", flush=True)
@@ -178,30 +178,9 @@ def check_compiled_attention():
     kwargs = {"activation": "softmax", "scale": Z**-0.5}
     with torch.no_grad():
         clones = [[t.clone() for t in caches[0]] for _ in range(2)]
-        eager = decode.memory_attention_step(*new, *clones[0], *rows, **kwargs)
-        compiled = torch.compile(decode.memory_attention_step, fullgraph=True)(*new, *clones[1], *rows, **kwargs)
+        eager = decode.memory_step_triton(*new, *clones[0], *rows, **kwargs)
+        compiled = torch.compile(decode.memory_step_compiled, fullgraph=True)(*new, *clones[1], *rows, **kwargs)
         return torch.equal(eager, compiled) and all(torch.equal(a, b) for a, b in zip(*clones, strict=True))
-
-
-def check_compiled_step():
-    x, *parameters = ema_inputs(2, 1)
-    states = [torch.ones(2, D, N, device="cuda") for _ in range(2)]
-    with torch.no_grad():
-        eager = decode.ema_step(x[:, 0], *parameters, states[0])
-        compiled = torch.compile(decode.ema_step, fullgraph=True)(x[:, 0], *parameters, states[1])
-    return torch.equal(eager, compiled) and torch.equal(*states)
-
-
-def check_compiled_scan():
-    results = []
-    for scan in (ema.ema_scan_triton, torch.compile(ema.ema_scan_triton, fullgraph=True)):
-        leaves = [t.requires_grad_() for t in ema_inputs(2, 300)]
-        y, _ = scan(*leaves, activation="silu")
-        y.float().square().sum().backward()
-        results.append([y.detach()] + [t.grad for t in leaves])
-    return [
-        f"{float((a.double() - b.double()).norm() / a.double().norm()):.1e}" for a, b in zip(*results, strict=True)
-    ]
 
 
 def time_host():
@@ -216,8 +195,8 @@ def time_host():
 
     calls = {"scan": lambda: ema.ema_scan_triton(*inputs, activation="silu"), "scan fwd+bwd": train}
     options = {"activation": "softmax", "scale": 1.0}
-    calls["attention step"] = lambda: decode.memory_attention_step(*new, *caches[0], *rows, **options)
-    calls["ema step"] = lambda: decode.ema_step(inputs[0][:, 0], *inputs[1:], state, activation="silu")
+    calls["attention step"] = lambda: decode.memory_step_triton(*new, *caches[0], *rows, **options)
+    calls["ema step"] = lambda: decode.ema_step_triton(inputs[0][:, :1], *inputs[1:], state, activation="silu")
     state = torch.zeros(1, D, N, device="cuda")
     for name, call in calls.items():
         for _ in range(5):
@@ -237,11 +216,7 @@ def main():
     only = parser.parse_args().only
     print(torch.cuda.get_device_name(), torch.__version__, flush=True)
     if only == "compile":
-        for compiled in (check_compiled_attention, check_compiled_step, check_compiled_scan):
-            try:
-                print(compiled.__name__, compiled(), flush=True)
-            except Exception as error:
-                print(compiled.__name__, "failed:", str(error)[:700], flush=True)
+        print("the compiled attention step is the eager one:", check_compiled_attention(), flush=True)
     if only in (None, "times"):
         times()
     if only in (None, "decode"):
@@ -284,7 +259,7 @@ def sweep_decode():
 
 
 def sweep_ema(block, warps, unroll):
-    ema._BLOCK_D, ema._WARPS = block, warps
+    ema._BLOCK_D, ema._WARPS = block, {"num_warps": warps}
     ema._UNROLL = dict.fromkeys(ema._UNROLL, (unroll, unroll))
     for batch, chunk in ((4, 128), (4, 256), (1, 64), (1, 128)):
         ema._CHUNKS = ((1 << 30, chunk),)

@@ -19,7 +19,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch
 from torch import Tensor
 
-from modeling_seqboat.ops_ssm_seqboat import ema_parameters, ema_scan
+from modeling_seqboat.ops_ema_seqboat import ema_parameters, ema_scan
 
 Op = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 

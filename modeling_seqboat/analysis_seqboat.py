@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from .configuration_seqboat import SeqBoatConfig
 from .context_seqboat import build_context
 from .flops_seqboat import LayerFlops, layer_flops
-from .ops_stream_seqboat import build_stream
+from .ops_layout_seqboat import segment_bounds
+from .ops_packed_seqboat import pack
 
 
 @dataclass(frozen=True)
@@ -101,13 +102,14 @@ def attention_reach(
         real: (B, L) bool, or None when every column is real.
         segment: (B, L) int64, segments started in the row up to each column, or None when none does.
     """
-    stream = build_stream(active, segment, memory_size, bidirectional, None)
+    bounds = None if segment is None else segment_bounds(F.pad(segment[:, 1:] != segment[:, :-1], (1, 0)))
+    packed = pack(active, memory_size, bidirectional, bounds).wait()
     if real is None:
         real = torch.ones_like(active)
-    place = (real.long().cumsum(1) - 1).flatten()[stream.flat]
+    place = (real.long().cumsum(1) - 1).flatten()[packed.index]
     # Sums over runs of keys are differences of running sums; places are integers, so nothing is rounded.
     total = F.pad(place.cumsum(0), (1, 0))
-    own, start, end = stream.key_index, stream.key_start, stream.key_end
+    own, start, end = torch.arange(len(place), device=place.device), packed.key_start, packed.key_end
     before = place * (own - start) - (total[own] - total[start])
     after = (total[end] - total[own + 1]) - place * (end - own - 1)
     keys = end - start
@@ -115,7 +117,7 @@ def attention_reach(
 
     def spread(values: Tensor) -> Tensor:
         columns = values.new_zeros(active.numel())
-        return columns.index_copy_(0, stream.flat, values).view_as(active)
+        return columns.index_copy_(0, packed.index, values).view_as(active)
 
     return AttentionReach(spread(keys), spread((before + after).double() / keys), spread(farthest))
 
@@ -271,7 +273,7 @@ def analyse_activations(
     if input_ids is not None and input_ids.shape != (batch, length):
         raise ValueError(f"input_ids must be of shape {(batch, length)}, got {tuple(input_ids.shape)}")
     context = build_context(
-        config, batch, length, active.device, attention_mask, position_ids, seq_idx, cu_seq_lens_q, None, False
+        config, batch, length, active.device, attention_mask, position_ids, seq_idx, cu_seq_lens_q, None
     )
     real = torch.ones_like(active[0]) if context.real is None else context.real
     if bool((active & ~real).any()):

@@ -11,24 +11,10 @@ from transformers.activations import ACT2FN
 
 from .cache_seqboat import SeqBoatCacheLayer
 from .configuration_seqboat import SeqBoatConfig
-from .kernels_seqboat import (
-    requested_backend,
-    run_gated_unit,
-    run_gather_rows,
-    run_linear,
-    run_memory_step,
-    run_project_unit,
-    run_windowed_attention,
-)
-from .ops_attention_seqboat import (
-    apply_rotary,
-    attention_scale,
-    memory_attention_step,
-    t5_bias_table,
-)
-from .ops_ssm_seqboat import without_autocast
-from .ops_stream_seqboat import TokenStream, build_stream
-from .sequence_seqboat import SequenceContext
+from .context_seqboat import SequenceContext
+from .ops_attention_seqboat import attention_scale, t5_bias_table
+from .ops_ema_seqboat import without_autocast
+from .ops_layout_seqboat import Packed
 
 
 class SeqBoatPositionBias(nn.Module):
@@ -58,191 +44,126 @@ class SeqBoatAttention(nn.Module):
     def __init__(self, config: SeqBoatConfig):
         super().__init__()
         self.config = config
-        self.sizes = [config.qk_head_dim, config.v_head_dim, config.v_head_dim]
-        self.in_proj = nn.Linear(config.hidden_size, sum(self.sizes))
+        self.in_proj = nn.Linear(config.hidden_size, config.qk_head_dim + 2 * config.v_head_dim)
         self.out_proj = nn.Linear(config.v_head_dim, config.hidden_size)
         self.qk_scale = nn.Parameter(torch.empty(2, config.qk_head_dim))
         self.qk_offset = nn.Parameter(torch.empty(2, config.qk_head_dim))
         learned = config.position_embedding_type in ("simple", "local", "t5")
         self.position_bias = SeqBoatPositionBias(config) if learned else None
         self.activation = ACT2FN[config.hidden_act]
+        self.most_keys = config.memory_size * (2 if config.bidirectional else 1) + 1
         self.scale = attention_scale(
             config.attention_activation, config.qk_head_dim, config.memory_size, config.bidirectional
         )
 
-    def project(self, x: Tensor, cos: Tensor | None, sin: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """x (..., D) -> q, k (..., Z), v, gate (..., V); q and k rotated when the positions are rotary."""
-        config, projected, parts = self.config, self.in_proj(x), None
-        if config.hidden_act == "silu" and x.dim() == 2:
-            backend = requested_backend(config.kernel_backend)
-            parts = run_project_unit(backend, projected, self.qk_scale, self.qk_offset, cos, sin)
-        if parts is not None:
-            q, k, v, gate = parts
-        else:
-            z, gate, v = self.activation(projected).split(self.sizes, dim=-1)
-            q, k = ((z * s + o).to(z.dtype) for s, o in zip(self.qk_scale, self.qk_offset, strict=True))
-            if cos is not None:
-                q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
-        v = F.dropout(v, config.value_dropout, self.training)
-        return q, k, v, gate
-
-    def finish(self, attended: Tensor, gate: Tensor) -> Tensor:
-        """(..., V) -> (..., D)."""
-        out = self.out_proj(attended * gate)
-        return F.dropout(out, self.config.hidden_dropout, self.training) if self.config.bidirectional else out
-
-    def _bias(self) -> dict[str, Tensor | int]:
-        if self.position_bias is None:
-            return {}
-        return {"bias_table": self.position_bias(), "bias_center": self.position_bias.center}
-
-    def forward(self, method: str, *args) -> tuple[Tensor, ...] | Tensor:
-        """Runs `compressed`, `fused`, `step` or `step_in_memory`: hooks on the module, which load offloaded weights for one, see each."""
-        return getattr(self, method)(*args)
-
-    @torch.compiler.disable
-    def compressed(
+    def forward(
         self,
         x: Tensor,
         active: Tensor,
+        packed: Packed,
         context: SequenceContext,
         cache: SeqBoatCacheLayer | None,
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Runs the unit on activated tokens only.
 
         Args:
-            x: (B, L, D); active: (B, L) bool.
+            x: (B, L, D); active: (B, L) bool; packed: the list of activated tokens.
+            cache: whose memory the tokens attend to; in a decode step it takes them in, else `advance` does later.
 
         Returns:
-            flat (M,) int64, places of the activated tokens in (B * L); out (M, D); and what the cache keeps of them.
+            out (M, D), without meaning in rows that are not activated; and what the cache is to keep, keys (M, Z) and
+            values (M, V), or None.
         """
-        config = self.config
-        stream = build_stream(
-            active,
-            context.segment,
-            config.memory_size,
-            config.bidirectional,
-            None if cache is None else cache.activated_count,
+        ops, x = context.ops, x.flatten(0, 1)
+        if packed.skips:
+            return x[:0], None, None
+        if packed.index is not None:
+            x = ops.gather_rows(x, packed.index, packed.packed_index)
+        projected = ops.linear(self.in_proj, x)
+        keys = values = None
+        with without_autocast(x.device):
+            if packed.steps:
+                gated = self._step(projected, active[:, 0], packed.index, context, cache)
+            else:
+                gated, keys, values = self._over_window(projected, packed, context, cache)
+        out = ops.linear(self.out_proj, gated)
+        if self.config.bidirectional:
+            out = F.dropout(out, self.config.hidden_dropout, self.training)
+        return out, keys, values
+
+    def _over_window(
+        self, projected: Tensor, packed: Packed, context: SequenceContext, cache: SeqBoatCacheLayer | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Every token over the activated tokens around it."""
+        config, memory = self.config, packed.memory
+        options = {}
+        if context.cos is not None:
+            cos, sin = context.cos.flatten(0, 1), context.sin.flatten(0, 1)
+            options = {"cos": cos, "sin": sin, "table_rows": packed.index}
+        if self.position_bias is not None:
+            options |= self._bias(packed, context, cache)
+        if self.training:
+            options |= {"value_dropout": config.value_dropout, "attention_dropout": config.attention_dropout}
+        return context.ops.gated_unit(
+            projected,
+            self.qk_scale,
+            self.qk_offset,
+            packed.key_start,
+            packed.key_end,
+            attention=config.attention_activation,
+            attention_scale=self.scale,
+            activation=self.activation,
+            max_keys=self.most_keys,
+            memory=None if memory is None else (memory, cache.keys, cache.values),
+            keep=cache is not None,
+            **options,
         )
-        positions = context.positions.flatten()[stream.flat]
-        cos = sin = None
+
+    def _bias(self, packed: Packed, context: SequenceContext, cache: SeqBoatCacheLayer | None) -> dict:
+        memory = packed.memory
+        if self.config.position_embedding_type == "local":
+            keys = packed.index.shape[0] if memory is None else memory.num_keys
+            k_place = torch.arange(keys, device=packed.index.device)
+            q_place = k_place if memory is None else memory.new_index
+        else:
+            # Behind a list that was filled up: any place will do.
+            q_place = context.positions.flatten()[packed.index]
+            k_place = q_place if memory is None else memory.join(cache.positions, q_place)
+        center, table = self.position_bias.center, self.position_bias()
+        return {"bias_table": table, "bias_center": center, "q_place": q_place, "k_place": k_place}
+
+    def _step(
+        self,
+        projected: Tensor,
+        active: Tensor,
+        rows: Tensor | None,
+        context: SequenceContext,
+        cache: SeqBoatCacheLayer,
+    ) -> Tensor:
+        """One token a row over the cache's memory, which takes it in. rows: (R,) int64, those in `projected`, or None
+        for all."""
+        config, cos, sin, options = self.config, None, None, {}
         if context.cos is not None:
-            cos, sin = (table.flatten(0, 1)[stream.flat] for table in (context.cos, context.sin))
-        q, k, v, gate = self.project(x.flatten(0, 1).index_select(0, stream.flat), cos, sin)
-        keys = stream.with_memory(k, None if cache is None else cache.keys)
-        values = stream.with_memory(v, None if cache is None else cache.values)
-        bias = self._bias()
-        if bias:
-            if config.position_embedding_type == "local":
-                bias |= {"q_place": stream.key_index, "k_place": torch.arange(stream.num_keys, device=x.device)}
-            else:
-                places = stream.with_memory(positions, None if cache is None else cache.positions)
-                bias |= {"q_place": positions, "k_place": places}
-        with without_autocast(x.device):
-            attended = run_windowed_attention(
-                requested_backend(config.kernel_backend), q, keys, values, stream.key_start, stream.key_end,
-                activation=config.attention_activation, scale=self.scale,
-                max_keys=config.memory_size * (2 if config.bidirectional else 1) + 1,
-                dropout_p=config.attention_dropout if self.training else 0.0, **bias,
-            )  # fmt: skip
-        out = self.finish(attended, gate)
-        entries = {
-            "row": stream.row,
-            "column": stream.column,
-            "ordinal": stream.ordinal,
-            "current": stream.current,
-            "keys": k,
-            "values": v,
-            "positions": positions,
-        }
-        return stream.flat, out, entries
-
-    def fused(self, x: Tensor, stream: TokenStream, context: SequenceContext) -> Tensor:
-        """`compressed` without a cache and without dropout of values or weights, in fused kernels between the linears.
-
-        Args:
-            x: (B, L, D); stream: what `begin_stream` found.
-
-        Returns:
-            out (M, D).
-        """
-        config = self.config
-        projected = run_linear(self.in_proj, run_gather_rows(x.flatten(0, 1), stream.index, stream.slot))
-        cos = sin = None
-        if context.cos is not None:
-            cos, sin = (table.flatten(0, 1) for table in (context.cos, context.sin))
-        bias = self._bias()
-        if bias:
-            if config.position_embedding_type == "local":
-                places = torch.arange(stream.index.shape[0], device=x.device)
-            else:
-                places = context.positions.flatten()[stream.index]
-            bias |= {"q_place": places, "k_place": places}
-        with without_autocast(x.device):
-            gated = run_gated_unit(
-                projected, self.qk_scale, self.qk_offset, stream.key_start, stream.key_end,
-                activation=config.attention_activation, attention_scale=self.scale, cos=cos, sin=sin,
-                table_rows=None if cos is None else stream.index,
-                max_keys=config.memory_size * (2 if config.bidirectional else 1) + 1, **bias,
-            )  # fmt: skip
-        out = run_linear(self.out_proj, gated)
-        return F.dropout(out, config.hidden_dropout, self.training) if config.bidirectional else out
-
-    def step(self, x: Tensor, context: SequenceContext, cache: SeqBoatCacheLayer, rows: Tensor | None):
-        """One column over the memory, every row alike: no shape and no branch depends on data.
-
-        Args:
-            x: (B, 1, D).
-            rows: (R,) int64, the rows to compute, or None for all.
-
-        Returns:
-            out (R, D), and the new keys (R, Z), values (R, V) and positions (R,).
-        """
-        config = self.config
-        count = cache.activated_count
-        if context.reset is not None:
-            starts = context.reset if context.real is None else context.reset & context.real
-            count = count.masked_fill(starts[:, 0], 0)
-        pick = (lambda tensor: tensor) if rows is None else (lambda tensor: tensor[rows])
-        cos = sin = None
-        if context.cos is not None:
-            cos, sin = pick(context.cos[:, 0]), pick(context.sin[:, 0])
-        count, position = pick(count), pick(context.positions[:, 0])
-        q, k, v, gate = self.project(pick(x[:, 0]), cos, sin)
-        bias = self._bias()
-        if bias:
-            if config.position_embedding_type == "local":
-                # Slot s holds the newest ordinal below `count` that is congruent to it.
-                slots = torch.arange(config.memory_size, device=x.device)
-                places = count[:, None] - 1 - (count[:, None] - 1 - slots) % config.memory_size
-                bias |= {"q_place": count, "k_place": places}
-            else:
-                bias |= {"q_place": position, "k_place": pick(cache.positions)}
-        with without_autocast(x.device):
-            attended = memory_attention_step(
-                q, k, v, pick(cache.keys), pick(cache.values), count,
-                activation=config.attention_activation, scale=self.scale, **bias,
-            )  # fmt: skip
-        return self.finish(attended.to(gate.dtype), gate), k, v, position
-
-    def step_in_memory(self, x: Tensor, active: Tensor, context: SequenceContext, cache: SeqBoatCacheLayer) -> Tensor:
-        """`step` by a kernel that reads the memory of activated rows alone and writes the token into it.
-
-        Args:
-            x: (B, 1, D); active: (B,) bool.
-
-        Returns:
-            out (B, D), of no meaning where not activated.
-        """
-        config, bias = self.config, self._bias()
-        cos, sin = (None, None) if context.cos is None else (context.cos[:, 0], context.sin[:, 0])
-        q, k, v, gate = self.project(x[:, 0], cos, sin)
-        position = context.positions[:, 0]
-        by_index = config.position_embedding_type == "local"
-        with without_autocast(x.device):
-            attended = run_memory_step(
-                q, k, v, cache.keys, cache.values, cache.positions, cache.activated_count, active,
-                cache.activated_count if by_index else position, activation=config.attention_activation,
-                scale=self.scale, position=position, bias_by_index=by_index, **bias,
-            )  # fmt: skip
-        return self.finish(attended, gate)
+            cos, sin = context.cos[:, 0], context.sin[:, 0]
+        parts = context.ops.project_unit(projected, self.qk_scale, self.qk_offset, cos, sin, rows, self.activation)
+        q, k, v, gate = parts
+        v = F.dropout(v, config.value_dropout, self.training)
+        if self.position_bias is not None:
+            options = {"bias_table": self.position_bias(), "bias_center": self.position_bias.center}
+            options["bias_by_index"] = config.position_embedding_type == "local"
+        attended = context.ops.memory_step(
+            q,
+            k,
+            v,
+            cache.keys,
+            cache.values,
+            cache.positions,
+            cache.activated_count,
+            active,
+            context.positions[:, 0],
+            activation=config.attention_activation,
+            scale=self.scale,
+            rows=rows,
+            **options,
+        )
+        return attended.to(gate.dtype) * gate

@@ -1,4 +1,4 @@
-"""The decoding state of SeqBoat as a transformers `Cache`: constant size whatever the context.
+"""The decoding state of SeqBoat as a transformers `Cache`: bounded in size whatever the context.
 
 Letters: B batch, L columns of one forward, D channels, N states a channel, W memory size, Z key width, V value width,
 T truncation, M activated tokens of one forward.
@@ -8,8 +8,8 @@ import json
 import os
 import secrets
 from collections.abc import Iterator
-from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn import functional as F
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .configuration_seqboat import SeqBoatConfig
-from .ops_layout_seqboat import last_real_tokens, shift_real_tokens
-from .ops_s4d_seqboat import s4d_scan
-from .ops_s5_seqboat import s5_scan
-from .ops_ssm_seqboat import ema_scan
+from .context_seqboat import SequenceContext
+from .ops_ema_seqboat import without_autocast
+from .ops_layout_seqboat import Packed, last_real_tokens
+from .ssm_seqboat import RECURRENCES, Before, Replay
 
 # Config fields that a state's shape or meaning depends on: a cache made under other values is refused.
 _SIGNATURE = (
@@ -56,89 +57,86 @@ def _signature(config: SeqBoatConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in names}
 
 
-def ssm_state_shape(config: SeqBoatConfig) -> tuple[int, ...]:
-    """Shape of one row's SSM state: (D, N) for `ema`, (D, N, 2) for `s4d` and (N, 2) for `s5`, real and imaginary
-    parts last."""
-    width, states = config.hidden_size, config.state_size
-    return {"ema": (width, states), "s4d": (width, states, 2), "s5": (states, 2)}[config.ssm_type]
+def _ordinary_tensors() -> AbstractContextManager:
+    """Buffers made in inference mode could not be updated outside of it."""
+    return nullcontext() if torch.compiler.is_compiling() else torch.inference_mode(False)
 
 
 @dataclass
-class CacheUpdate:
-    """What one forward of one layer adds to the state.
+class _Columns:
+    """What one forward gives one layer of the cache.
 
     Attributes:
-        hidden: (B, L, D), inputs of the SSM.
+        hidden: (B, L, D), inputs of the recurrence.
         real: (B, L) bool or None; reset: (B, L) bool or None, True where a segment starts.
-        decay, input_gain: what the scan of `ssm_type` takes as its second and third argument, float32.
-        delay_decay: (D, N) float32 with truncation, else None.
-        ssm_state: after the last column, of the shape that `ssm_state_shape` gives.
-        row, column: (M,) int64 of the activated tokens, in order.
-        ordinal: (M,) int64, how many activated tokens their segment has before each.
-        current: (M,) bool, whether that segment is the row's last.
+        active: (B, L) bool.
+        index: (M,) int64, places of the activated tokens among the B * L, in order.
         keys, values: (M, Z), (M, V); positions: (M,) int64.
+        replay: how to compute the state after columns like these.
     """
 
     hidden: Tensor
     real: Tensor | None
     reset: Tensor | None
-    decay: Tensor
-    input_gain: Tensor
-    delay_decay: Tensor | None
-    ssm_state: Tensor
-    row: Tensor
-    column: Tensor
-    ordinal: Tensor
-    current: Tensor
+    active: Tensor
+    index: Tensor
     keys: Tensor
     values: Tensor
     positions: Tensor
+    replay: Replay
 
-    def columns(self, first: int, end: int) -> "CacheUpdate":
-        """The same update cut to some of its columns; `ssm_state` is left to the caller."""
-        chosen = (self.column >= first) & (self.column < end)
-        cut = {name: getattr(self, name) for name in (field.name for field in fields(self))}
-        for name in ("hidden", "real", "reset"):
-            cut[name] = None if cut[name] is None else cut[name][:, first:end]
-        for name in ("row", "column", "ordinal", "current", "keys", "values", "positions"):
-            cut[name] = cut[name][chosen]
-        # A window of the columns would keep the whole forward alive.
-        cut["hidden"] = cut["hidden"].clone()
-        cut["column"] = cut["column"] - first
-        if cut["reset"] is not None:
-            # A token is of the last segment of what is left only if no later segment starts in there.
-            starts = cut["reset"] if cut["real"] is None else cut["reset"] & cut["real"]
-            later = starts.flip(1).long().cumsum(1).flip(1)
-            later = torch.cat([later[:, 1:], torch.zeros_like(later[:, :1])], dim=1)
-            cut["current"] = later[cut["row"], cut["column"]] == 0
-        return CacheUpdate(**cut)
+    @property
+    def length(self) -> int:
+        return self.hidden.shape[1]
+
+    def part(self, first: int, end: int) -> "_Columns":
+        """Some of the columns, in memory of their own: a window would keep the whole forward alive."""
+        length = self.length
+        column = self.index % length
+        chosen = (column >= first) & (column < end)
+        index = (self.index // length * (end - first) + column - first)[chosen]
+        marks = (None if t is None else t[:, first:end].clone() for t in (self.real, self.reset, self.active))
+        rows = (t[chosen] for t in (self.keys, self.values, self.positions))
+        return _Columns(self.hidden[:, first:end].clone(), *marks, index, *rows, self.replay)
 
 
 @dataclass
 class _Undo:
-    """How to take one recorded forward back, and what to put in again if only its last columns go."""
+    """A recorded forward, and what was there before it.
 
-    update: CacheUpdate
+    Attributes:
+        columns: the forward, for a crop that takes back only its last columns.
+        before: buffers by name.
+        ring_index: (B, n) int64 and overwritten: the entries of the memory that were written over, by buffer; where a
+            segment started the memory is in `before`.
+    """
+
+    columns: _Columns
     before: dict[str, Tensor]
-    row: Tensor
-    slot: Tensor
-    overwritten: tuple[Tensor, Tensor, Tensor]
+    ring_index: Tensor | None
+    overwritten: dict[str, Tensor]
+
+
+_RING = ("keys", "values", "positions")
+_COUNTS = ("activated_count", "token_count")
 
 
 class SeqBoatCacheLayer(CacheLayerMixin):
     """State of one layer.
 
-    All buffers have their full size from the first forward on. The activated token with ordinal i of a row's current
-    segment stands in slot i % W; slots that were never filled hold zeros.
+    The activated token with ordinal i of a row's current segment stands in slot i % W of the memory; slots that were
+    never filled hold zeros. A static cache has its full size from the first forward on. The memory of a dynamic one
+    grows until it holds W tokens; `tensors` gives it with W slots whatever its size.
 
     Attributes:
-        ssm_state: (B, *ssm_state_shape(config)) float32.
+        ssm_state: (B, *state_shape) float32, see `Recurrence`.
         keys: (B, W, Z), rotated when the positions are rotary; values: (B, W, V); both of the model's dtype.
         positions: (B, W) int64, the places of those tokens among their segment's real tokens.
         activated_count: (B,) int64, activated tokens of the current segment; min(activated_count, W) slots are valid.
         token_count: (B,) int64, real tokens of the current segment.
         ssm_inputs: (B, T, D), the last T real SSM inputs of the current segment, the n-th in slot n % T; only with
             `ssm_truncation`.
+        is_blank: whether no column was fed since the buffers were made or zeroed.
     """
 
     is_sliding = False
@@ -148,31 +146,27 @@ class SeqBoatCacheLayer(CacheLayerMixin):
 
     def __init__(self, config: SeqBoatConfig, static: bool = False):
         super().__init__()
-        self.ssm_type = config.ssm_type
-        self.state_shape = ssm_state_shape(config)
-        self.shapes = (
-            config.hidden_size,
-            config.memory_size,
-            config.qk_head_dim,
-            config.v_head_dim,
-        )
+        self.state_shape = RECURRENCES[config.ssm_type].state_shape(config)
+        self.shapes = config.hidden_size, config.qk_head_dim, config.v_head_dim
+        self.memory_size = config.memory_size
         self.truncation = config.ssm_truncation
         self.static = static
         self.is_compileable = static
         self.is_croppable = not static
         self.record_past = False
-        self._journal: list[_Undo] = []
         self._clear()
 
     def _clear(self) -> None:
         self.ssm_state = self.keys = self.values = self.positions = None
         self.activated_count = self.token_count = self.ssm_inputs = None
         self.seen: int | Tensor = 0
-        self._journal = []
-        self.is_initialized = False
+        self._journal: list[_Undo] = []
+        # No row has had more activated tokens than this.
+        self._most_activated = 0
+        self.is_initialized, self.is_blank = False, True
 
     def initialize(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> None:
-        """Allocates every buffer for `batch_size` rows; later calls only check that the batch is the same."""
+        """Makes the buffers for `batch_size` rows; later calls only check that the batch is the same."""
         if self.is_initialized:
             if batch_size != self.batch_size:
                 raise ValueError(
@@ -181,18 +175,16 @@ class SeqBoatCacheLayer(CacheLayerMixin):
                 )
             self._leave_inference_mode()
             return
-        # Buffers made in inference mode could not be updated outside of it.
-        with nullcontext() if torch.compiler.is_compiling() else torch.inference_mode(False):
-            self._allocate(batch_size, dtype, device)
-        self.is_initialized = True
+        with _ordinary_tensors():
+            self._allocate(batch_size, self.memory_size if self.static else 0, dtype, device)
 
-    def _allocate(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> None:
-        width, memory, key_width, value_width = self.shapes
+    def _allocate(self, batch_size: int, slots: int, dtype: torch.dtype, device: torch.device) -> None:
+        width, key_width, value_width = self.shapes
         self.dtype, self.device = dtype, device
         self.ssm_state = torch.zeros(batch_size, *self.state_shape, dtype=torch.float32, device=device)
-        self.keys = torch.zeros(batch_size, memory, key_width, dtype=dtype, device=device)
-        self.values = torch.zeros(batch_size, memory, value_width, dtype=dtype, device=device)
-        self.positions = torch.zeros(batch_size, memory, dtype=torch.long, device=device)
+        self.keys = torch.zeros(batch_size, slots, key_width, dtype=dtype, device=device)
+        self.values = torch.zeros(batch_size, slots, value_width, dtype=dtype, device=device)
+        self.positions = torch.zeros(batch_size, slots, dtype=torch.long, device=device)
         self.activated_count = torch.zeros(batch_size, dtype=torch.long, device=device)
         self.token_count = torch.zeros(batch_size, dtype=torch.long, device=device)
         if self.truncation is not None:
@@ -200,14 +192,44 @@ class SeqBoatCacheLayer(CacheLayerMixin):
         if self.static:
             self.seen = torch.zeros((), dtype=torch.long, device=device)
             if not torch.compiler.is_compiling():
-                for tensor in (*self.tensors().values(), self.seen):
+                for tensor in (*self._buffers().values(), self.seen):
                     torch._dynamo.mark_static_address(tensor)
+        self.is_initialized = True
+
+    def make_room(self, count: int) -> None:
+        """Lets the memory of a dynamic cache grow before each row gets up to `count` activated tokens. How many there
+        are is asked of the device only when a bound that the host keeps is reached."""
+        slots = self.keys.shape[1]
+        if slots == self.memory_size:
+            return
+        self._most_activated += count
+        if self._most_activated <= slots:
+            return
+        if torch.compiler.is_compiling():
+            wanted = self.memory_size
+        else:
+            self._most_activated = count if self.is_blank else int(self.activated_count.max()) + count
+            wanted = self._ring_size(self._most_activated)
+        if wanted > slots:
+            with _ordinary_tensors():
+                for name in _RING:
+                    old = getattr(self, name)
+                    ring = old.new_zeros(old.shape[0], wanted, *old.shape[2:])
+                    ring[:, :slots] = old
+                    setattr(self, name, ring)
+
+    def _ring_size(self, count: int) -> int:
+        """W, or W divided by a power of 4 where that is enough: a decode kernel is compiled for each size."""
+        size = self.memory_size
+        while size > 16 and -(-size // 4) >= count:
+            size = -(-size // 4)
+        return size
 
     def _leave_inference_mode(self) -> None:
         """What was computed in inference mode becomes ordinary tensors once that mode has been left."""
         if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
             return
-        for name, tensor in self.tensors().items():
+        for name, tensor in self._buffers().items():
             if tensor.is_inference():
                 setattr(self, name, tensor.clone())
 
@@ -215,19 +237,47 @@ class SeqBoatCacheLayer(CacheLayerMixin):
     def batch_size(self) -> int:
         return -1 if self.ssm_state is None else self.ssm_state.shape[0]
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Every buffer by name; empty before the first forward."""
-        names = ("ssm_state", "keys", "values", "positions", "activated_count", "token_count", "ssm_inputs")
+    def _buffers(self) -> dict[str, Tensor]:
+        names = ("ssm_state", *_RING, *_COUNTS, "ssm_inputs")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
+    def tensors(self) -> dict[str, Tensor]:
+        """The state by name, the memory with all its W slots; empty before the first forward."""
+        tensors = self._buffers()
+        for name in _RING:
+            if name in tensors and tensors[name].shape[1] < self.memory_size:
+                ring = tensors[name]
+                tensors[name] = ring.new_zeros(ring.shape[0], self.memory_size, *ring.shape[2:])
+                tensors[name][:, : ring.shape[1]] = ring
+        return tensors
+
     def recent_inputs(self, count: int | None = None) -> Tensor | None:
-        """The last T real SSM inputs (B, T, D), oldest first, zeros where there were fewer, or the first `count` of them;
-        None without truncation."""
+        """The last T real SSM inputs (B, T, D), oldest first, zeros where there were fewer, or the first `count` of
+        them; None without truncation."""
         if self.ssm_inputs is None:
             return None
         span = self.truncation if count is None else min(count, self.truncation)
         slots = (self.token_count[:, None] + torch.arange(span, device=self.token_count.device)) % self.truncation
         return self.ssm_inputs.gather(1, slots[:, :, None].expand(-1, -1, self.ssm_inputs.shape[2]))
+
+    def before(self, length: int) -> Before:
+        """What a recurrence continues over `length` columns."""
+        state = self.ssm_state
+        if self.static and torch.is_grad_enabled():
+            # The graph keeps what the cache is about to overwrite.
+            state = state.clone()
+        return Before(state, self.recent_inputs(length), self.steps_in_place(length))
+
+    def steps_in_place(self, length: int) -> bool:
+        """Whether these columns are one that may overwrite the state: a recorded forward keeps what a rollback needs,
+        and a graph of autograd must not see its inputs overwritten."""
+        return length == 1 and not self.record_past and not torch.is_grad_enabled()
+
+    def start_segments(self, reset: Tensor) -> None:
+        """Empties the rows in which a segment starts, in place, before a step. reset: (B, 1) bool."""
+        for name, buffer in self._buffers().items():
+            if name != "ssm_state":
+                buffer.masked_fill_(reset.view(-1, *[1] * (buffer.dim() - 1)), 0)
 
     def _store(self, name: str, value: Tensor) -> None:
         """A static cache keeps its addresses (CUDA graphs replay them); a dynamic one takes the new tensor."""
@@ -237,158 +287,139 @@ class SeqBoatCacheLayer(CacheLayerMixin):
             setattr(self, name, value)
 
     @torch.no_grad()
-    def commit(self, update: CacheUpdate) -> None:
-        """Advances the state by one forward, recording how to undo it while `record_past` is set."""
-        length = update.hidden.shape[1]
-        extra = length - self.rollback_limit
-        if self.record_past and extra > 0:
-            # What no crop can ask for is not kept: the state moves up to where the recording starts.
-            head = update.columns(0, extra)
-            head.ssm_state = self._rescan(head)
-            self._apply(head)
-            self._journal = []
-            update = update.columns(extra, length)
-        if self.record_past:
-            self._record(update)
-        else:
-            self._journal = []
-        self._apply(update)
-
-    @torch.no_grad()
-    def commit_step(
+    def advance(
         self,
+        context: SequenceContext,
         hidden: Tensor,
-        real: Tensor | None,
-        reset: Tensor | None,
-        ssm_state: Tensor,
+        state: Tensor,
+        replay: Replay | None,
         active: Tensor,
-        key: Tensor,
-        value: Tensor,
-        position: Tensor,
+        packed: Packed,
+        keys: Tensor | None,
+        values: Tensor | None,
     ) -> None:
-        """Advances by one column without a shape or a branch that depends on data, in place.
+        """Moves the state past the columns of one forward, recording how to undo it while `record_past` is set.
 
         Args:
-            hidden: (B, 1, D); real, reset: (B, 1) bool or None; ssm_state: of the buffer's shape.
-            active: (B,) bool; key: (B, Z); value: (B, V); position: (B,) int64.
+            hidden: (B, L, D), inputs of the recurrence; state: after the last column; replay: see `Recurrence`.
+            active: (B, L) bool; packed: their list; keys (M, Z), values (M, V): of the activated tokens. A decode step
+                has written them into the memory already: None.
         """
-        if reset is not None:
-            starts = reset[:, 0] if real is None else (reset & real)[:, 0]
-            if self.ssm_inputs is not None:
-                self.ssm_inputs.masked_fill_(starts[:, None, None], 0)
-            self.keys.masked_fill_(starts[:, None, None], 0)
-            self.values.masked_fill_(starts[:, None, None], 0)
-            self.positions.masked_fill_(starts[:, None], 0)
-            self.activated_count.masked_fill_(starts, 0)
-            self.token_count.masked_fill_(starts, 0)
-        slot = (self.activated_count % self.keys.shape[1])[:, None]
-        chosen = active[:, None]
-        writes = [(self.keys, slot, chosen, key), (self.values, slot, chosen, value)]
-        if self.ssm_inputs is not None:
-            known = torch.ones_like(chosen) if real is None else real
-            writes.append((self.ssm_inputs, (self.token_count % self.truncation)[:, None], known, hidden[:, 0]))
-        for buffer, at, written, new in writes:
-            index = at[:, :, None].expand(-1, -1, buffer.shape[2])
-            old = buffer.gather(1, index)
-            buffer.scatter_(1, index, torch.where(written[:, :, None], new[:, None].to(buffer.dtype), old))
-        old = self.positions.gather(1, slot)
-        self.positions.scatter_(1, slot, torch.where(chosen, position[:, None], old))
-        self.count_step(real, ssm_state, active)
-
-    def count_step(self, real: Tensor | None, ssm_state: Tensor, active: Tensor) -> None:
-        """The end of a step whose key, value and position stand in the memory already; arguments as in `commit_step`."""
-        if self._journal:
+        if self._journal and not self.record_past:
             self._journal = []
-        self.activated_count.add_(active.long())
-        self.token_count.add_(1 if real is None else real[:, 0].long())
-        self._store("ssm_state", ssm_state)
-        self._advance(1)
+        if packed.steps:
+            self._step(context, hidden, state, active)
+            return
+        positions = context.positions.flatten()[packed.index]
+        columns = _Columns(
+            hidden.detach(), context.real, context.reset, active, packed.index, keys.detach(), values.detach(),
+            positions, replay,
+        )  # fmt: skip
+        # Autograd may keep the state, and a later step may overwrite the cache's.
+        state = state.detach().clone() if state.requires_grad else state
+        if not self.record_past:
+            self._write(columns, state)
+            return
+        extra = columns.length - self.rollback_limit
+        if extra > 0:
+            # What no crop can ask for is not kept: the state moves up to where the recording starts.
+            self._journal = []
+            self._replay(columns.part(0, extra))
+            columns = columns.part(extra, columns.length)
+        self._journal.append(self._write(columns, state))
+        total = sum(entry.columns.length for entry in self._journal)
+        while total - self._journal[0].columns.length >= self.rollback_limit:
+            total -= self._journal.pop(0).columns.length
 
-    @property
-    def steps_in_place(self) -> bool:
-        """Whether one column may overwrite the state: a recorded forward keeps what a rollback needs, and a graph of
-        autograd must not see its inputs overwritten."""
-        return not self.record_past and not torch.is_grad_enabled()
+    def _step(self, context: SequenceContext, hidden: Tensor, state: Tensor, active: Tensor) -> None:
+        """One column, without a shape or a branch that depends on data, in place."""
+        real = context.real
+        if self.ssm_inputs is not None:
+            at = (self.token_count % self.truncation)[:, None, None].expand(-1, 1, hidden.shape[2])
+            new = hidden.to(self.ssm_inputs.dtype)
+            if real is not None:
+                new = torch.where(real[:, :, None], new, self.ssm_inputs.gather(1, at))
+            self.ssm_inputs.scatter_(1, at, new)
+        self.activated_count.add_(active[:, 0])
+        self.token_count.add_(1 if real is None else real[:, 0])
+        if state is not self.ssm_state:
+            self._store("ssm_state", state)
+        self._count(1)
 
-    def _advance(self, length: int) -> None:
+    def _count(self, length: int) -> None:
+        self.is_blank = False
         if isinstance(self.seen, Tensor):
             self.seen.add_(length)
         else:
             self.seen = self.seen + length
 
-    def _apply(self, update: CacheUpdate) -> None:
-        memory = self.keys.shape[1]
-        counted = torch.zeros_like(self.activated_count)
-        counted.scatter_add_(0, update.row, update.current.long())
-        length = update.hidden.shape[1]
+    def _replay(self, columns: _Columns) -> None:
+        with without_autocast(columns.hidden.device):
+            history = self.recent_inputs(columns.length)
+            state = columns.replay(columns.hidden, columns.real, columns.reset, self.ssm_state, history)
+        self._write(columns, state)
+
+    def _write(self, columns: _Columns, state: Tensor) -> _Undo:
+        """Takes the columns in, and returns how to take them out again. No value is read off the device."""
+        batch, length = columns.active.shape
+        before = {name: getattr(self, name) for name in ("ssm_state", "ssm_inputs", *_COUNTS)}
+        if self.static:
+            before = {}
         inputs = self.recent_inputs()
-        if update.reset is None:
-            self.token_count += length if update.real is None else update.real.sum(1)
-            self.activated_count += counted
-        else:
-            real = torch.ones_like(update.reset) if update.real is None else update.real
-            starts = update.reset & real
-            begun = starts.any(1)
-            passed = starts.flip(1).long().cumsum(1).flip(1)
-            after = torch.cat([passed[:, 1:], torch.zeros_like(passed[:, :1])], dim=1) == 0
-            tokens = (real & after).sum(1)
-            for name, new in (("token_count", tokens), ("activated_count", counted)):
-                old = getattr(self, name)
-                old.copy_(torch.where(begun, new, old + new))
-            for buffer in (self.keys, self.values, self.positions):
-                buffer[begun] = 0
-        kept = update.current & (update.ordinal >= self.activated_count[update.row] - memory)
-        row, slot = update.row[kept], update.ordinal[kept] % memory
-        self.keys[row, slot] = update.keys[kept].to(self.keys.dtype)
-        self.values[row, slot] = update.values[kept].to(self.values.dtype)
-        self.positions[row, slot] = update.positions[kept]
+        total = columns.active.flatten().cumsum(0)
+        row_end = total.view(batch, length)[:, -1]
+        row_start = F.pad(row_end, (1, 0))[:-1]
+        tokens = length if columns.real is None else columns.real.sum(1)
+        counts = {name: getattr(self, name) for name in _COUNTS}
+        self.make_room(min(length, columns.index.shape[0]))
+        if columns.reset is not None:
+            begun = columns.reset.any(1)
+            last = torch.where(columns.reset, torch.arange(length, device=begun.device), 0).amax(1, keepdim=True)
+            # Activated tokens of all rows before the row's last segment.
+            at = (total.view(batch, length) - columns.active.long()).gather(1, last)[:, 0]
+            row_start = torch.where(begun, at, row_start)
+            counted = torch.arange(length, device=begun.device) >= last
+            tokens = (counted if columns.real is None else counted & columns.real).sum(1)
+            counts = {name: count.masked_fill(begun, 0) for name, count in counts.items()}
+            for name in _RING:
+                ring = getattr(self, name)
+                if self.record_past:
+                    before[name] = ring.clone()
+                ring.masked_fill_(begun.view(-1, *[1] * (ring.dim() - 1)), 0)
+        new = row_end - row_start
+        self._store("token_count", counts["token_count"] + tokens)
+        self._store("activated_count", counts["activated_count"] + new)
+        slots = self.keys.shape[1]
+        written = min(slots, length, columns.index.shape[0])
+        ring_index, overwritten = None, {}
+        if written > 0:
+            # The last tokens of each row, newest first, and where they stand in the memory.
+            age = torch.arange(written, device=new.device)
+            is_new = age < new[:, None]
+            place = (row_end[:, None] - 1 - age).clamp_min(0)
+            ring_index = (self.activated_count[:, None] - 1 - age) % slots
+            for name in _RING:
+                ring, values = getattr(self, name), getattr(columns, name)
+                shape = (batch, written, *[1] * (ring.dim() - 2))
+                at = ring_index.view(shape).expand(batch, written, *ring.shape[2:])
+                overwritten[name] = ring.gather(1, at)
+                values = values[place].to(ring.dtype)
+                ring.scatter_(1, at, torch.where(is_new.view(shape), values, overwritten[name]))
         if inputs is not None:
-            inputs = last_real_tokens(update.hidden, self.truncation, update.real, update.reset, inputs)
+            inputs = last_real_tokens(columns.hidden, self.truncation, columns.real, columns.reset, inputs)
             # From oldest first to the slots that the new counts give.
             order = (torch.arange(self.truncation, device=inputs.device) - self.token_count[:, None]) % self.truncation
             self._store("ssm_inputs", inputs.gather(1, order[:, :, None].expand_as(inputs)))
-        self._store("ssm_state", update.ssm_state.detach().to(self.ssm_state.dtype))
-        self._advance(length)
+        self._store("ssm_state", state.to(self.ssm_state.dtype))
+        self._count(length)
+        return _Undo(columns, before, ring_index, overwritten)
 
-    def _rescan(self, update: CacheUpdate) -> Tensor:
-        if self.ssm_type != "ema":
-            scan, gain = (
-                (s4d_scan, update.input_gain)
-                if self.ssm_type == "s4d"
-                else (s5_scan, update.input_gain.transpose(0, 1))
-            )
-            marks = {"real": update.real, "reset": update.reset, "state": self.ssm_state}
-            return scan(update.hidden, update.decay, update.input_gain, torch.zeros_like(gain), None, **marks)[1]
-        delayed = None
-        if update.delay_decay is not None:
-            history = self.recent_inputs(update.hidden.shape[1])
-            delayed = shift_real_tokens(update.hidden, self.truncation, update.real, update.reset, history)
-        return ema_scan(
-            update.hidden,
-            update.decay,
-            update.input_gain,
-            torch.zeros_like(update.decay),
-            None,
-            real=update.real,
-            reset=update.reset,
-            state=self.ssm_state,
-            delayed=delayed,
-            delay_decay=update.delay_decay,
-        )[1]
-
-    def _record(self, update: CacheUpdate) -> None:
-        memory = self.keys.shape[1]
-        before = {"ssm_state": self.ssm_state, "ssm_inputs": self.ssm_inputs}
-        before |= {name: getattr(self, name).clone() for name in ("activated_count", "token_count")}
-        if update.reset is not None:
-            # A new segment empties the memory, so all of it is needed to go back.
-            before |= {name: getattr(self, name).clone() for name in ("keys", "values", "positions")}
-        row, slot = update.row, update.ordinal % memory
-        old = (self.keys[row, slot], self.values[row, slot], self.positions[row, slot])
-        self._journal.append(_Undo(update, before, row, slot, old))
-        total = sum(entry.update.hidden.shape[1] for entry in self._journal)
-        while total - self._journal[0].update.hidden.shape[1] >= self.rollback_limit:
-            total -= self._journal.pop(0).update.hidden.shape[1]
+    def _drop_empty_slots(self) -> None:
+        if not self.static:
+            self._most_activated = int(self.activated_count.max())
+            slots = self._ring_size(self._most_activated)
+            for name in _RING:
+                setattr(self, name, getattr(self, name)[:, :slots].clone())
 
     def activate_past_recording(self) -> None:
         """From now on each forward can be taken back by `crop`, until the next crop."""
@@ -406,7 +437,7 @@ class SeqBoatCacheLayer(CacheLayerMixin):
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes 0 or a negative number of columns, got {tokens_to_remove}")
         remove = -tokens_to_remove
-        recorded = sum(entry.update.hidden.shape[1] for entry in self._journal)
+        recorded = sum(entry.columns.length for entry in self._journal)
         if remove > recorded:
             raise RuntimeError(
                 f"cannot take {remove} columns back: {recorded} are recorded; call activate_past_recording() before "
@@ -414,24 +445,22 @@ class SeqBoatCacheLayer(CacheLayerMixin):
             )
         while remove > 0:
             entry = self._journal.pop()
-            length = entry.update.hidden.shape[1]
+            length = entry.columns.length
             self._undo(entry)
             self._leave_inference_mode()
             if remove < length:
-                kept = entry.update.columns(0, length - remove)
-                kept.ssm_state = self._rescan(kept)
-                self._apply(kept)
+                self._replay(entry.columns.part(0, length - remove))
             remove -= min(remove, length)
         self._journal = []
 
     def _undo(self, entry: _Undo) -> None:
-        if "keys" not in entry.before:
-            # Where several tokens of one forward shared a slot each holds the same older content.
-            for buffer, old in zip((self.keys, self.values, self.positions), entry.overwritten, strict=True):
-                buffer[entry.row, entry.slot] = old
+        for name, old in entry.overwritten.items():
+            if name not in entry.before:
+                at = entry.ring_index.view(*entry.ring_index.shape, *[1] * (old.dim() - 2)).expand_as(old)
+                getattr(self, name).scatter_(1, at, old)
         for name, value in entry.before.items():
             setattr(self, name, value)
-        self._advance(-entry.update.hidden.shape[1])
+        self._count(-entry.columns.length)
 
     def get_seq_length(self) -> int:
         """Columns fed so far, padding included."""
@@ -447,7 +476,7 @@ class SeqBoatCacheLayer(CacheLayerMixin):
         raise NotImplementedError("SeqBoatCacheLayer is filled by SeqBoat's own layers, see `initialize`")
 
     def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError("SeqBoatCacheLayer is filled by SeqBoat's own layers, see `commit`")
+        raise NotImplementedError("SeqBoatCacheLayer is filled by SeqBoat's own layers, see `advance`")
 
     def reset(self) -> None:
         """Back to before the first forward; a static cache keeps its buffers and zeroes them."""
@@ -455,14 +484,15 @@ class SeqBoatCacheLayer(CacheLayerMixin):
             self._clear()
             return
         self._leave_inference_mode()
-        for tensor in (*self.tensors().values(), self.seen):
+        for tensor in (*self._buffers().values(), self.seen):
             tensor.zero_()
+        self.is_blank = True
 
     def _map_rows(self, change: Any) -> None:
         if not self.is_initialized:
             return
         self._journal = []
-        for name, tensor in self.tensors().items():
+        for name, tensor in self._buffers().items():
             changed = change(tensor)
             if self.static and changed.shape == tensor.shape:
                 tensor.copy_(changed)
@@ -479,7 +509,7 @@ class SeqBoatCacheLayer(CacheLayerMixin):
         self._map_rows(lambda tensor: tensor[indices.to(tensor.device)])
 
     def _move(self, device: torch.device | str, non_blocking: bool = False) -> None:
-        for name, tensor in self.tensors().items():
+        for name, tensor in self._buffers().items():
             setattr(self, name, tensor.to(device, non_blocking=non_blocking))
         if isinstance(self.seen, Tensor):
             self.seen = self.seen.to(device)
@@ -550,14 +580,15 @@ class SeqBoatCache(Cache):
         self.restarted = False
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every buffer as (`layers.{i}.{name}`, tensor)."""
+        """The state as (`layers.{i}.{name}`, tensor), the memory with all its W slots."""
         for index, layer in enumerate(self.layers):
             for name, tensor in layer.tensors().items():
                 yield f"layers.{index}.{name}", tensor
 
     def memory_bytes(self) -> int:
-        """Bytes of all buffers; the same after the first token and after the millionth."""
-        return sum(tensor.numel() * tensor.element_size() for _, tensor in self.tensors())
+        """Bytes of all buffers: of a static cache always the same, of a dynamic one once W tokens were activated."""
+        buffers = [tensor for layer in self.layers for tensor in layer._buffers().values()]
+        return sum(tensor.numel() * tensor.element_size() for tensor in buffers)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns fed so far, padding included."""
@@ -629,7 +660,7 @@ class SeqBoatCache(Cache):
                 raise ValueError(f"{path} lacks layers.0.keys")
             first = file.get_tensor("layers.0.keys")
             for index, layer in enumerate(cache.layers):
-                layer.initialize(first.shape[0], first.dtype, first.device)
+                layer._allocate(first.shape[0], layer.memory_size, first.dtype, first.device)
                 for name, buffer in layer.tensors().items():
                     key = f"layers.{index}.{name}"
                     if key not in names:
@@ -638,7 +669,8 @@ class SeqBoatCache(Cache):
                     if loaded.shape != buffer.shape:
                         raise ValueError(f"{key} in {path} is {tuple(loaded.shape)}, expected {tuple(buffer.shape)}")
                     buffer.copy_(loaded)
-                layer._advance(int(meta["seen"]))
+                layer._count(int(meta["seen"]))
+                layer._drop_empty_slots()
         # The file does not say.
         cache.restarted = True
         return cache

@@ -101,6 +101,14 @@ def _token_id(several: bool = False) -> Check:
 # Router types with parameters; the others decide without looking at the token.
 LEARNED_ROUTERS = ("tempered_softmax", "gumbel", "gumbel_straight_through")
 
+# Recurrences; `register_recurrence` adds to them.
+SSM_TYPES = ["ema", "s4d", "s5"]
+
+
+def _ssm_type(name: str, value: Any) -> str:
+    return _one_of(*SSM_TYPES)(name, value)
+
+
 _POSITIVE_INTEGER = _integer(1)
 _POSITIVE = _real("a finite number above 0", lambda value: value > 0)
 _NOT_NEGATIVE = _real("a finite number of at least 0", lambda value: value >= 0)
@@ -123,7 +131,7 @@ FIELD_CHECKS: dict[str, Check] = {
     "position_embedding_type": _one_of("rotary", "simple", "local", "t5", "none"),
     "max_position_embeddings": _POSITIVE_INTEGER,
     "rope_theta": _POSITIVE,
-    "ssm_type": _one_of("ema", "s4d", "s5"),
+    "ssm_type": _ssm_type,
     "ssm_truncation": _integer(1, optional=True),
     "norm_type": _one_of("layernorm", "scalenorm", "rmsnorm", "batchnorm"),
     "norm_first": _boolean,

@@ -1,18 +1,109 @@
-"""From masks, positions and packing arguments to the `SequenceContext` that every layer reads.
+"""What every layer needs to know about the columns of one forward, made once from masks, positions and packing
+arguments.
 
-Letters: B batch, L columns.
+Letters: B batch, L columns, Z query/key width.
 """
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+from transformers.utils import ModelOutput
 
-from .cache_seqboat import SeqBoatCache
 from .configuration_seqboat import SeqBoatConfig
-from .kernels_seqboat import choose_backend, requested_backend
+from .kernels_seqboat import Ops, reselect_ops, select_ops
 from .ops_attention_seqboat import rotary_tables
-from .ops_layout_seqboat import build_scan_plan
-from .ops_ssm_seqboat import chunk_size_for
-from .sequence_seqboat import SequenceContext
+from .ops_ema_seqboat import chunk_size_for
+from .ops_layout_seqboat import ScanPlan, build_scan_plan, segment_bounds
+
+if TYPE_CHECKING:
+    from .cache_seqboat import SeqBoatCache
+
+
+@dataclass
+class SequenceContext:
+    """What every layer needs to know about the columns of one forward.
+
+    Attributes:
+        real: (B, L) bool, False at pads; None when every column is real.
+        reset: (B, L) bool, True at real tokens whose segment starts there; None when none does.
+        segment: (B, L) int64, segments started in the row up to each column; None with `reset`.
+        positions: (B, L) int64, places among the segment's real tokens, or the caller's `position_ids`.
+        cos, sin: (B, L, Z/2) float32 rotary tables, or None.
+        ops: the ops that the layers take, or None where nothing is run.
+        dtype: in which layers compute what is not float32: that of the embeddings, or autocast's.
+        places: (B, L) int64, real tokens of the segment before each, where a router asks for them; else None.
+        plan, reverse_plan: layouts of the EMA scan and of the one that runs backwards, or None.
+        bounds: what `segment_bounds` found, once asked.
+    """
+
+    real: Tensor | None
+    reset: Tensor | None
+    segment: Tensor | None
+    positions: Tensor
+    ops: Ops | None = None
+    dtype: torch.dtype = torch.float32
+    cos: Tensor | None = None
+    sin: Tensor | None = None
+    places: Tensor | None = None
+    plan: ScanPlan | None = None
+    reverse_plan: ScanPlan | None = None
+    bounds: Tensor | None = None
+
+    def segment_bounds(self) -> Tensor | None:
+        """`segment_bounds` of these columns; None where every row is one segment."""
+        if self.reset is not None and self.bounds is None:
+            self.bounds = segment_bounds(self.reset)
+        return self.bounds
+
+    def reversed_marks(self) -> tuple[Tensor | None, Tensor | None]:
+        """Real marks and segment starts of the row read backwards: a segment then starts at its last real token."""
+        real = None if self.real is None else self.real.flip(1)
+        if self.segment is None:
+            return real, None
+        segment = self.segment.flip(1)
+        if real is None:
+            ends = segment[:, 1:] != segment[:, :-1]
+            return None, F.pad(ends, (1, 0))
+        # Compared with the nearest real token already read; pads in between carry no segment of their own.
+        length = segment.shape[1]
+        columns = torch.arange(length, device=segment.device)
+        latest = torch.where(real, columns, -1).cummax(1).values
+        before = F.pad(latest[:, :-1], (1, 0), value=-1)
+        previous = segment.gather(1, before.clamp_min(0))
+        return real, real & (before >= 0) & (segment != previous)
+
+    def ends(self) -> Tensor | None:
+        """(B, L) bool, True at the last real token of each segment, where a scan that runs backwards starts anew; None
+        where every row is one segment."""
+        ends = self.reversed_marks()[1]
+        return None if ends is None else ends.flip(1)
+
+    def reversed_plan(self, chunk_size: int) -> ScanPlan:
+        """The layout of the scan that runs from the last column to the first."""
+        real, ends = self.reversed_marks()
+        batch, length = self.positions.shape
+        return build_scan_plan(batch, length, chunk_size, self.positions.device, real, ends)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> SequenceContext:
+        """A copy on `device`: layers of one model may live on several."""
+        moved = {} if self.ops is None else {"ops": reselect_ops(self.ops, torch.device(device))}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                moved[field.name] = value.to(device, non_blocking=non_blocking)
+            elif isinstance(value, ScanPlan):
+                tensors = {
+                    part.name: getattr(value, part.name).to(device, non_blocking=non_blocking)
+                    for part in fields(value)
+                    if isinstance(getattr(value, part.name), Tensor)
+                }
+                moved[field.name] = replace(value, **tensors)
+        return replace(self, **moved)
 
 
 def real_columns(attention_mask: Tensor | None, batch: int, length: int, cache: SeqBoatCache | None) -> Tensor | None:
@@ -37,7 +128,7 @@ def real_columns(attention_mask: Tensor | None, batch: int, length: int, cache: 
         raise ValueError(
             f"attention_mask of shape {tuple(attention_mask.shape)} does not fit {batch} rows of {length} new columns"
         )
-    # Only a static cache, whose count of columns is on the device, has to be believed.
+    # A static cache keeps its length on the device; reading it would synchronise, so the width is not checked.
     unknown = torch.compiler.is_compiling() or (stepping and cache is not None and cache.layers[0].static)
     if width != length and not unknown:
         past = 0 if cache is None else cache.get_seq_length()
@@ -72,8 +163,8 @@ def expect_same_past(mask: Tensor, cache: SeqBoatCache) -> None:
         row = int(differs.nonzero()[0])
         raise ValueError(
             f"attention_mask marks {int(marked[row])} real tokens in the columns that past_key_values has read, which "
-            f"took {int(read[row])} for real (row {row}): the state cannot leave out or add a token afterwards. Give the "
-            "mask that the cache was filled under, or read the whole text anew"
+            f"took {int(read[row])} for real (row {row}): the state cannot leave out or add a token afterwards. Give "
+            "the mask that the cache was filled under, or read the whole text anew"
         )
 
 
@@ -91,8 +182,8 @@ def _checked(mask: Tensor) -> Tensor | None:
     if not plain:
         value = mask[(mask != 0) & (mask != 1)][0].item()
         raise ValueError(
-            f"attention_mask must be 1 at real tokens and 0 at padding, got {value}: number packed texts by seq_idx or by "
-            "position_ids that start anew, and give no mask that is added to scores"
+            f"attention_mask must be 1 at real tokens and 0 at padding, got {value}: number packed texts by seq_idx or "
+            "by position_ids that start anew, and give no mask that is added to scores"
         )
     return None if every else real
 
@@ -174,10 +265,23 @@ def build_context(
     seq_idx: Tensor | None,
     cu_seq_lens_q: Tensor | None,
     cache: SeqBoatCache | None,
-    for_layers: bool = True,
+    dtype: torch.dtype | None = None,
+    training: bool = False,
+    rate_is_held: bool = False,
 ) -> SequenceContext:
-    """Works out padding, segments, positions and layouts once for all layers. Arguments as in the models' forward;
-    without `for_layers` rotary tables and scan layouts are left out."""
+    """Works out padding, segments, positions, layouts and the choice of ops once for all layers.
+
+    Args:
+        dtype: of the embeddings, and training: whether the model is in training mode; None for a context that no layer
+            is run with, which then lacks ops, rotary tables and scan layouts.
+        rate_is_held: see `select_ops`.
+
+        The others are as in the models' forward.
+
+    Raises:
+        ValueError: for arguments that contradict each other, and where an op cannot run on the requested backend.
+    """
+    ops = None if dtype is None else select_ops(config, device, dtype, training, rate_is_held)
     real = real_columns(attention_mask, batch, length, cache)
     if position_ids is not None:
         if position_ids.ndim != 2 or position_ids.shape[1] != length or position_ids.shape[0] not in (1, batch):
@@ -190,7 +294,7 @@ def build_context(
     if reset is not None and not stepping and not bool(reset.any()):
         reset = None
     segment = None if reset is None else reset.long().cumsum(1)
-    counts_places = for_layers and config.router_type == "random"
+    counts_places = ops is not None and config.router_type == "random"
     places = None
     if position_ids is None or counts_places:
         places = torch.arange(length, device=device).expand(batch, -1) if real is None else real.long().cumsum(1) - 1
@@ -200,18 +304,51 @@ def build_context(
         if cache is not None and cache.is_initialized:
             offset = cache.layers[0].token_count.to(device)[:, None]
             places = places + (offset if segment is None else torch.where(segment == 0, offset, 0))
-    context = SequenceContext(real, reset, segment, places if position_ids is None else position_ids)
-    if not for_layers:
+    context = SequenceContext(real, reset, segment, places if position_ids is None else position_ids, ops)
+    if ops is None:
         return context
+    context.dtype = _compute_dtype(device, dtype)
     if counts_places:
         context.places = places
     if config.position_embedding_type == "rotary":
         context.cos, context.sin = rotary_tables(context.positions, config.qk_head_dim, config.rope_theta)
     # The kernels make no use of a layout.
-    scan = choose_backend(f"{config.ssm_type}_scan", requested_backend(config.kernel_backend), device, torch.float32)
-    if length > 1 and scan == "torch":
+    if length > 1 and not ops.runs_triton(f"{config.ssm_type}_scan"):
         size = chunk_size_for(length)
         context.plan = build_scan_plan(batch, length, size, device, real, reset)
         if config.bidirectional:
             context.reverse_plan = context.reversed_plan(size)
     return context
+
+
+def _compute_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    kind = device.type
+    if kind in ("cpu", "cuda", "xpu", "mps") and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return dtype
+
+
+def leave_marks(outputs: ModelOutput, context: SequenceContext) -> None:
+    """Leaves real columns and segments with the outputs of `SeqBoatModel`, for a head to read. An attribute and no
+    entry: what gathers or unpacks outputs does not meet it."""
+    if not torch.compiler.is_compiling():
+        outputs.marks = SequenceContext(context.real, context.reset, context.segment, context.positions)
+
+
+def marks_of(
+    outputs: ModelOutput,
+    config: SeqBoatConfig,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+) -> SequenceContext:
+    """Real columns and segments of a forward: those that it left with its outputs, or, where these were made anew on
+    their way here, found once more in its arguments."""
+    marks = getattr(outputs, "marks", None)
+    if marks is not None:
+        return marks
+    hidden = outputs.last_hidden_state
+    batch, length = hidden.shape[:2]
+    mask = None if attention_mask is None else attention_mask[:, -length:]
+    return build_context(config, batch, length, hidden.device, mask, position_ids, seq_idx, cu_seq_lens_q, None)

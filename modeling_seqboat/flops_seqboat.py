@@ -3,18 +3,10 @@
 Letters: D hidden width, N states a channel, Z query/key width, V value width, F feed-forward width.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from .configuration_seqboat import LEARNED_ROUTERS, SeqBoatConfig
-
-# FLOPs of one real token in each direction; truncation subtracts what leaves the window. A complex product counts 6,
-# of a complex and a real number 2.
-_SSM_FLOPS: dict[str, Callable[[SeqBoatConfig], int]] = {
-    "ema": lambda config: config.hidden_size * config.state_size * (5 if config.ssm_truncation is None else 7),
-    "s4d": lambda config: config.hidden_size * config.state_size * 14,
-    "s5": lambda config: config.state_size * (8 * config.hidden_size + 6),
-}
+from .ssm_seqboat import RECURRENCES
 
 
 @dataclass(frozen=True)
@@ -43,25 +35,20 @@ def layer_flops(config: SeqBoatConfig, tokens: int, activated: int, pairs: int, 
 
     Per real token: the recurrence, twice that when bidirectional, + 2 D for the skip. EMA: 5 N D (q*s + g*x is 3, the
     read-out 2), 7 N D with `ssm_truncation`. S4D: 14 N D (6 for a*s, 4 to add g*x, the real part read out 4). S5:
-    4 N D to write, 6 N for a*s, 4 N D to read. Then `hidden_proj` 2 D^2; the router 2 D 2; the feed-forward block 4 D F.
-    Per activated token: `in_proj` 2 D (Z + 2V) and `out_proj` 2 V D. Per pair of a query and a key that it sees: the
-    score 2 Z and the weighted value 2 V. Norms, activations, softmax, gates, dropout and the model's embedding and
+    4 N D to write, 6 N for a*s, 4 N D to read. Then `hidden_proj` 2 D^2; the router 2 D 2; the feed-forward block 4 D
+    F. Per activated token: `in_proj` 2 D (Z + 2V) and `out_proj` 2 V D. Per pair of a query and a key that it sees:
+    the score 2 Z and the weighted value 2 V. Norms, activations, softmax, gates, dropout and the model's embedding and
     output are left out. Blocked implementations spend more on pairs that they compute and then mask.
 
     Args:
         tokens: real tokens; activated: those that attend; pairs: keys seen, summed over the activated tokens.
         router: False for the same layer with attention always on, which decides nothing.
-
-    Raises:
-        ValueError: for an `ssm_type` whose cost is not known here.
     """
-    if config.ssm_type not in _SSM_FLOPS:
-        raise ValueError(f"no FLOP formula for ssm_type={config.ssm_type!r}; known are {', '.join(_SSM_FLOPS)}")
     width, query, value = config.hidden_size, config.qk_head_dim, config.v_head_dim
     directions = 2 if config.bidirectional else 1
     decides = router and config.router_type in LEARNED_ROUTERS
     return LayerFlops(
-        ssm=tokens * (directions * _SSM_FLOPS[config.ssm_type](config) + 2 * width),
+        ssm=tokens * (directions * RECURRENCES[config.ssm_type].flops(config) + 2 * width),
         hidden_proj=tokens * 2 * width**2,
         router=tokens * 4 * width if decides else 0,
         attention_linears=activated * 2 * width * (query + 3 * value),

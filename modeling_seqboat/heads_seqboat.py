@@ -15,7 +15,7 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_seqboat import SeqBoatConfig
-from .context_seqboat import real_columns
+from .context_seqboat import marks_of
 from .modeling_seqboat import (
     SeqBoatModel,
     SeqBoatModelOutput,
@@ -128,9 +128,8 @@ class SeqBoatPooledClassifier(SeqBoatPreTrainedModel):
 
     def _encode(self, attention_mask: Tensor | None, **kwargs) -> tuple[SeqBoatModelOutput, Tensor]:
         outputs = self.model(attention_mask=attention_mask, use_cache=False, return_dict=True, **kwargs)
-        hidden = outputs.last_hidden_state
-        real = real_columns(attention_mask, hidden.shape[0], hidden.shape[1], None)
-        return outputs, pool_real(hidden, real, self.config.pooling_type)
+        real = marks_of(outputs, self.config, attention_mask).real
+        return outputs, pool_real(outputs.last_hidden_state, real, self.config.pooling_type)
 
     def _answer(
         self, outputs: SeqBoatModelOutput, features: Tensor, labels: Tensor | None, num_items_in_batch=None

@@ -1,38 +1,137 @@
-"""One place that chooses between the torch ops and the Triton kernels, by a table, and says why.
+"""Which op runs where: one table, read once a forward, that says why.
+
+An op is a stage of the layer: a function of tensors that is written in torch and, where there is one, in Triton too,
+with the same signature. It is declared where the torch twin is defined:
+
+    @op("gather_rows", triton=gather_rows_triton)
+    def gather_rows(x, index, slot): ...
 
 `kernel_backend` of the config asks for `torch`, `triton` or `auto`; the environment variable SEQBOAT_KERNEL_BACKEND
-overrides it. `auto` takes Triton wherever the table has nothing against it. `triton` where it cannot run is an error
-that gives the reason; nothing switches silently.
+overrides it. `auto` takes Triton wherever the table has nothing against it. Under `triton` an op of the model that
+cannot run there is an error that gives the reason. `explain` lists what runs where, so that nothing switches silently.
 """
 
+import functools
 import os
+import threading
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
 
-from .ops_attention_seqboat import windowed_attention
-from .ops_layout_seqboat import ScanPlan
-from .ops_s4d_seqboat import s4d_scan
-from .ops_s5_seqboat import s5_scan
-from .ops_ssm_seqboat import ema_parameters, ema_scan
+from .configuration_seqboat import LEARNED_ROUTERS, SeqBoatConfig
+from .triton_launch_seqboat import interpreted
 
 try:
     import triton
-
-    from .triton_attention_seqboat import windowed_attention_triton
-    from .triton_decode_seqboat import ema_step, memory_attention_op, memory_attention_step
-    from .triton_ema_seqboat import ema_scan_triton
-    from .triton_fused_seqboat import extract_residual, gated_unit, gather_rows, project_unit
-    from .triton_linear_seqboat import give_bias_gradient
-    from .triton_norm_seqboat import layer_norm_residual
-    from .triton_parameters_seqboat import ema_parameters_triton
-    from .triton_router_seqboat import PendingStream, route
 except ImportError:
     triton = None
 
 BACKENDS = ("auto", "torch", "triton")
 ENVIRONMENT_VARIABLE = "SEQBOAT_KERNEL_BACKEND"
+
+
+class Facts(NamedTuple):
+    """What the choice of ops depends on.
+
+    Attributes:
+        requested: auto, torch or triton.
+        device: the device's type; dtype: of the embeddings.
+        training, compiling: whether the model is in training mode, whether a compiler traces.
+        interpreted: whether Triton's interpreter runs the kernels.
+        routes: whether a learned router decides; noisy: whether it needs more than the tempered softmax of two logits.
+        The others are fields of the config, dropouts 0 outside training.
+    """
+
+    requested: str
+    device: str
+    dtype: torch.dtype
+    training: bool
+    compiling: bool
+    interpreted: bool
+    routes: bool
+    noisy: str | None
+    bidirectional: bool
+    ssm_type: str
+    norm_type: str
+    hidden_act: str
+    attention_activation: str
+    qk_head_dim: int
+    attention_dropout: float
+    value_dropout: float
+
+
+class Op(NamedTuple):
+    """One entry of the table.
+
+    Attributes:
+        torch, triton: the two functions; triton None where there is no kernel.
+        compiled: what takes the kernel's place in a compiled graph; None for the torch twin, of which the compiler
+            makes kernels itself.
+        used: whether a model of these facts has this op at all.
+        needs: functions that give the reason where the kernel cannot run, else None.
+        parts: other ops of which this one is made: keyword arguments of these names that are given what was chosen.
+        missing: the reason where there is no kernel.
+    """
+
+    torch: Callable
+    triton: Callable | None
+    compiled: Callable | None
+    used: Callable[[Facts], bool]
+    needs: tuple[Callable[[Facts], str | None], ...]
+    parts: tuple[str, ...]
+    missing: str
+
+
+class Choice(NamedTuple):
+    """Where an op runs: backend torch or triton, and for torch the reason."""
+
+    op: str
+    backend: str
+    reason: str | None
+
+
+OPS: dict[str, Op] = {}
+
+
+def needs_silu(facts: Facts) -> str | None:
+    """The reason of an op whose kernel knows no other activation."""
+    return None if facts.hidden_act == "silu" else f"hidden_act={facts.hidden_act!r} has no kernel"
+
+
+def op(
+    name: str,
+    *,
+    triton: Callable | None = None,
+    compiled: Callable | None = None,
+    used: Callable[[Facts], bool] = lambda facts: True,
+    needs: tuple[Callable[[Facts], str | None], ...] = (),
+    parts: tuple[str, ...] = (),
+    missing: str = "it has no kernel",
+) -> Callable[[Callable], Callable]:
+    """Declares the decorated function as the torch twin of an op; see `Op`."""
+
+    def declare(function: Callable) -> Callable:
+        OPS[name] = Op(function, triton, compiled, used, needs, parts, missing)
+        return function
+
+    return declare
+
+
+class Ops(SimpleNamespace):
+    """The ops of one forward by name, each the function that was chosen.
+
+    Attributes:
+        facts: what they were chosen by.
+        choices: name -> Choice.
+        opaque: whether some run in Triton, which no compiler sees through.
+        captures: whether a layer can run without waiting for the device, as a CUDA graph must.
+    """
+
+    def runs_triton(self, *names: str) -> bool:
+        """Whether all of these ops run in Triton."""
+        return all(name in self.choices and self.choices[name].backend == "triton" for name in names)
 
 
 def requested_backend(config_value: str) -> str:
@@ -43,225 +142,146 @@ def requested_backend(config_value: str) -> str:
     return value
 
 
-def why_not_triton(
-    op: str, device: torch.device, dtype: torch.dtype, *, activation: str = "softmax", dropout_p: float = 0.0
-) -> str | None:
-    """The reason why the Triton kernel of `op` (`ema_scan`, `ema_parameters`, `s4d_scan`, `s5_scan`, `route`,
-    `project_unit`, `memory_step` or `windowed_attention`) cannot run, or None if it can.
-
-    Triton's interpreter (TRITON_INTERPRET=1) runs kernels on CPU tensors.
-    """
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    table = (
-        (op in ("s4d_scan", "s5_scan"), f"the recurrence of ssm_type={op.removesuffix('_scan')!r} has no kernel"),
+def _why_not_triton(entry: Op, facts: Facts) -> str | None:
+    general = (
+        (entry.triton is None, entry.missing),
         (triton is None, "the triton package is not installed, or too old"),
-        (device.type != "cuda" and not interpreted, f"tensors are on {device.type}, Triton needs a CUDA device"),
-        (dtype == torch.float64, "the kernels have no float64"),
-        (op == "windowed_attention" and activation == "laplace", "laplace attention has no kernel"),
-        (op == "windowed_attention" and dropout_p > 0, "attention_dropout has no kernel"),
+        (
+            facts.device != "cuda" and not facts.interpreted,
+            f"tensors are on {facts.device}, Triton needs a CUDA device",
+        ),
+        (facts.dtype == torch.float64, "the kernels have no float64"),
     )
-    return next((reason for applies, reason in table if applies), None)
+    reasons = [reason for applies, reason in general if applies] + [need(facts) for need in entry.needs]
+    return next((reason for reason in reasons if reason), None)
 
 
-def choose_backend(op: str, requested: str, device: torch.device, dtype: torch.dtype, **facts) -> str:
-    """`torch` or `triton` for one call of `op`.
+def _choice(name: str, entry: Op, facts: Facts) -> Choice:
+    if facts.requested == "torch":
+        return Choice(name, "torch", "kernel_backend='torch'")
+    # The interpreter is for tests: it runs only where it is asked for.
+    if facts.requested == "auto" and facts.device != "cuda":
+        return Choice(name, "torch", f"tensors are on {facts.device}, Triton needs a CUDA device")
+    reason = _why_not_triton(entry, facts)
+    if reason is None:
+        return Choice(name, "triton", None)
+    return Choice(name, "torch", reason)
+
+
+def _facts(
+    config: SeqBoatConfig, device: torch.device, dtype: torch.dtype, training: bool, rate_is_held: bool
+) -> Facts:
+    noisy = None
+    if config.router_target_rate is not None and not rate_is_held:
+        noisy = "router_target_rate has no kernel"
+    elif config.router_type == "gumbel_straight_through" or (config.router_type == "gumbel" and training):
+        noisy = f"router_type={config.router_type!r} has no kernel"
+    return Facts(
+        requested=requested_backend(config.kernel_backend),
+        device=device.type,
+        dtype=dtype,
+        training=training,
+        compiling=torch.compiler.is_compiling(),
+        interpreted=interpreted(),
+        routes=config.router_type in LEARNED_ROUTERS,
+        noisy=noisy,
+        bidirectional=config.bidirectional,
+        ssm_type=config.ssm_type,
+        norm_type=config.norm_type,
+        hidden_act=config.hidden_act,
+        attention_activation=config.attention_activation,
+        qk_head_dim=config.qk_head_dim,
+        attention_dropout=config.attention_dropout if training else 0.0,
+        value_dropout=config.value_dropout if training else 0.0,
+    )
+
+
+# What was chosen, by names: a compiler guards the one attribute that a graph reads, and not those added since.
+_SELECTED: dict[Facts, str] = {}
+_CHOSEN = SimpleNamespace()
+_LOCK = threading.Lock()
+
+
+# A constant for compilers, since nothing in the choice depends on tensors.
+@torch.compiler.assume_constant_result
+def _select_name(*values: Any) -> str:
+    facts = Facts(*values)
+    if facts not in _SELECTED:
+        ops = _made(facts)
+        with _LOCK:
+            name = f"choice_{len(vars(_CHOSEN))}"
+            setattr(_CHOSEN, name, ops)
+            _SELECTED[facts] = name
+    return _SELECTED[facts]
+
+
+def _select(facts: Facts) -> Ops:
+    return getattr(_CHOSEN, _select_name(*facts))
+
+
+def _made(facts: Facts) -> Ops:
+    choices, functions = {}, {}
+    for name, entry in OPS.items():
+        if not entry.used(facts):
+            continue
+        choice = _choice(name, entry, facts)
+        if facts.requested == "triton" and choice.backend == "torch":
+            raise ValueError(f"kernel_backend='triton' cannot run {name}: {choice.reason}; use 'auto' or 'torch'")
+        function = entry.triton if choice.backend == "triton" else entry.torch
+        if facts.compiling and choice.backend == "triton":
+            function = entry.compiled or entry.torch
+        choices[name], functions[name] = choice, function
+    for name in choices:
+        parts = {part: functions[part] for part in OPS[name].parts}
+        if parts:
+            functions[name] = functools.partial(functions[name], **parts)
+    ops = Ops(facts=facts, choices=choices, **functions)
+    ops.opaque = any(choice.backend == "triton" for choice in choices.values())
+    ops.captures = ops.runs_triton("pack", "gather_rows", "gated_unit", "extract_residual")
+    return ops
+
+
+def select_ops(
+    config: SeqBoatConfig, device: torch.device, dtype: torch.dtype, training: bool, rate_is_held: bool = False
+) -> Ops:
+    """The ops that one forward of such a model takes.
+
+    Args:
+        device, dtype: of the embeddings.
+        rate_is_held: whether a `RouterBudget` holds `router_target_rate`, so that no loss term pulls to it.
 
     Raises:
-        ValueError: when `triton` is requested and cannot run, with the reason.
+        ValueError: where `triton` is requested and an op of the model cannot run there, with the reason.
     """
-    # The interpreter is for tests: it runs only where it is asked for.
-    if requested == "torch" or (requested == "auto" and device.type != "cuda"):
-        return "torch"
-    reason = why_not_triton(op, device, dtype, **facts)
-    if reason is None:
-        return "triton"
-    if requested == "triton":
-        raise ValueError(f"kernel_backend='triton' cannot run {op}: {reason}; use 'auto' or 'torch'")
-    return "torch"
+    return _select(_facts(config, device, dtype, training, rate_is_held))
 
 
-def expect_backend(
-    requested: str, device: torch.device, dtype: torch.dtype, *, ssm_type: str = "ema", **facts
-) -> None:
-    """Raises ValueError, as `choose_backend` does, if any op cannot run where `triton` is requested."""
-    if requested == "triton":
-        choose_backend(f"{ssm_type}_scan", requested, device, dtype)
-        choose_backend("windowed_attention", requested, device, dtype, **facts)
+def reselect_ops(ops: Ops, device: torch.device) -> Ops:
+    """The same choice for another device."""
+    return ops if ops.facts.device == device.type else _select(ops.facts._replace(device=device.type))
 
 
-def run_ema_scan(
-    requested: str,
-    x: Tensor,
-    *args,
-    plan: ScanPlan | None = None,
-    need_state: bool = True,
-    activation: str | None = None,
-    real: Tensor | None = None,
-    reset: Tensor | None = None,
-    reverse: bool = False,
-    **kwargs,
-) -> tuple[Tensor, Tensor | None]:
-    """`ema_scan` on the chosen backend, followed by `activation` (None or silu).
-
-    With `reverse` the scan runs from the last column to the first; `real`, `reset` and `plan` then describe the columns
-    in that order. One column is a handful of elementwise operations and stays in torch.
-    """
-    if x.shape[1] > 1 and choose_backend("ema_scan", requested, x.device, x.dtype) == "triton":
-        if reverse:
-            real, reset = (None if marks is None else marks.flip(1) for marks in (real, reset))
-        return ema_scan_triton(x, *args, real=real, reset=reset, reverse=reverse, activation=activation, **kwargs)
-    y, state = ema_scan(
-        x.flip(1) if reverse else x, *args, real=real, reset=reset, plan=plan, need_state=need_state, **kwargs
-    )
-    if reverse:
-        y = y.flip(1)
-    return (y if activation is None else F.silu(y)), state
+def eager_ops(ops: Ops) -> Ops:
+    """The same choice outside of a compiler's graph."""
+    return _select(ops.facts._replace(compiling=False))
 
 
-def run_ema_step(
-    requested: str,
-    x: Tensor,
-    *args,
-    real: Tensor | None,
-    reset: Tensor | None,
-    activation: str | None,
-) -> Tensor | None:
-    """The scan of one column in one kernel, which overwrites the state: y (B, 1, D); None where torch is to make it.
+def explain(
+    config: SeqBoatConfig,
+    device: torch.device | str,
+    dtype: torch.dtype = torch.float32,
+    training: bool = False,
+    rate_is_held: bool = False,
+) -> list[Choice]:
+    """Which op of such a model runs where, and why not in Triton.
 
     Args:
-        x: (B, 1, D); the rest as in `ema_step`, with real and reset (B, 1).
+        device: where the model is; dtype: of its embeddings; training: whether it is in training mode; rate_is_held:
+            whether a `RouterBudget` holds its rate.
+
+    Returns:
+        One `Choice` an op: its name, `torch` or `triton`, and the reason for torch. Under `triton`, ops with a reason
+        are those for which a forward raises ValueError.
     """
-    if torch.compiler.is_compiling() or choose_backend("ema_scan", requested, x.device, x.dtype) == "torch":
-        return None
-    real, reset = (None if marks is None else marks[:, 0] for marks in (real, reset))
-    return ema_step(x[:, 0], *args, real=real, reset=reset, activation=activation)[:, None]
-
-
-def run_project_unit(requested: str, projected: Tensor, *args) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-    """`project_unit` in one kernel; None where torch is to make it: inside a compiled graph, or as the table says."""
-    if torch.compiler.is_compiling():
-        return None
-    if choose_backend("project_unit", requested, projected.device, projected.dtype) == "torch":
-        return None
-    return project_unit(projected, *args)
-
-
-def runs_memory_step(requested: str, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether one token's attention over the memory runs in a kernel of its own, which writes the token into it."""
-    return choose_backend("memory_step", requested, device, dtype) == "triton"
-
-
-def run_memory_step(*args, activation: str, scale: float, position: Tensor, bias_table: Tensor | None = None,
-                    bias_center: int = 0, bias_by_index: bool = False) -> Tensor:  # fmt: skip
-    """`memory_attention_step` of the decode kernels; only where `runs_memory_step` says so."""
-    if torch.compiler.is_compiling():
-        return memory_attention_op(*args, activation, scale, bias_table, bias_center, bias_by_index, position)
-    return memory_attention_step(
-        *args, activation=activation, scale=scale, position=position, bias_table=bias_table, bias_center=bias_center,
-        bias_by_index=bias_by_index,
-    )  # fmt: skip
-
-
-def run_ema_parameters(
-    requested: str, delta: Tensor, alpha: Tensor, beta: Tensor, gamma: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`ema_parameters` on the chosen backend; a compiler makes one kernel of the torch form itself."""
-    compiling = torch.compiler.is_compiling()
-    if not compiling and choose_backend("ema_parameters", requested, gamma.device, gamma.dtype) == "triton":
-        return ema_parameters_triton(delta, alpha, beta, gamma)
-    return ema_parameters(delta, alpha, beta, gamma)
-
-
-def run_route(
-    requested: str,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    log_temperature: Tensor,
-    real: Tensor | None,
-    shift: float,
-) -> tuple[Tensor, Tensor] | None:
-    """The decision of the tempered softmax in one kernel: confidence (B, L) float32 and active (B, L) bool; None where
-    torch is to make it: inside a compiled graph, or as the table says.
-
-    Args:
-        x: (B, L, D); the rest as in `route`, with real (B, L).
-    """
-    if torch.compiler.is_compiling():
-        return None
-    if choose_backend("route", requested, x.device, x.dtype) == "torch":
-        return None
-    real = None if real is None else real.flatten()
-    found = route(x.flatten(0, 1), weight, bias, log_temperature, real=real, shift=shift)
-    return tuple(tensor.view(x.shape[:2]) for tensor in found)
-
-
-def run_diagonal_scan(ssm_type: str, x: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-    """`s4d_scan` or `s5_scan`, which run in torch alone; `expect_backend` refuses them where Triton is requested."""
-    return {"s4d": s4d_scan, "s5": s5_scan}[ssm_type](x, *args, **kwargs)
-
-
-def run_windowed_attention(
-    requested: str, q: Tensor, k: Tensor, v: Tensor, *args, max_keys: int, dropout_p: float, **kwargs
-) -> Tensor:
-    """`windowed_attention` on the chosen backend; `max_keys` bounds the keys that one query sees."""
-    facts = {"activation": kwargs["activation"], "dropout_p": dropout_p}
-    if choose_backend("windowed_attention", requested, q.device, q.dtype, **facts) == "triton":
-        return windowed_attention_triton(q, k, v, *args, max_keys=max_keys, **kwargs)
-    return windowed_attention(q, k, v, *args, dropout_p=dropout_p, **kwargs)
-
-
-def runs_fused(requested: str, device: torch.device, dtype: torch.dtype, plain: bool, **facts) -> bool:
-    """Whether a layer may replace its elementwise steps by fused kernels.
-
-    Args:
-        plain: what the kernels take for granted: silu everywhere and no dropout of values.
-        facts: as in `why_not_triton` for the attention.
-    """
-    if not plain:
-        return False
-    return choose_backend("windowed_attention", requested, device, dtype, **facts) == "triton"
-
-
-def run_gated_unit(*args, **kwargs) -> Tensor:
-    """`gated_unit`; only where `runs_fused` says so."""
-    return gated_unit(*args, **kwargs)
-
-
-def run_extract_residual(*args) -> Tensor:
-    """`extract_residual`; only where `runs_fused` says so."""
-    return extract_residual(*args)
-
-
-def run_gather_rows(*args) -> Tensor:
-    """`gather_rows`; only where `runs_fused` says so."""
-    return gather_rows(*args)
-
-
-def run_linear(linear: nn.Module, x: Tensor) -> Tensor:
-    """`linear(x)`, with the gradient of its bias by a kernel where it is a plain nn.Linear in training, as an adapter, a
-    quantised layer or one whose weights come when it is called are not; only where `runs_fused` says so."""
-    bias = getattr(linear, "bias", None)
-    plain = type(linear) is nn.Linear and type(bias) in (Tensor, nn.Parameter) and not _does_more(linear)
-    if not plain or not torch.is_grad_enabled() or not bias.requires_grad:
-        return linear(x)
-    return give_bias_gradient(F.linear(x, linear.weight, bias.detach()), bias)
-
-
-def _does_more(module: nn.Module) -> bool:
-    """Whether a call of the module is more than its class's forward: hooks, its own or everybody's, or a forward put in
-    place of it, as Accelerate does to offload weights."""
-    hooks = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
-    everybody = (getattr(nn.modules.module, f"_global{name}", None) for name in hooks)
-    return "forward" in vars(module) or any(getattr(module, name) for name in hooks) or any(everybody)
-
-
-def run_layer_norm_residual(x: Tensor, *args) -> tuple[Tensor, Tensor]:
-    """`layer_norm_residual` of (B, L, D); only where `runs_fused` says so."""
-    normed, residual = layer_norm_residual(x.flatten(0, 1), *args)
-    return normed.view_as(x), residual.view_as(x)
-
-
-def begin_stream(*args) -> "PendingStream":
-    """`PendingStream`, the compression under way; only where `runs_fused` says so."""
-    return PendingStream(*args)
+    facts = _facts(config, torch.device(device), dtype, training, rate_is_held)
+    return [_choice(name, entry, facts) for name, entry in OPS.items() if entry.used(facts)]

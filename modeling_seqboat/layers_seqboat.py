@@ -1,8 +1,11 @@
-"""A SeqBoat layer and its parts: embeddings of values and places, the feed-forward block, the layer itself.
+"""A SeqBoat layer and its parts: norms, embeddings of values and places, the feed-forward block, the layer itself.
 
 Letters: B batch, L columns, D hidden width, M activated tokens of all rows. Step numbers in comments follow
 arXiv 2306.11197, section 3.
 """
+
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -11,22 +14,93 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention_seqboat import SeqBoatAttention
-from .cache_seqboat import CacheUpdate, SeqBoatCacheLayer
 from .configuration_seqboat import SeqBoatConfig
-from .kernels_seqboat import (
-    begin_stream,
-    requested_backend,
-    run_extract_residual,
-    run_linear,
-    runs_fused,
-    runs_memory_step,
-)
-from .norms_seqboat import SeqBoatLayerNorm, build_norm
+from .context_seqboat import SequenceContext
+from .diagonal_seqboat import SeqBoatS4D, SeqBoatS5
+from .kernels_seqboat import eager_ops
 from .ops_attention_seqboat import rotary_tables
-from .ops_ssm_seqboat import without_autocast
+from .ops_packed_seqboat import pack_step
 from .router_seqboat import SeqBoatRouter
-from .sequence_seqboat import SequenceContext
-from .ssm_seqboat import build_ssm
+from .ssm_seqboat import RECURRENCES, SeqBoatEMA, register_recurrence
+
+for _name, _kind in {"ema": SeqBoatEMA, "s4d": SeqBoatS4D, "s5": SeqBoatS5}.items():
+    register_recurrence(_name, _kind)
+
+
+class SeqBoatLayerNorm(nn.LayerNorm):
+    """A norm of the layers, called as norm(x, real); with an op `norm_residual` as norm(x, real, op, dtype), which
+    gives the norm in that dtype, and x for the residual beside it."""
+
+    def forward(
+        self, x: Tensor, real: Tensor | None = None, op: Callable | None = None, dtype: torch.dtype | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        if op is None:
+            return super().forward(x)
+        return op(x, super().forward, self.weight, self.bias, self.eps, True, dtype)
+
+
+class SeqBoatRMSNorm(nn.RMSNorm):
+    """Called as `SeqBoatLayerNorm` is."""
+
+    def forward(
+        self, x: Tensor, real: Tensor | None = None, op: Callable | None = None, dtype: torch.dtype | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        if op is None:
+            return super().forward(x)
+        return op(x, super().forward, self.weight, None, self.eps, False, dtype)
+
+
+class SeqBoatScaleNorm(nn.Module):
+    """x * s * rsqrt(mean(x^2) + eps) with one learned scalar s, a parameter of shape (1,). Called as
+    `SeqBoatLayerNorm`."""
+
+    def __init__(self, eps: float, affine: bool):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(1)) if affine else None
+
+    def forward(
+        self, x: Tensor, real: Tensor | None = None, op: Callable | None = None, dtype: torch.dtype | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        if op is None:
+            return self._scaled(x)
+        weight = None if self.weight is None else self.weight.expand(x.shape[-1])
+        return op(x, self._scaled, weight, None, self.eps, False, dtype)
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        wide = x.float() if x.dtype != torch.float64 else x
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return (normed if self.weight is None else normed * self.weight).to(x.dtype)
+
+
+class SeqBoatBatchNorm(nn.Module):
+    """Batch normalisation of each channel over the real positions of all rows; pads take no part and stay 0. Called as
+    `SeqBoatLayerNorm` is."""
+
+    def __init__(self, width: int, eps: float, affine: bool):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(width, eps=eps, affine=affine)
+
+    def forward(
+        self, x: Tensor, real: Tensor | None = None, op: Callable | None = None, dtype: torch.dtype | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        if real is None:
+            normed = self.norm(x.flatten(0, 1)).view_as(x)
+        else:
+            chosen = self.norm(x[real])
+            normed = x.new_zeros(x.shape, dtype=chosen.dtype).masked_scatter(real[..., None], chosen)
+        return normed if op is None else (normed.to(dtype), x)
+
+
+def build_norm(config: SeqBoatConfig, affine: bool) -> nn.Module:
+    """The norm that `config.norm_type` names, called as `SeqBoatLayerNorm` is."""
+    if config.norm_type == "layernorm":
+        return SeqBoatLayerNorm(config.hidden_size, eps=config.norm_eps, elementwise_affine=affine)
+    if config.norm_type == "rmsnorm":
+        return SeqBoatRMSNorm(config.hidden_size, eps=config.norm_eps, elementwise_affine=affine)
+    if config.norm_type == "scalenorm":
+        return SeqBoatScaleNorm(config.norm_eps, affine)
+    return SeqBoatBatchNorm(config.hidden_size, config.norm_eps, affine)
 
 
 class SeqBoatValueEmbedding(nn.Module):
@@ -83,14 +157,15 @@ class SeqBoatDecoderLayer(GradientCheckpointingLayer):
         self.config = config
         self.layer_idx = layer_idx
         self.norm = build_norm(config, config.norm_affine)
-        self.ssm = build_ssm(config)
+        self.ssm = RECURRENCES[config.ssm_type](config)
         self.hidden_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.router = SeqBoatRouter(config, layer_idx)
         self.attention = SeqBoatAttention(config)
         self.ffn = SeqBoatFFN(config) if config.intermediate_size > 0 else None
         self.activation = ACT2FN[config.hidden_act]
-        # Set where nothing may wait for the device, as in a CUDA graph: the fused path then runs over a stream of this
-        # length. While `counts_stream` is set it leaves the number of activated tokens, (1,) int32, in `stream_count`.
+        # Set where nothing may wait for the device, as in a CUDA graph: the list of activated tokens then has this
+        # length. While `counts_stream` is set the layer leaves the number of activated tokens, (1,) int32, in
+        # `stream_count`.
         self.stream_capacity: int | None = None
         self.counts_stream = False
         self.stream_count: Tensor | None = None
@@ -100,128 +175,81 @@ class SeqBoatDecoderLayer(GradientCheckpointingLayer):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """hidden_states (B, L, D) -> the same shape, the router's confidence (B, L) float32, and with
         `router_target_rate` the rate (a scalar with a gradient), else None."""
-        config, x = self.config, hidden_states
-        if past_key_values is None and self._runs_fused(x):
-            return self._forward_fused(x, context)
-        cache = None
+        if torch.compiler.is_compiling() and hidden_states.shape[1] > 1 and context.ops.opaque:
+            return self._outside_of_graphs(hidden_states, context, past_key_values)
+        config, x, ops, real = self.config, hidden_states, context.ops, context.real
+        cache = before = None
         if past_key_values is not None:
             cache = past_key_values.layers[self.layer_idx]
-            cache.initialize(x.shape[0], self._state_dtype(x), x.device)
-        # Under autocast norms return float32; what the layer computes from here on starts in the lower precision, and the
-        # EMA and the router are float32 inside whatever they are given.
-        h = (self.norm(x, context.real) if config.norm_first else x).to(self._state_dtype(x))
-        m, scanned = self.ssm(h, context, cache)
-        m = F.dropout(m, config.hidden_dropout, self.training)
-        hidden = self.hidden_proj(m)
-        confidence, active, rate = self.router(m, context.real, context.places)
-        if cache is not None and x.shape[1] == 1 and cache.steps_in_place:
-            step = self._step_in_memory if self._steps_in_memory(context, cache) else self._step
-            hidden = step(h, m, hidden, confidence, active, context, cache, scanned)
+            cache.initialize(x.shape[0], context.dtype, x.device)
+            before = cache.before(x.shape[1])
+        # Under autocast the residual stays float32; what the layer computes starts in the lower precision, and the
+        # recurrence and the router are float32 inside whatever they are given.
+        if config.norm_first:
+            h, residual = self.norm(x, real, ops.norm_residual, context.dtype)
         else:
-            flat, out, entries = self.attention("compressed", m, active, context, cache)
-            out = (out * confidence.flatten()[flat, None]).to(hidden.dtype)
-            hidden = hidden.flatten(0, 1).index_add(0, flat, out).view_as(hidden)
-            if cache is not None:
-                self._commit(cache, h, context, scanned, entries)
-        if not config.bidirectional:
-            hidden = F.dropout(hidden, config.hidden_dropout, self.training)
-        return self._finish(self.activation(hidden + x), context), confidence, rate
-
-    def _finish(self, x: Tensor, context: SequenceContext) -> Tensor:
-        if not self.config.norm_first:
-            x = self.norm(x, context.real)
-        return x if self.ffn is None else self.ffn(x, context.real)
-
-    def _runs_fused(self, x: Tensor) -> bool:
-        config = self.config
-        return runs_fused(
-            requested_backend(config.kernel_backend),
-            x.device,
-            self._state_dtype(x),
-            config.hidden_act == "silu" and not (self.training and config.value_dropout > 0),
-            activation=config.attention_activation,
-            dropout_p=config.attention_dropout if self.training else 0.0,
-        )
-
-    @torch.compiler.disable
-    def _forward_fused(self, x: Tensor, context: SequenceContext) -> tuple[Tensor, Tensor, Tensor | None]:
-        """`forward` without a cache, elementwise steps in kernels of our own: the same numbers. A compiled model breaks
-        its graph here: the compiler does not see through these kernels, and would add nothing to them."""
-        config, dtype, residual = self.config, self._state_dtype(x), x
+            h, residual = x.to(context.dtype), x
+        m, state, replay = self.ssm(h, context, before)
+        m = F.dropout(m, config.hidden_dropout, self.training)
+        if ops.facts.routes:
+            confidence, active, rate = self.router(m, real, context.places, ops.route)
+        else:
+            confidence, active, rate = self.router(m, real, context.places)
+        in_place = cache is not None and before.overwrite
+        attend = self._attend if in_place or not torch.compiler.is_compiling() else self._attend_outside_of_graphs
+        scanned = None if cache is None else (h, state, replay)
+        y = attend(m, residual, confidence, active, context, cache, in_place, scanned)
         if not config.norm_first:
-            h = x.to(dtype)
-        elif isinstance(self.norm, SeqBoatLayerNorm):
-            h, residual = self.norm(x, context.real, fused_dtype=dtype)
+            y, _ = self.norm(y, real, ops.norm_residual, y.dtype)
+        return (y if self.ffn is None else self.ffn(y, real)), confidence, rate
+
+    def _attend(self, m, residual, confidence, active, context, cache, in_place, scanned):
+        """Steps 4 and 6 to 9: what the layer gives (B, L, D). Moves the cache past these columns, given the
+        recurrence's inputs, state and replay."""
+        config, ops = self.config, context.ops
+        if in_place:
+            if context.reset is not None:
+                cache.start_segments(context.reset)
+            cache.make_room(1)
+            packed = pack_step(active, all_rows=ops.runs_triton("memory_step"))
+            hidden = ops.linear(self.hidden_proj, m)
         else:
-            h = self.norm(x, context.real).to(dtype)
-        m, _ = self.ssm(h, context, None)
-        m = F.dropout(m, config.hidden_dropout, self.training)
-        confidence, active, rate = self.router(m, context.real, context.places)
-        pending = begin_stream(
-            active, config.memory_size, config.bidirectional, context.segment_bounds(), self.stream_capacity
-        )
-        if self.counts_stream:
-            self.stream_count = pending.count.clone()
-        # Before the wait, so that the device has work meanwhile.
-        hidden = run_linear(self.hidden_proj, m)
-        stream = pending.wait()
-        out = self.attention("fused", m, stream, context)
+            continues = cache is not None and not cache.is_blank
+            pending = ops.pack(
+                active,
+                config.memory_size,
+                config.bidirectional,
+                context.segment_bounds(),
+                capacity=self.stream_capacity,
+                memory=(cache.activated_count, context.segment) if continues else None,
+            )
+            if self.counts_stream and cache is None and ops.captures:
+                self.stream_count = pending.count.clone()
+            # Before the wait, so that the device has work meanwhile.
+            hidden = ops.linear(self.hidden_proj, m)
+            packed = pending.wait()
+        out, keys, values = self.attention(m, active, packed, context, cache)
         dropout_p = config.hidden_dropout if self.training and not config.bidirectional else 0.0
-        with without_autocast(x.device):
-            added = run_extract_residual(
-                hidden.flatten(0, 1), residual.flatten(0, 1), out, confidence.flatten().float(), stream.slot, dropout_p,
-                stream.padded,
-            )  # fmt: skip
-        return self._finish(added.view_as(x), context), confidence, rate
+        y = ops.extract_residual(
+            hidden.flatten(0, 1),
+            residual.flatten(0, 1),
+            out,
+            confidence.flatten(),
+            packed,
+            dropout_p,
+            self.activation,
+        )
+        if cache is not None:
+            cache.advance(context, *scanned, active, packed, keys, values)
+        return y.view_as(residual)
 
-    def _state_dtype(self, x: Tensor) -> torch.dtype:
-        kind = x.device.type
-        if kind in ("cpu", "cuda", "xpu", "mps") and torch.is_autocast_enabled(kind):
-            return torch.get_autocast_dtype(kind)
-        return x.dtype
-
-    def _steps_in_memory(self, context: SequenceContext, cache: SeqBoatCacheLayer) -> bool:
-        # Where segments may start, or a delayed input is kept, the general step clears and fills what this one does not.
-        if context.reset is not None or cache.ssm_inputs is not None:
-            return False
-        return runs_memory_step(requested_backend(self.config.kernel_backend), cache.keys.device, cache.keys.dtype)
-
-    def _step_in_memory(self, h, m, hidden, confidence, active, context, cache, scanned) -> Tensor:
-        """One column for every row, on a device where looking for rows that skip would cost a wait."""
-        out = self.attention("step_in_memory", m, active[:, 0], context, cache)
-        cache.count_step(context.real, scanned["ssm_state"], active[:, 0])
-        return hidden + (out * confidence).to(hidden.dtype)[:, None]
-
-    def _step(self, h, m, hidden, confidence, active, context, cache, scanned) -> Tensor:
-        """One column for every row; rows that skip cost no attention on the CPU, where looking is free."""
-        real, reset = context.real, context.reset
-        position = context.positions[:, 0]
-        batch = m.shape[0]
-        chosen = None
-        if m.device.type == "cpu" and not torch.compiler.is_compiling():
-            chosen = active[:, 0].nonzero()[:, 0]
-            if chosen.shape[0] == batch:
-                chosen = None
-        if chosen is not None and chosen.shape[0] == 0:
-            key, value = cache.keys[:, 0], cache.values[:, 0]
-        else:
-            out, key, value, _ = self.attention("step", m, context, cache, chosen)
-            if chosen is None:
-                hidden = hidden + (out * confidence).to(hidden.dtype)[:, None]
-            else:
-                added = (out * confidence[chosen]).to(hidden.dtype)
-                hidden = hidden.index_add(0, chosen, added[:, None])
-                spread = [tensor.new_zeros(batch, tensor.shape[1]) for tensor in (key, value)]
-                key, value = (s.index_copy_(0, chosen, t) for s, t in zip(spread, (key, value), strict=True))
-        cache.commit_step(h, real, reset, scanned["ssm_state"], active[:, 0], key, value, position)
-        return hidden
-
-    @staticmethod
     @torch.compiler.disable
-    def _commit(cache, h, context, scanned, entries) -> None:
-        detached = {name: tensor.detach() for name, tensor in entries.items()}
-        scanned = {name: None if tensor is None else tensor.detach() for name, tensor in scanned.items()}
-        if torch.is_grad_enabled():
-            # Autograd keeps the state, and a later step may overwrite the cache's.
-            scanned["ssm_state"] = scanned["ssm_state"].clone()
-        cache.commit(CacheUpdate(hidden=h.detach(), real=context.real, reset=context.reset, **scanned, **detached))
+    def _outside_of_graphs(self, hidden_states, context, past_key_values):
+        """`forward` in Triton, where a compiled model breaks its graph: the compiler does not see through these
+        kernels, and would add nothing to them."""
+        return self.forward(hidden_states, replace(context, ops=eager_ops(context.ops)), past_key_values)
+
+    @torch.compiler.disable
+    def _attend_outside_of_graphs(self, *args):
+        """`_attend` where a compiled model breaks its graph: sizes depend on the data."""
+        return self._attend(*args)

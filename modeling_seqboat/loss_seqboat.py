@@ -1,7 +1,7 @@
 """Cross entropy straight from hidden states and the output matrix, through Liger's fused kernel (arXiv 2410.10989).
 
-The logits of a training batch are B*L*V numbers and their gradient as many again; Liger makes them for a few tokens at a
-time. Letters: B batch, L columns, D hidden width, V vocabulary.
+The logits of a training batch are B*L*V numbers and their gradient as many again; Liger makes them for a few tokens at
+a time. Letters: B batch, L columns, D hidden width, V vocabulary.
 """
 
 import os

@@ -24,14 +24,18 @@ from transformers.utils.generic import can_return_tuple
 from .attention_seqboat import SeqBoatAttention, SeqBoatPositionBias
 from .cache_seqboat import SeqBoatCache
 from .configuration_seqboat import SeqBoatConfig
-from .context_seqboat import build_context, must_not_wait
+from .context_seqboat import SequenceContext, build_context, leave_marks, marks_of, must_not_wait
 from .generation_seqboat import CACHE_NAME, CACHE_NAMES, SeqBoatGenerationMixin, one_cache
-from .kernels_seqboat import expect_backend, requested_backend
-from .layers_seqboat import SeqBoatAbsolutePositions, SeqBoatDecoderLayer, SeqBoatValueEmbedding
+from .layers_seqboat import (
+    SeqBoatAbsolutePositions,
+    SeqBoatDecoderLayer,
+    SeqBoatScaleNorm,
+    SeqBoatValueEmbedding,
+    build_norm,
+)
 from .loss_seqboat import expect_liger, fused_linear_cross_entropy
-from .norms_seqboat import SeqBoatScaleNorm, build_norm
 from .router_seqboat import SeqBoatRouter
-from .ssm_seqboat import SeqBoatEMA, SeqBoatS4D, SeqBoatS5
+from .ssm_seqboat import Recurrence
 
 logger = logging.get_logger(__name__)
 
@@ -189,16 +193,7 @@ class SeqBoatPreTrainedModel(PreTrainedModel):
             if pad is not None and pad < values.shape[0]:
                 values[pad] = 0
             init.copy_(module.weight, values)
-        elif isinstance(module, SeqBoatEMA):
-            _trunc_normal(module.delta, 0.2)
-            _trunc_normal(module.alpha, 0.2)
-            beta = nn.init.trunc_normal_(torch.empty_like(module.beta), std=0.02, a=-0.04, b=0.04)
-            beta[:, 0::2] += 1
-            beta[:, 1::2] -= 1
-            init.copy_(module.beta, beta)
-            _trunc_normal(module.gamma, 1.0)
-            _trunc_normal(module.omega, 1.0)
-        elif isinstance(module, (SeqBoatS4D, SeqBoatS5)):
+        elif isinstance(module, Recurrence):
             module.draw_initial_values()
         elif isinstance(module, SeqBoatRouter):
             if module.learned:
@@ -375,15 +370,12 @@ class SeqBoatModel(SeqBoatPreTrainedModel):
                 self._check_ids(input_ids)
             inputs_embeds = self.get_input_embeddings()(given)
         batch, length = inputs_embeds.shape[:2]
-        expect_backend(
-            requested_backend(config.kernel_backend), inputs_embeds.device, inputs_embeds.dtype,
-            ssm_type=config.ssm_type, activation=config.attention_activation, dropout_p=config.attention_dropout if self.training else 0.0,
-        )  # fmt: skip
         if cache is not None and cache.is_initialized and cache.batch_size != batch:
             raise ValueError(f"past_key_values holds {cache.batch_size} rows, the input has {batch}")
         context = build_context(
-            config, batch, length, inputs_embeds.device, attention_mask, position_ids, seq_idx, cu_seq_lens_q, cache
-        )
+            config, batch, length, inputs_embeds.device, attention_mask, position_ids, seq_idx, cu_seq_lens_q, cache,
+            inputs_embeds.dtype, self.training, self.layers[0].router.rate_is_held,
+        )  # fmt: skip
         if cache is not None and context.reset is not None:
             cache.restarted = True
         hidden = inputs_embeds * math.sqrt(config.hidden_size) if config.scale_embeddings else inputs_embeds
@@ -418,13 +410,15 @@ class SeqBoatModel(SeqBoatPreTrainedModel):
             else:
                 missed = (rates - config.router_target_rate).square().mean()
             penalty = config.router_target_weight * missed
-        return SeqBoatModelOutput(
+        outputs = SeqBoatModelOutput(
             last_hidden_state=hidden,
             **{CACHE_NAME: cache},
             hidden_states=tuple(states) if wanted else None,
             router_probs=tuple(probs) if output_router_probs else None,
             router_penalty=penalty,
         )
+        leave_marks(outputs, context)
+        return outputs
 
     def _refuse_attentions(self, output_attentions: bool | None) -> None:
         if output_attentions or (output_attentions is None and self.config.output_attentions):
@@ -575,7 +569,8 @@ class SeqBoatForCausalLM(SeqBoatPreTrainedModel, SeqBoatGenerationMixin):
         if has_targets:
             shifted = shift_labels
             if shifted is None:
-                shifted = self._next_labels(labels, attention_mask, position_ids, seq_idx, cu_seq_lens_q)
+                arguments = attention_mask, position_ids, seq_idx, cu_seq_lens_q
+                shifted = self._next_labels(labels, marks_of(outputs, self.config, *arguments))
             # At least one, so that a batch without any target has the loss 0 and not NaN.
             counted = (shifted != -100).sum().clamp_min(1) if num_items_in_batch is None else num_items_in_batch
             if fused:
@@ -595,27 +590,16 @@ class SeqBoatForCausalLM(SeqBoatPreTrainedModel, SeqBoatGenerationMixin):
             router_penalty=outputs.router_penalty,
         )
 
-    def _next_labels(
-        self,
-        labels: Tensor,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-        seq_idx: Tensor | None,
-        cu_seq_lens_q: Tensor | None,
-    ) -> Tensor:
+    @staticmethod
+    def _next_labels(labels: Tensor, context: SequenceContext) -> Tensor:
         """Each real token's target is the next real token of its segment, so padding and packing cost no target."""
         batch, length = labels.shape
-        context = build_context(
-            self.config, batch, length, labels.device,
-            None if attention_mask is None else attention_mask[:, -length:], position_ids, seq_idx, cu_seq_lens_q, None,
-            for_layers=False,
-        )  # fmt: skip
         if context.reset is not None:
-            labels = labels.masked_fill(context.reset, -100)
+            labels = labels.masked_fill(context.reset.to(labels.device), -100)
         ignored = labels.new_full((batch, 1), -100)
         if context.real is None:
             return torch.cat([labels[:, 1:], ignored], dim=1)
-        real = context.real
+        real = context.real.to(labels.device)
         columns = torch.arange(length, device=labels.device)
         following = torch.where(real, columns, length).flip(1).cummin(1).values.flip(1)
         following = torch.cat([following[:, 1:], torch.full_like(following[:, :1], length)], dim=1)

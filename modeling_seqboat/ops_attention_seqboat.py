@@ -8,16 +8,35 @@ rows of different counts, packed segments, and a memory that precedes each row's
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from .ops_ssm_seqboat import without_autocast
+from .kernels_seqboat import Facts, needs_silu, op
+from .ops_ema_seqboat import without_autocast
+from .ops_layout_seqboat import MemoryKeys
+from .triton_attention_seqboat import windowed_attention_triton
+from .triton_decode_seqboat import memory_step_compiled, memory_step_triton
+from .triton_unit_seqboat import gated_unit_triton, project_unit_triton
 
 # Queries of one block share a product with their keys; the block reads W + 128 keys to use W + 1 of them.
 QUERY_BLOCK = 128
 _LAPLACE_MEAN = 0.707107
 _LAPLACE_STD = 0.282095
+
+
+def _needs_kernel(facts: Facts) -> str | None:
+    if facts.attention_activation == "laplace":
+        return "laplace attention has no kernel"
+    if facts.attention_dropout > 0:
+        return "attention_dropout has no kernel"
+    return None if facts.qk_head_dim <= 256 else f"qk_head_dim={facts.qk_head_dim} is above 256, the kernels' largest"
+
+
+def _needs_plain_values(facts: Facts) -> str | None:
+    return "value_dropout has no kernel" if facts.value_dropout > 0 else None
 
 
 def attention_scale(activation: str, query_width: int, memory_size: int, bidirectional: bool) -> float:
@@ -105,6 +124,7 @@ def _weights_backward(scores: Tensor, weights: Tensor, grad: Tensor, activation:
     return grad * density / (_LAPLACE_STD * math.sqrt(2 * math.pi))
 
 
+@op("windowed_attention", triton=windowed_attention_triton, needs=(_needs_kernel,))
 def windowed_attention(
     q: Tensor,
     k: Tensor,
@@ -119,6 +139,8 @@ def windowed_attention(
     q_place: Tensor | None = None,
     k_place: Tensor | None = None,
     dropout_p: float = 0.0,
+    max_keys: int | None = None,
+    gate: Tensor | None = None,
 ) -> Tensor:
     """out_i = sum over key_start[i] <= j < key_end[i] of weight(q_i*scale . k_j + bias) v_j.
 
@@ -131,28 +153,110 @@ def windowed_attention(
         bias_table: (T,), or None; the bias is entry clamp(bias_center + k_place[j] - q_place[i], 0, T - 1).
         q_place, k_place: (M,) and (Mk,) int64, with `bias_table`.
         dropout_p: share of weights dropped (the rest is scaled up); the caller passes 0 outside training.
+        max_keys: a bound on key_end - key_start, for the kernel.
+        gate: (M, V) of v's dtype; the result is then multiplied with it.
 
     Returns:
         (M, V) of v's dtype. Time and memory are linear in M; weights are recomputed in backward.
     """
     seed = int(torch.randint(2**62, ())) if dropout_p > 0 else 0
     blocks = _blocks(key_start, key_end)
-    return _WindowedAttention.apply(
-        q,
-        k,
-        v,
-        bias_table,
-        key_start,
-        key_end,
-        q_place,
-        k_place,
-        blocks,
-        activation,
-        scale,
-        bias_center,
-        dropout_p,
-        seed,
-    )
+    places = key_start, key_end, q_place, k_place
+    numbers = activation, scale, bias_center, dropout_p, seed
+    out = _WindowedAttention.apply(q, k, v, bias_table, *places, blocks, *numbers)
+    return out if gate is None else out * gate
+
+
+@op("project_unit", triton=project_unit_triton, needs=(needs_silu,))
+def project_unit(
+    projected: Tensor,
+    scale: Tensor,
+    offset: Tensor,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    table_rows: Tensor | None = None,
+    activation: Callable[[Tensor], Tensor] = F.silu,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What the unit makes of its input projection: q, k, v and the gate (arXiv 2306.11197, section 3.3).
+
+    Args:
+        projected: (M, Z + 2V), z, gate and v before their activation.
+        scale, offset: (2, Z), row 0 for q and row 1 for k: activation(z) * scale + offset.
+        cos, sin: (M, Z/2) float32, the rotary angles of pairs of channels 2i and 2i+1; None for no rotation.
+        table_rows: (M,) int64, which row of cos and sin belongs to which token; None where they correspond.
+
+    Returns:
+        q, k (M, Z), v and gate (M, V), all of projected's dtype.
+    """
+    width = (projected.shape[-1] - scale.shape[1]) // 2
+    z, gate, v = activation(projected).split([scale.shape[1], width, width], dim=-1)
+    q, k = ((z * s + o).to(z.dtype) for s, o in zip(scale, offset, strict=True))
+    if cos is not None:
+        if table_rows is not None:
+            cos, sin = cos[table_rows], sin[table_rows]
+        q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
+    return q, k, v, gate
+
+
+@op(
+    "gated_unit",
+    triton=gated_unit_triton,
+    needs=(needs_silu, _needs_kernel, _needs_plain_values),
+    parts=("project_unit", "windowed_attention"),
+)
+def gated_unit(
+    projected: Tensor,
+    scale: Tensor,
+    offset: Tensor,
+    key_start: Tensor,
+    key_end: Tensor,
+    *,
+    attention: str,
+    attention_scale: float,
+    activation: Callable[[Tensor], Tensor] = F.silu,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    table_rows: Tensor | None = None,
+    bias_table: Tensor | None = None,
+    bias_center: int = 0,
+    q_place: Tensor | None = None,
+    k_place: Tensor | None = None,
+    max_keys: int | None = None,
+    memory: tuple[MemoryKeys, Tensor, Tensor] | None = None,
+    value_dropout: float = 0.0,
+    attention_dropout: float = 0.0,
+    keep: bool = False,
+    project_unit: Callable = project_unit,
+    windowed_attention: Callable = windowed_attention,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Everything between the unit's two linears (arXiv 2306.11197, section 3.3).
+
+    Args:
+        projected, scale, offset, activation, cos, sin, table_rows: as in `project_unit`.
+        key_start, key_end, attention_scale, bias_table, bias_center, q_place, k_place, max_keys: as in
+            `windowed_attention`, where attention is the `activation`.
+        memory: what joins the tokens' own keys: how, and the keys and values of a cache's ring.
+        value_dropout, attention_dropout: probabilities, 0 outside training.
+        keep: whether keys and values are wanted.
+        project_unit, windowed_attention: the ops that this one is made of, where it is not one kernel sequence.
+
+    Returns:
+        (M, V) of projected's dtype, attention * activation(gate), the input of the output linear; and the tokens' keys
+        (M, Z) and values (M, V), or None.
+    """
+    q, k, v, gate = project_unit(projected, scale, offset, cos, sin, table_rows, activation)
+    if value_dropout > 0:
+        v = F.dropout(v, value_dropout)
+    keys, values = k, v
+    if memory is not None:
+        place, old_keys, old_values = memory
+        keys, values = place.join(old_keys, k), place.join(old_values, v)
+    gated = windowed_attention(
+        q, keys, values, key_start, key_end, activation=attention, scale=attention_scale, bias_table=bias_table,
+        bias_center=bias_center, q_place=q_place, k_place=k_place, dropout_p=attention_dropout, max_keys=max_keys,
+        gate=gate,
+    )  # fmt: skip
+    return (gated, k, v) if keep else (gated, None, None)
 
 
 def _blocks(key_start: Tensor, key_end: Tensor) -> list[tuple[int, int, int, int]]:
@@ -245,44 +349,78 @@ def _keep(weights: Tensor, dropout_p: float, generator: torch.Generator) -> Tens
     return (drawn >= dropout_p).to(weights.dtype) / (1 - dropout_p)
 
 
-def memory_attention_step(
+@op(
+    "memory_step",
+    triton=memory_step_triton,
+    compiled=memory_step_compiled,
+    used=lambda facts: not facts.bidirectional,
+)
+def memory_step(
     q: Tensor,
     k_new: Tensor,
     v_new: Tensor,
     keys: Tensor,
     values: Tensor,
-    count: Tensor,
+    positions: Tensor,
+    activated_count: Tensor,
+    active: Tensor,
+    position: Tensor,
     *,
     activation: str,
     scale: float,
     bias_table: Tensor | None = None,
     bias_center: int = 0,
-    q_place: Tensor | None = None,
-    k_place: Tensor | None = None,
+    bias_by_index: bool = False,
+    rows: Tensor | None = None,
 ) -> Tensor:
-    """One new token a row over its memory and itself, without a shape or a branch that depends on data.
+    """Attention of one token a row over its memory and itself; then the token enters the memory, in place.
+
+    The memory is a ring: activated token i of a row (0, 1, ...) lives in slot i % W, so that slots below
+    min(activated_count, W) hold the last W activated tokens. The token attends to all of them and to itself, W + 1
+    keys; then its key, value and position replace the oldest slot, activated_count % W. The caller increments
+    activated_count. A row that is not active keeps its memory, and its output means nothing. No shape and no branch
+    depends on data.
 
     Args:
         q, k_new: (B, Z); v_new: (B, V).
-        keys, values: (B, W, Z) and (B, W, V), a ring whose first min(count, W) slots are filled.
-        count: (B,) int64, activated tokens that the row has had.
-        q_place, k_place: (B,) and (B, W) int64, with `bias_table` as in `windowed_attention`.
+        keys, values: (B, W, Z) and (B, W, V); positions: (B, W) int64.
+        activated_count: (B,) int64, activated tokens that the row has had; active: (B,) bool.
+        position: (B,) int64, of the new tokens.
+        activation, scale, bias_table, bias_center: as in `windowed_attention`.
+        bias_by_index: whether places are counts of activated tokens, in place of positions.
+        rows: (R,) int64, the only active rows, in order, that q, k_new and v_new hold; None for all rows.
 
     Returns:
-        (B, V) of v_new's dtype.
+        (B or R, V) of v_new's dtype.
     """
+    size, count, place, old_keys, old_values = keys.shape[1], activated_count, position, keys, values
+    if rows is not None:
+        count, place, old_keys, old_values = count[rows], place[rows], keys[rows], values[rows]
+    slots = torch.arange(size + 1, device=q.device)
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     scaled = q.to(dtype) * scale
-    scores = torch.matmul(keys.to(dtype), scaled[:, :, None])[:, :, 0]
+    scores = torch.matmul(old_keys.to(dtype), scaled[:, :, None])[:, :, 0]
     own = (scaled * k_new.to(dtype)).sum(-1, keepdim=True)
     scores = torch.cat([scores, own], dim=1)
     if bias_table is not None:
-        places = torch.cat([k_place, q_place[:, None]], dim=1)
-        entries = (bias_center + places - q_place[:, None]).clamp(0, bias_table.shape[0] - 1)
+        if bias_by_index:
+            # Slot s holds the newest token i < count with i % W == s.
+            q_place = count[:, None]
+            k_place = q_place - 1 - (q_place - 1 - slots[:-1]) % size
+        else:
+            q_place, k_place = place[:, None], positions if rows is None else positions[rows]
+        entries = (bias_center + torch.cat([k_place, q_place], dim=1) - q_place).clamp(0, bias_table.shape[0] - 1)
         scores = scores + bias_table.to(dtype)[entries]
-    size = keys.shape[1]
-    slots = torch.arange(size + 1, device=q.device)
     visible = (slots < count[:, None].clamp_max(size)) | (slots == size)
     weights = attention_weights(scores, visible, activation).to(values.dtype)
-    out = torch.matmul(weights[:, None, :-1], values)[:, 0]
-    return out + weights[:, -1:] * v_new
+    out = (torch.matmul(weights[:, None, :-1], old_values)[:, 0] + weights[:, -1:] * v_new).to(v_new.dtype)
+    slot = count % size
+    if rows is not None:
+        keys[rows, slot] = k_new.to(keys.dtype)
+        values[rows, slot] = v_new.to(values.dtype)
+        positions[rows, slot] = place
+        return out
+    for ring, new in ((keys, k_new), (values, v_new), (positions[:, :, None], position[:, None])):
+        at = slot[:, None, None].expand(-1, 1, ring.shape[2])
+        ring.scatter_(1, at, torch.where(active[:, None, None], new[:, None].to(ring.dtype), ring.gather(1, at)))
+    return out

@@ -1,15 +1,16 @@
 """Bookkeeping of padding and packing: which columns are real, where segments start, which position each token has.
 
-Letters: B batch, L columns, C chunk length, S slots of a row (a multiple of C), G chunks of a row (S / C), W memory
-size, K activated tokens.
+Letters: B batch, L columns, R = B * L, C chunk length, S slots of a row (a multiple of C), G chunks of a row (S / C),
+W memory size, M activated tokens of all rows, F memory entries, Mk keys (memory entries and activated tokens).
 
 Nothing here knows of parameters or features; every function takes masks and positions and returns integers.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 @dataclass
@@ -37,6 +38,125 @@ class ScanPlan:
     first_chunk: Tensor | None
     last_chunk: Tensor
     last_length: Tensor
+
+
+@dataclass
+class MemoryKeys:
+    """How the memory of a cache joins the keys: each row's entries stand before its activated tokens.
+
+    Attributes:
+        row, ring_index: (F,) int64, where in the cache's ring each entry is, a row's oldest first.
+        key_index: (F,) int64, its place among the Mk keys; new_index: (M,) int64, those of the activated tokens.
+        num_keys: Mk.
+    """
+
+    row: Tensor
+    ring_index: Tensor
+    key_index: Tensor
+    new_index: Tensor
+    num_keys: int
+
+    def join(self, ring: Tensor, new: Tensor) -> Tensor:
+        """(B, W, ...) of the memory and (M, ...) of the activated tokens -> (Mk, ...)."""
+        old = ring[self.row, self.ring_index].to(new.dtype)
+        keys = new.new_empty(self.num_keys, *new.shape[1:])
+        return keys.index_copy(0, self.key_index, old).index_copy(0, self.new_index, new)
+
+
+@dataclass
+class Packed:
+    """The activated tokens of all rows, row after row (arXiv 2306.11197, section 3.2).
+
+    Attributes:
+        index: (M,) int64, where each is among the R tokens, -1 where a list that is longer than its tokens has none.
+            In a decode step None means all rows, activated or not.
+        packed_index: (R,) int64, the other way round, -1 for tokens that are not activated; None where only torch ops
+            follow, which do without, and in a decode step of all rows.
+        key_start, key_end: (M,) int64, the keys each attends to; None in a decode step.
+        total: (R,) integer, activated tokens up to and including each; None in a decode step.
+        memory: how a cache's entries join the keys, or None.
+        padded: whether the list may be longer than its tokens.
+    """
+
+    index: Tensor | None
+    packed_index: Tensor | None = None
+    key_start: Tensor | None = None
+    key_end: Tensor | None = None
+    total: Tensor | None = None
+    memory: MemoryKeys | None = None
+    padded: bool = False
+
+    @property
+    def steps(self) -> bool:
+        """Whether this is one column whose tokens attend to the cache's ring as it lies there."""
+        return self.key_start is None
+
+    @property
+    def skips(self) -> bool:
+        """Whether this is a step in which no row attends."""
+        return self.key_start is None and self.index is not None and self.index.shape[0] == 0
+
+
+def segment_bounds(reset: Tensor) -> Tensor:
+    """First and last column of each token's segment as places among all B * L: (2, B * L) int64. Pads behind the last
+    token of a segment count to it.
+
+    Args:
+        reset: (B, L) bool, True where a segment starts.
+    """
+    batch, length = reset.shape
+    columns = torch.arange(length, device=reset.device)
+    first = torch.where(reset, columns, 0).cummax(1).values
+    following = F.pad(torch.where(reset, columns - 1, length - 1)[:, 1:], (0, 1), value=length - 1)
+    last = following.flip(1).cummin(1).values.flip(1)
+    row = torch.arange(batch, device=columns.device)[:, None] * length
+    return torch.stack([first + row, last + row]).flatten(1)
+
+
+def memory_before(active: Tensor, activated_count: Tensor, memory_size: int) -> Tensor:
+    """(B,) int64: the memory entries that each row's new tokens may attend to, none for a row without new tokens.
+
+    Args:
+        active: (B, L) bool; activated_count: (B,) int64, activated tokens of the segment that a cache has seen.
+    """
+    return activated_count.clamp_max(memory_size) * active.any(1)
+
+
+def lead_with_memory(
+    packed: Packed,
+    length: int,
+    memory_size: int,
+    activated_count: Tensor,
+    filled: Tensor,
+    segment: Tensor | None,
+    num_entries: int,
+) -> Packed:
+    """Puts each row's memory before its activated tokens.
+
+    Args:
+        packed: of a causal model, without memory.
+        length: L.
+        activated_count, filled: (B,) int64, see `memory_before`.
+        segment: (B, L) int64, segments started in the row up to each column; those of segment 0 continue the memory.
+            None where none starts.
+        num_entries: F, the sum of `filled`.
+    """
+    device, index = filled.device, packed.index
+    row_end = packed.total.view(-1, length)[:, -1].long()
+    row_start = F.pad(row_end, (1, 0))[:-1]
+    shift = filled.cumsum(0)
+    row = torch.repeat_interleave(filled, output_size=num_entries)
+    age = torch.arange(num_entries, device=device) - (shift - filled)[row]
+    ring_index = ((activated_count - filled)[row] + age) % memory_size
+    entries = torch.arange(num_entries, device=device) + row_start[row]
+    row_of = index // length
+    own_shift = shift[row_of]
+    new_index = torch.arange(index.shape[0], device=device) + own_shift
+    start = packed.key_start + own_shift
+    behind = torch.maximum(new_index - memory_size, (row_start + shift - filled)[row_of])
+    start = behind if segment is None else torch.where(segment.flatten()[index] == 0, behind, start)
+    memory = MemoryKeys(row, ring_index, entries, new_index, num_entries + index.shape[0])
+    return replace(packed, key_start=start, key_end=packed.key_end + own_shift, memory=memory)
 
 
 def build_scan_plan(
@@ -107,7 +227,7 @@ def to_slots(x: Tensor, plan: ScanPlan) -> Tensor:
     """(B, L, D) columns -> (B, S, D) slots, zeros in unused ones. Values at pads are never read."""
     slots = plan.num_chunks * plan.chunk_size
     if plan.source is None:
-        return torch.nn.functional.pad(x, (0, 0, 0, slots - x.shape[1]))
+        return F.pad(x, (0, 0, 0, slots - x.shape[1]))
     index = plan.source.clamp_max(x.shape[1] - 1)
     taken = x.gather(1, index[:, :, None].expand(-1, -1, x.shape[2]))
     return taken.masked_fill((plan.source == x.shape[1])[:, :, None], 0)
@@ -130,8 +250,8 @@ def shift_real_tokens(
         x: (B, L, D); values at pads are not read.
         lag: T >= 1.
         real, reset: as in `build_scan_plan`.
-        history: (B, T, D), the last T real tokens before column 0, oldest first, zeros where there were fewer, or None;
-            the first L of them do where L < T.
+        history: (B, T, D), the last T real tokens before column 0, oldest first, zeros where there were fewer, or
+            None; the first L of them do where L < T.
 
     Returns:
         (B, L, D): at a real token the value T real tokens before it, 0 where its segment is younger than that;

@@ -90,9 +90,8 @@ def s4d_scan_naive(
 ) -> tuple[Tensor, Tensor]:
     """`s4d_scan` as a loop over columns: s = exp(z)*s + g*x_t, y_t = 2*Re(sum_n o_n*s_n) + skip*x_t."""
     gain, out = torch.view_as_complex(input_gain), torch.view_as_complex(output_gain)
-    return _complex_loop(
-        x, log_decay, lambda token: gain * token[:, :, None], lambda s: 2 * (out * s).sum(-1).real, skip, real, reset, state
-    )  # fmt: skip
+    write, read = lambda token: gain * token[:, :, None], lambda s: 2 * (out * s).sum(-1).real
+    return _complex_loop(x, log_decay, write, read, skip, real, reset, state)
 
 
 def s5_scan_naive(
@@ -108,9 +107,8 @@ def s5_scan_naive(
 ) -> tuple[Tensor, Tensor]:
     """`s5_scan` as a loop over columns: s = exp(z)*s + G x_t, y_t = 2*Re(O s) + skip*x_t."""
     gain, out = torch.view_as_complex(input_gain), torch.view_as_complex(output_gain)
-    return _complex_loop(
-        x, log_decay, lambda token: token.to(gain.dtype) @ gain.T, lambda s: 2 * (s @ out.T).real, skip, real, reset, state
-    )  # fmt: skip
+    write, read = lambda token: token.to(gain.dtype) @ gain.T, lambda s: 2 * (s @ out.T).real
+    return _complex_loop(x, log_decay, write, read, skip, real, reset, state)
 
 
 def _complex_loop(x, log_decay, write, read, skip, real, reset, state) -> tuple[Tensor, Tensor]:

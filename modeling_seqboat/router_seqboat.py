@@ -1,15 +1,19 @@
-"""The latent configurator (arXiv 2306.11197, sections 3.2 and 3.3): which tokens attend, and how sure the layer is of it.
+"""The latent configurator (arXiv 2306.11197, sections 3.2 and 3.3): which tokens attend, and how sure the layer is of
+it.
 
 Letters: B batch, L columns, D hidden width.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .configuration_seqboat import LEARNED_ROUTERS, SeqBoatConfig
-from .kernels_seqboat import requested_backend, run_route
-from .ops_ssm_seqboat import without_autocast
+from .kernels_seqboat import Facts, op
+from .ops_ema_seqboat import without_autocast
+from .triton_rows_seqboat import route_triton
 
 _WORD = 2**32 - 1
 
@@ -17,7 +21,8 @@ _WORD = 2**32 - 1
 def _mixed(value):
     """A bijection of the integers below 2^32, of ints and int64 tensors alike, whose bits all depend on each other.
 
-    Shifts 16, 15, 15 and two multipliers below 2^31: no product leaves int64, whose overflow devices need not agree on.
+    Shifts 16, 15, 15 and two multipliers below 2^31: no product leaves int64, whose overflow devices need not agree
+    on.
     """
     value = value ^ (value >> 16)
     value = (value * 0x21F0AAAD) & _WORD
@@ -29,8 +34,8 @@ def _mixed(value):
 def random_activation(places: Tensor, layer: int, rate: float, seed: int) -> Tensor:
     """Activates tokens at a given rate whatever they are: the draw is a hash of layer, place and seed.
 
-    No generator is asked, so that padding, batch mates, packing and chunks change nothing, and a recomputation draws the
-    same. Rows of a batch are drawn alike.
+    No generator is asked, so that padding, batch mates, packing and chunks change nothing, and a recomputation draws
+    the same. Rows of a batch are drawn alike.
 
     Args:
         places: (B, L) int64, how many real tokens the segment has before each.
@@ -44,10 +49,51 @@ def random_activation(places: Tensor, layer: int, rate: float, seed: int) -> Ten
     return drawn < round(rate * 2**32)
 
 
+def _needs_tempered_softmax(facts: Facts) -> str | None:
+    return facts.noisy
+
+
+@op("route", triton=route_triton, used=lambda facts: facts.routes, needs=(_needs_tempered_softmax,))
+def route(
+    x: Tensor, weight: Tensor, bias: Tensor, log_temperature: Tensor, real: Tensor | None, shift: float
+) -> tuple[Tensor, Tensor]:
+    """The tempered softmax of two logits and its decision (arXiv 2306.11197, section 3.2), float32 inside.
+
+    Args:
+        x: (B, L, D).
+        weight: (2, D); bias: (2,); log_temperature: (1,). Row 0 is the logit of skipping, row 1 of attending.
+        real: (B, L) bool, False at pads; None if there are none.
+        shift: added to the logit of skipping.
+
+    Returns:
+        confidence (B, L) float32, the probability of attending where that wins, else 0; active (B, L) bool, run >
+        skip.
+    """
+    with without_autocast(x.device):
+        skip, run = _logits(x, weight, bias, shift)
+        active = run > skip
+        if real is not None:
+            active = active & real
+        return torch.where(active, torch.sigmoid((run - skip) * _sharpness(log_temperature, run.dtype)), 0), active
+
+
+def _logits(x: Tensor, weight: Tensor, bias: Tensor, shift: float) -> tuple[Tensor, Tensor]:
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    logits = F.linear(x.to(dtype), weight.to(dtype), bias.to(dtype))
+    # A bias of 0 is added too: a branch on it would be a second graph for the compiler.
+    return logits[..., 0] + shift, logits[..., 1]
+
+
+def _sharpness(log_temperature: Tensor, dtype: torch.dtype) -> Tensor:
+    """The temperature's inverse. A temperature below e^-30 would differ only where the logits are less than 1e-12
+    apart, and its inverse would overflow in backward."""
+    return torch.exp(-log_temperature.to(dtype).clamp_min(-30))
+
+
 class SeqBoatRouter(nn.Module):
     """The latent configurator (steps 4 and 5): float32 logits from plain parameters, so that no adapter or quantiser
-    takes it for a linear layer. `router_type` of the config says how it decides; `always`, `never` and `random` have no
-    parameters."""
+    takes it for a linear layer. `router_type` of the config says how it decides; `always`, `never` and `random` have
+    no parameters."""
 
     def __init__(self, config: SeqBoatConfig, layer_idx: int = 0):
         super().__init__()
@@ -62,7 +108,7 @@ class SeqBoatRouter(nn.Module):
             self.log_temperature = nn.Parameter(torch.empty(1))
 
     def forward(
-        self, x: Tensor, real: Tensor | None, places: Tensor | None = None
+        self, x: Tensor, real: Tensor | None, places: Tensor | None = None, route: Callable = route
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Decides for every token.
 
@@ -70,6 +116,7 @@ class SeqBoatRouter(nn.Module):
             x: (B, L, D).
             real: (B, L) bool, or None when every column is real.
             places: (B, L) int64, real tokens of the segment before each; read by `random` only.
+            route: the op that a tempered softmax takes.
 
         Returns:
             confidence (B, L) float32, 0 where skipped or a pad; active (B, L) bool; and with `router_target_rate` the
@@ -82,27 +129,22 @@ class SeqBoatRouter(nn.Module):
             return active.float(), active, None
         config = self.config
         pulled = config.router_target_rate is not None and not self.rate_is_held
-        if config.router_type == "tempered_softmax" and not pulled:
-            found = run_route(
-                requested_backend(config.kernel_backend), x, self.weight, self.bias, self.log_temperature, real,
-                config.activation_bias,
-            )  # fmt: skip
-            if found is not None:
-                return *found, None
+        decides_plainly = config.router_type == "tempered_softmax" or (
+            config.router_type == "gumbel" and not self.training
+        )
+        if decides_plainly and not pulled:
+            found = route(x, self.weight, self.bias, self.log_temperature, real, config.activation_bias)
+            return *found, None
         with without_autocast(x.device):
-            dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-            logits = F.linear(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
-            # A bias of 0 is added too: a branch on it would be a second graph for the compiler.
-            skip, run = logits[..., 0] + config.activation_bias, logits[..., 1]
+            skip, run = _logits(x, self.weight, self.bias, config.activation_bias)
             noisy = run
             if self.training and config.router_type != "tempered_softmax":
                 noisy = run + _logistic_noise(run)
             active = noisy > skip
             if real is not None:
                 active = active & real
-            # Softmax over two logits at this temperature, the entry of the winner. A temperature below e^-30 would differ
-            # only where the logits are less than 1e-12 apart, and its inverse would overflow in backward.
-            sharpness = torch.exp(-self.log_temperature.to(dtype).clamp_min(-30))
+            # Softmax over two logits at this temperature, the entry of the winner.
+            sharpness = _sharpness(self.log_temperature, run.dtype)
             confidence = torch.sigmoid((noisy - skip) * sharpness)
             if config.router_type == "gumbel_straight_through":
                 # 1 with the gradient of the soft probability.

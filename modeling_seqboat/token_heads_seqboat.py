@@ -12,7 +12,7 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_seqboat import SeqBoatConfig
-from .context_seqboat import must_not_wait, real_columns
+from .context_seqboat import marks_of, must_not_wait
 from .heads_seqboat import SeqBoatClassificationHead, init_classification_head, refuse_swallowed
 from .modeling_seqboat import (
     SeqBoatModel,
@@ -48,9 +48,8 @@ class SeqBoatQuestionAnsweringOutput(ModelOutput):
     router_penalty: Tensor | None = None
 
 
-def _ignore_padding(labels: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Labels at padding are -100, whatever the collator wrote there."""
-    real = real_columns(attention_mask, labels.shape[0], labels.shape[1], None)
+def _ignore_padding(labels: Tensor, real: Tensor | None) -> Tensor:
+    """Labels at padding are -100, whatever the collator wrote there. real: (B, L) bool, or None for all."""
     return labels if real is None else labels.masked_fill(~real, -100)
 
 
@@ -120,7 +119,7 @@ class SeqBoatForTokenClassification(SeqBoatPreTrainedModel):
         loss = None
         if labels is not None:
             expect_class_ids("labels", labels, hidden.shape[:2], self.config.num_labels)
-            labels = _ignore_padding(labels, attention_mask)
+            labels = _ignore_padding(labels, marks_of(outputs, self.config, attention_mask).real)
             loss = self.loss_function(logits, labels, self.config, **_loss_arguments(kwargs, labels))
             loss = self._with_router_penalty(loss, outputs.router_penalty, labels, kwargs.get("num_items_in_batch"))
         return SeqBoatTokenOutput(loss, logits, outputs.hidden_states, outputs.router_probs, outputs.router_penalty)
@@ -201,7 +200,7 @@ class SeqBoatForQuestionAnswering(SeqBoatPreTrainedModel):
             return_dict=True,
         )
         logits = self.qa_outputs(outputs.last_hidden_state)
-        real = real_columns(attention_mask, logits.shape[0], logits.shape[1], None)
+        real = marks_of(outputs, self.config, attention_mask).real
         if real is not None:
             logits = logits.masked_fill(~real[..., None], torch.finfo(logits.dtype).min)
         start, end = logits.unbind(-1)
@@ -271,7 +270,7 @@ class SeqBoatForMaskedLM(SeqBoatPreTrainedModel):
         loss = None
         if labels is not None:
             expect_class_ids("labels", labels, logits.shape[:2], self.config.vocab_size)
-            labels = _ignore_padding(labels, attention_mask)
+            labels = _ignore_padding(labels, marks_of(outputs, self.config, attention_mask).real)
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.vocab_size, **_loss_arguments(kwargs, labels)
             )

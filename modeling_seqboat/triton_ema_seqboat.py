@@ -14,29 +14,25 @@ The backward pass is the same in reverse for the adjoint a_t = q a_{t+1} + dy_t,
 (adjoint_kernel, carry_adjoint_kernel, input_grad_kernel). Only x, the pre-activation and one state a chunk are
 kept. Gradients of parameters are partial sums of programs, added up in a fixed order: nothing here uses atomics, so
 that two runs over the same inputs agree bit for bit.
+
+A program takes one chunk of one row and BLOCK_D channels, one channel a lane: the N states of a channel stay in the
+registers of one thread, and a warp reads 32 neighbours. u = x - delay decay x delayed; `pack` holds the parameters as
+(4 or 5, N, D): q, c (both gains), input gain, output gain, delay decay. The decay and gains themselves are made from
+the layer's parameters in one kernel each way, in place of some thirty elementwise launches (`ema_parameters_triton`).
 """
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .triton_ema_kernels_seqboat import (
-    adjoint_kernel,
-    carry_adjoint_kernel,
-    carry_kernel,
-    chunk_state_kernel,
-    input_grad_kernel,
-    output_kernel,
-    pack_kernel,
-    parameter_grad_kernel,
-)
-from .triton_launch_seqboat import blocks_of, interpreted, on_device, power_of_two
+from .triton_launch_seqboat import CHECKS, expect, jit, kernel, power_of_two
 
 try:
-    import triton
+    import triton.language as tl
 except ImportError:
-    triton = None
+    tl = None
 
 # (largest L, C): a chunk depends on the length alone, so that a row is computed alike whatever its batch mates.
 # Longer chunks save traffic of chunk states, shorter ones fill the chip at batch 1.
@@ -44,18 +40,732 @@ _CHUNKS = ((2048, 64), (16384, 128), (65536, 256), (262144, 512), (1048576, 2048
 _LONGEST_CHUNK = 4096
 # Channels and warps of a program.
 _BLOCK_D = 64
-_WARPS = 2
+_WARPS = {"num_warps": 2}
 # Tokens loaded at a time: the fastest of 4, 8 and 16 on an H100 at B 4, L 8,192, D 616, N 16; and with pads, segment
 # starts or a delayed input, which take registers of their own, what fits without spills.
 _UNROLL = {"chunk_state": (16, 8), "output": (8, 8), "adjoint": (16, 8), "input_grad": (8, 4)}
-_ACTIVATIONS = (None, "silu")
+# Every access is one element a lane, so that alignment and divisibility of these make no other code.
+_VARYING = (
+    "x_ptr", "decay_ptr", "input_gain_ptr", "output_gain_ptr", "skip_ptr", "delay_decay_ptr", "delayed_ptr",
+    "real_ptr", "reset_ptr", "state_ptr", "y_ptr", "out_ptr", "final_ptr", "grad_ptr", "final_grad_ptr", "x_grad_ptr",
+    "delayed_grad_ptr", "state_grad_ptr", "pack_ptr", "local_ptr", "span_ptr", "entry_ptr", "arriving_ptr",
+    "leaving_ptr", "product_ptr", "length", "chunk", "chunks",
+)
+
+
+@jit
+def _away_from_zero(gain):
+    # States are carried with the gain divided out; below 1e-16 the difference is lost in float32 rounding of the rest.
+    return tl.where(tl.abs(gain) < 1e-16, tl.where(gain < 0, -1e-16, 1e-16), gain)
+
+
+@jit
+def _first_token(index, row, length, chunk, REVERSE: tl.constexpr):
+    """Where chunk `index` of a row starts among all B * L tokens."""
+    at = index * chunk
+    if REVERSE:
+        at = length - 1 - at
+    return row.to(tl.int64) * length + at
+
+
+@jit
+def _tile_offsets(d, n, D: tl.constexpr, N: tl.constexpr):
+    # The clamp keeps every load in bounds, and it hides from the compiler that d is contiguous: else it would spread
+    # the states of one channel over four lanes, to load 16 bytes a lane once, and pay for shuffles at every token.
+    return tl.minimum(n, N - 1)[None, :] * D + tl.minimum(d, D - 1)[:, None]
+
+
+@jit
+def _load_tile(ptr, d, n, D: tl.constexpr, N: tl.constexpr):
+    """(D-block, N-block) of an (N, D) table, zero beyond N."""
+    return tl.where((n < N)[None, :], tl.load(ptr + _tile_offsets(d, n, D, N)), 0.0)
+
+
+@jit
+def _store_tile(ptr, value, d, n, D: tl.constexpr, N: tl.constexpr):
+    tl.store(ptr + _tile_offsets(d, n, D, N), value, mask=(d < D)[:, None] & (n < N)[None, :])
+
+
+@jit
+def _state_offsets(row, d, n, D: tl.constexpr, N: tl.constexpr):
+    # Offsets into (B, D, N); both indices clamped for the reason given in _tile_offsets.
+    return row.to(tl.int64) * (D * N) + tl.minimum(d, D - 1)[:, None] * N + tl.minimum(n, N - 1)[None, :]
+
+
+@jit
+def _load_one(ptr, valid, STEP: tl.constexpr, COUNT: tl.constexpr):
+    values = ()
+    for j in tl.static_range(COUNT):
+        values = values + (tl.load(ptr + j * STEP, mask=valid),)
+    return values
+
+
+@jit
+def _load_tokens(
+    x_ptr, delayed_ptr, real_ptr, reset_ptr, at, valid, STEP: tl.constexpr, FLAG_STEP: tl.constexpr,
+    COUNT: tl.constexpr, HAS_DELAY: tl.constexpr, HAS_REAL: tl.constexpr, HAS_RESET: tl.constexpr,
+):
+    """Everything that COUNT tokens from `at` on bring with them, one list after the other; see _pick."""
+    values = _load_one(x_ptr + at * STEP, valid, STEP, COUNT)
+    if HAS_DELAY:
+        values = values + _load_one(delayed_ptr + at * STEP, valid, STEP, COUNT)
+    if HAS_REAL:
+        values = values + _load_one(real_ptr + at * FLAG_STEP, valid, FLAG_STEP, COUNT)
+    if HAS_RESET:
+        values = values + _load_one(reset_ptr + at * FLAG_STEP, valid, FLAG_STEP, COUNT)
+    return values
+
+
+@jit
+def _pick(
+    values, j: tl.constexpr, COUNT: tl.constexpr, HAS_DELAY: tl.constexpr, HAS_REAL: tl.constexpr,
+    HAS_RESET: tl.constexpr,
+):
+    """x, delayed input, real and reset of token j; what there is not is x again, which nobody reads."""
+    x = values[j]
+    delayed, real, first = x, x, x
+    if HAS_REAL:
+        real = values[(2 if HAS_DELAY else 1) * COUNT + j] != 0
+    if HAS_RESET:
+        first = values[len(values) - COUNT + j] != 0
+    x = _float(x, real, HAS_REAL)
+    if HAS_DELAY:
+        delayed = _float(values[COUNT + j], real, HAS_REAL)
+    return x, delayed, real, first
+
+
+@jit
+def _float(value, real, HAS_REAL: tl.constexpr):
+    value = value.to(tl.float32)
+    if HAS_REAL:  # pads may hold NaN, which a product with zero would keep
+        value = tl.where(real, value, 0.0)
+    return value
+
+
+@jit
+def _drive(x, delayed, qt, HAS_DELAY: tl.constexpr):
+    u = x[:, None]
+    if HAS_DELAY:
+        u = u - qt * delayed[:, None]
+    return u
+
+
+@jit
+def _advance(z, u, q, real, first, HAS_REAL: tl.constexpr, HAS_RESET: tl.constexpr):
+    kept = z
+    if HAS_RESET:
+        kept = tl.where(first, 0.0, kept)
+    moved = q * kept + u
+    if HAS_REAL:
+        moved = tl.where(real, moved, z)
+    return moved
+
+
+@jit
+def _load_grads(grad_ptr, y_ptr, at, valid, STEP: tl.constexpr, COUNT: tl.constexpr, SILU: tl.constexpr):
+    values = _load_one(grad_ptr + at * STEP, valid, STEP, COUNT)
+    if SILU:
+        values = values + _load_one(y_ptr + at * STEP, valid, STEP, COUNT)
+    return values
+
+
+@jit
+def _output_grad(values, j: tl.constexpr, real, COUNT: tl.constexpr, HAS_REAL: tl.constexpr, SILU: tl.constexpr):
+    grad = values[j].to(tl.float32)
+    if SILU:
+        y = values[COUNT + j].to(tl.float32)
+        gate = 1.0 / (1.0 + tl.exp(-y))
+        grad = grad * gate * (1.0 + y * (1.0 - gate))
+    if HAS_REAL:
+        grad = tl.where(real, grad, 0.0)
+    return grad
+
+
+@jit
+def _power(base, exponent, BITS: tl.constexpr):
+    # In float64: rounding of a power grows with the exponent, and the result is applied once a chunk.
+    result = base * 0.0 + 1.0
+    for bit in tl.static_range(BITS):
+        result = tl.where(((exponent >> bit) & 1) != 0, result * base, result)
+        base = base * base
+    return result.to(tl.float32)
+
+
+@jit
+def _chunk_power(span_ptr, q, valid, BITS: tl.constexpr):
+    span = tl.load(span_ptr, mask=valid, other=0)
+    return tl.where(span < 0, 0.0, _power(q, span, BITS))
+
+
+@kernel(*_VARYING)
+def _pack_kernel(
+    decay_ptr, input_gain_ptr, output_gain_ptr, delay_decay_ptr, pack_ptr,
+    D: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, HAS_DELAY: tl.constexpr,
+):
+    """(D, N) parameters to a (4 or 5, N, D) table: q, output coefficient c, input gain, output gain, delay decay."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < N * D
+    source = (i % D) * N + i // D
+    input_gain = _away_from_zero(tl.load(input_gain_ptr + source, mask=inside, other=1.0))
+    output_gain = _away_from_zero(tl.load(output_gain_ptr + source, mask=inside, other=1.0))
+    tl.store(pack_ptr + i, tl.load(decay_ptr + source, mask=inside), mask=inside)
+    tl.store(pack_ptr + N * D + i, input_gain * output_gain, mask=inside)
+    tl.store(pack_ptr + 2 * N * D + i, input_gain, mask=inside)
+    tl.store(pack_ptr + 3 * N * D + i, output_gain, mask=inside)
+    if HAS_DELAY:
+        tl.store(pack_ptr + 4 * N * D + i, tl.load(delay_decay_ptr + source, mask=inside), mask=inside)
+
+
+@jit
+def _chunk_state_block(
+    z, count, cut, values, q, qt,
+    COUNT: tl.constexpr, HAS_DELAY: tl.constexpr, HAS_REAL: tl.constexpr, HAS_RESET: tl.constexpr,
+):
+    for j in tl.static_range(COUNT):
+        x, delayed, real, first = _pick(values, j, COUNT, HAS_DELAY, HAS_REAL, HAS_RESET)
+        z = _advance(z, _drive(x, delayed, qt, HAS_DELAY), q, real, first, HAS_REAL, HAS_RESET)
+        if HAS_REAL:
+            count += real.to(tl.int32)
+            if HAS_RESET:
+                cut += (real & first).to(tl.int32)
+        elif HAS_RESET:
+            count += 1
+            cut += first.to(tl.int32)
+    return z, count, cut
+
+
+@kernel(*_VARYING)
+def _chunk_state_kernel(
+    x_ptr, delayed_ptr, real_ptr, reset_ptr, pack_ptr, local_ptr, span_ptr, length, chunk,
+    D: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, UNROLL: tl.constexpr,
+    REVERSE: tl.constexpr, HAS_DELAY: tl.constexpr, HAS_REAL: tl.constexpr, HAS_RESET: tl.constexpr,
+):
+    """z at the end of each chunk when it starts from zero (B, chunks, N, D); the chunk's count of real tokens, -1 if
+    a segment starts in it (B, chunks)."""
+    block, index, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    slot = row.to(tl.int64) * tl.num_programs(1) + index
+    d = block * BLOCK_D + tl.arange(0, BLOCK_D)
+    n = tl.arange(0, BLOCK_N)
+    STEP: tl.constexpr = -D if REVERSE else D
+    FLAG_STEP: tl.constexpr = -1 if REVERSE else 1
+    token = _first_token(index, row, length, chunk, REVERSE)
+    tokens = tl.minimum(chunk, length - index * chunk)
+    whole = tokens // UNROLL * UNROLL
+    place = token * D + tl.minimum(d, D - 1)
+    x_ptr += place
+    delayed_ptr += place
+    real_ptr += token
+    reset_ptr += token
+    # The next tokens are on their way while these are worked on.
+    values = _load_tokens(
+        x_ptr, delayed_ptr, real_ptr, reset_ptr, 0, whole > 0, STEP, FLAG_STEP, UNROLL, HAS_DELAY, HAS_REAL, HAS_RESET
+    )
+    q = _load_tile(pack_ptr, d, n, D, N)
+    qt = q
+    if HAS_DELAY:
+        qt = _load_tile(pack_ptr + 4 * N * D, d, n, D, N)
+    z = tl.zeros((BLOCK_D, BLOCK_N), tl.float32)
+    count = 0
+    cut = 0
+    i = 0
+    while i < whole:
+        following = _load_tokens(
+            x_ptr, delayed_ptr, real_ptr, reset_ptr, i + UNROLL, i + UNROLL < whole, STEP, FLAG_STEP, UNROLL,
+            HAS_DELAY, HAS_REAL, HAS_RESET,
+        )
+        z, count, cut = _chunk_state_block(z, count, cut, values, q, qt, UNROLL, HAS_DELAY, HAS_REAL, HAS_RESET)
+        values = following
+        i += UNROLL
+    while i < tokens:
+        last = _load_tokens(
+            x_ptr, delayed_ptr, real_ptr, reset_ptr, i, i < tokens, STEP, FLAG_STEP, 1, HAS_DELAY, HAS_REAL, HAS_RESET
+        )
+        z, count, cut = _chunk_state_block(z, count, cut, last, q, qt, 1, HAS_DELAY, HAS_REAL, HAS_RESET)
+        i += 1
+    _store_tile(local_ptr + slot * (N * D), z, d, n, D, N)
+    if HAS_REAL or HAS_RESET:
+        if block == 0:
+            tl.store(span_ptr + slot, tl.where(cut > 0, -1, count))
+
+
+@kernel(*_VARYING)
+def _carry_kernel(
+    pack_ptr, state_ptr, local_ptr, span_ptr, entry_ptr, chunk, chunks,
+    D: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr, BITS: tl.constexpr,
+    HAS_STATE: tl.constexpr, HAS_SPAN: tl.constexpr,
+):
+    """z at the entry of each chunk (B, chunks, N, D)."""
+    row = tl.program_id(1).to(tl.int64)
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < N * D
+    local_ptr += row * chunks * (N * D) + i
+    entry_ptr += row * chunks * (N * D) + i
+    span_ptr += row * chunks
+    q = tl.load(pack_ptr + i, mask=inside, other=0.0).to(tl.float64)
+    power = _power(q, chunk, BITS)
+    z = tl.zeros((BLOCK,), tl.float32)
+    if HAS_STATE:
+        z = tl.load(state_ptr + row * (N * D) + (i % D) * N + i // D, mask=inside, other=0.0)
+        z = z / tl.load(pack_ptr + 2 * N * D + i, mask=inside, other=1.0)
+    first = 0
+    while first < chunks:
+        locals_ = ()
+        for j in tl.static_range(UNROLL):
+            where = inside & (first + j < chunks)
+            locals_ = locals_ + (tl.load(local_ptr + (first + j) * (N * D), mask=where, other=0.0),)
+        for j in tl.static_range(UNROLL):
+            tl.store(entry_ptr + (first + j) * (N * D), z, mask=inside & (first + j < chunks))
+            if HAS_SPAN:
+                power = _chunk_power(span_ptr + first + j, q, first + j < chunks, BITS)
+            z = power * z + locals_[j]
+        first += UNROLL
+
+
+@jit
+def _output_block(
+    z, values, y_ptr, out_ptr, q, c, qt, skip, inside,
+    STEP: tl.constexpr, COUNT: tl.constexpr, HAS_DELAY: tl.constexpr, HAS_REAL: tl.constexpr,
+    HAS_RESET: tl.constexpr, SILU: tl.constexpr, SAVE_Y: tl.constexpr,
+):
+    for j in tl.static_range(COUNT):
+        x, delayed, real, first = _pick(values, j, COUNT, HAS_DELAY, HAS_REAL, HAS_RESET)
+        z = _advance(z, _drive(x, delayed, qt, HAS_DELAY), q, real, first, HAS_REAL, HAS_RESET)
+        y = tl.sum(c * z, axis=1) + skip * x
+        if HAS_REAL:
+            y = tl.where(real, y, 0.0)
+        if SAVE_Y:
+            tl.store(y_ptr + j * STEP, y.to(y_ptr.dtype.element_ty), mask=inside)
+        if SILU:
+            y = y / (1.0 + tl.exp(-y))
+        tl.store(out_ptr + j * STEP, y.to(out_ptr.dtype.element_ty), mask=inside)
+    return z
+
+
+@kernel(*_VARYING)
+def _output_kernel(
+    x_ptr, delayed_ptr, real_ptr, reset_ptr, pack_ptr, skip_ptr, state_ptr, entry_ptr, y_ptr, out_ptr, final_ptr,
+    length, chunk,
+    D: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, UNROLL: tl.constexpr,
+    REVERSE: tl.constexpr, HAS_DELAY: tl.constexpr, HAS_REAL: tl.constexpr, HAS_RESET: tl.constexpr,
+    HAS_SKIP: tl.constexpr, HAS_STATE: tl.constexpr, HAS_ENTRY: tl.constexpr, SILU: tl.constexpr, SAVE_Y: tl.constexpr,
+):
+    """Outputs of a chunk from its entry state, and the final state from the last chunk."""
+    block, index, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    d = block * BLOCK_D + tl.arange(0, BLOCK_D)
+    n = tl.arange(0, BLOCK_N)
+    inside = d < D
+    STEP: tl.constexpr = -D if REVERSE else D
+    FLAG_STEP: tl.constexpr = -1 if REVERSE else 1
+    token = _first_token(index, row, length, chunk, REVERSE)
+    tokens = tl.minimum(chunk, length - index * chunk)
+    whole = tokens // UNROLL * UNROLL
+    column = tl.minimum(d, D - 1)
+    place = token * D + column
+    x_ptr += place
+    delayed_ptr += place
+    y_ptr += place
+    out_ptr += place
+    real_ptr += token
+    reset_ptr += token
+    values = _load_tokens(
+        x_ptr, delayed_ptr, real_ptr, reset_ptr, 0, whole > 0, STEP, FLAG_STEP, UNROLL, HAS_DELAY, HAS_REAL, HAS_RESET
+    )
+    q = _load_tile(pack_ptr, d, n, D, N)
+    c = _load_tile(pack_ptr + N * D, d, n, D, N)
+    qt = q
+    if HAS_DELAY:
+        qt = _load_tile(pack_ptr + 4 * N * D, d, n, D, N)
+    skip = tl.zeros((BLOCK_D,), tl.float32)
+    if HAS_SKIP:
+        skip = tl.load(skip_ptr + column)
+    z = tl.zeros((BLOCK_D, BLOCK_N), tl.float32)
+    if HAS_ENTRY:
+        z = _load_tile(entry_ptr + (row.to(tl.int64) * tl.num_programs(1) + index) * (N * D), d, n, D, N)
+    elif HAS_STATE:
+        gain = tl.load(pack_ptr + 2 * N * D + _tile_offsets(d, n, D, N))
+        z = tl.load(state_ptr + _state_offsets(row, d, n, D, N)) / gain
+    i = 0
+    while i < whole:
+        following = _load_tokens(
+            x_ptr, delayed_ptr, real_ptr, reset_ptr, i + UNROLL, i + UNROLL < whole, STEP, FLAG_STEP, UNROLL,
+            HAS_DELAY, HAS_REAL, HAS_RESET,
+        )
+        z = _output_block(
+            z, values, y_ptr + i * STEP, out_ptr + i * STEP, q, c, qt, skip, inside,
+            STEP, UNROLL, HAS_DELAY, HAS_REAL, HAS_RESET, SILU, SAVE_Y,
+        )
+        values = following
+        i += UNROLL
+    while i < tokens:
+        last = _load_tokens(
+            x_ptr, delayed_ptr, real_ptr, reset_ptr, i, i < tokens, STEP, FLAG_STEP, 1, HAS_DELAY, HAS_REAL, HAS_RESET
+        )
+        z = _output_block(
+            z, last, y_ptr + i * STEP, out_ptr + i * STEP, q, c, qt, skip, inside,
+            STEP, 1, HAS_DELAY, HAS_REAL, HAS_RESET, SILU, SAVE_Y,
+        )
+        i += 1
+    if index == tl.num_programs(1) - 1:
+        gain = tl.load(pack_ptr + 2 * N * D + _tile_offsets(d, n, D, N))
+        tl.store(final_ptr + _state_offsets(row, d, n, D, N), gain * z, mask=inside[:, None] & (n < N)[None, :])
+
+
+@jit
+def _adjoint_step(carry, dy, q, real, first, HAS_REAL: tl.constexpr, HAS_RESET: tl.constexpr, EAGER: tl.constexpr):
+    """One token back: the token's adjoint a, and what is carried to the token before it.
+
+    The carry is the a of the token behind, so that a step is one multiply-add. That doesn't do where a token may cut
+    it off (pads, resets) or where it comes from a final state and not from a token: then (`EAGER`) the carry is the
+    gradient that reaches the state before the token, already multiplied with q.
+    """
+    if EAGER:
+        a = carry + dy[:, None]
+        back = q * a
+        if HAS_RESET:
+            back = tl.where(first, 0.0, back)
+        if HAS_REAL:
+            back = tl.where(real, back, carry)
+    else:
+        a = q * carry + dy[:, None]
+        back = a
+    return a, back
+
+
+@jit
+def _adjoint_block(
+    carry, product, values, grads, q, qt,
+    COUNT: tl.constexpr, HAS_DELAY: tl.constexpr, HAS_REAL: tl.constexpr, HAS_RESET: tl.constexpr, SILU: tl.constexpr,
+    EAGER: tl.constexpr,
+):
+    for j in tl.static_range(COUNT - 1, -1, -1):
+        x, delayed, real, first = _pick(values, j, COUNT, HAS_DELAY, HAS_REAL, HAS_RESET)
+        dy = _output_grad(grads, j, real, COUNT, HAS_REAL, SILU)
+        a, carry = _adjoint_step(carry, dy, q, real, first, HAS_REAL, HAS_RESET, EAGER)
+        product += _drive(x, delayed, qt, HAS_DELAY) * a
+    return carry, product
+
+
+@kernel(*_VARYING)
+def _adjoint_kernel(
+    x_ptr, delayed_ptr, real_ptr, reset_ptr, pack_ptr, y_ptr, grad_ptr, leaving_ptr, product_ptr, length, chunk,
+    D: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, UNROLL: tl.constexpr,
+    REVERSE: tl.constexpr, HAS_DELAY: tl.constexpr, HAS_REAL: tl.constexpr, HAS_RESET: tl.constexpr,
+    SILU: tl.constexpr, EAGER: tl.constexpr,
+):
+    """The chunk's own share of the carry that leaves it at its entry, and sum_t u_t a_t; both (B, chunks, N, D)."""
+    block, index, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    slot = row.to(tl.int64) * tl.num_programs(1) + index
+    d = block * BLOCK_D + tl.arange(0, BLOCK_D)
+    n = tl.arange(0, BLOCK_N)
+    STEP: tl.constexpr = -D if REVERSE else D
+    FLAG_STEP: tl.constexpr = -1 if REVERSE else 1
+    token = _first_token(index, row, length, chunk, REVERSE)
+    tokens = tl.minimum(chunk, length - index * chunk)
+    whole = tokens // UNROLL * UNROLL
+    place = token * D + tl.minimum(d, D - 1)
+    x_ptr += place
+    delayed_ptr += place
+    y_ptr += place
+    grad_ptr += place
+    real_ptr += token
+    reset_ptr += token
+    i = whole - UNROLL
+    values = _load_tokens(
+        x_ptr, delayed_ptr, real_ptr, reset_ptr, i, i >= 0, STEP, FLAG_STEP, UNROLL, HAS_DELAY, HAS_REAL, HAS_RESET
+    )
+    grads = _load_grads(grad_ptr, y_ptr, i, i >= 0, STEP, UNROLL, SILU)
+    q = _load_tile(pack_ptr, d, n, D, N)
+    qt = q
+    if HAS_DELAY:
+        qt = _load_tile(pack_ptr + 4 * N * D, d, n, D, N)
+    carry = tl.zeros((BLOCK_D, BLOCK_N), tl.float32)
+    product = tl.zeros((BLOCK_D, BLOCK_N), tl.float32)
+    k = tokens - 1
+    while k >= whole:
+        last = _load_tokens(
+            x_ptr, delayed_ptr, real_ptr, reset_ptr, k, k >= whole, STEP, FLAG_STEP, 1, HAS_DELAY, HAS_REAL, HAS_RESET
+        )
+        last_grads = _load_grads(grad_ptr, y_ptr, k, k >= whole, STEP, 1, SILU)
+        carry, product = _adjoint_block(
+            carry, product, last, last_grads, q, qt, 1, HAS_DELAY, HAS_REAL, HAS_RESET, SILU, EAGER
+        )
+        k -= 1
+    while i >= 0:
+        following = _load_tokens(
+            x_ptr, delayed_ptr, real_ptr, reset_ptr, i - UNROLL, i >= UNROLL, STEP, FLAG_STEP, UNROLL,
+            HAS_DELAY, HAS_REAL, HAS_RESET,
+        )
+        following_grads = _load_grads(grad_ptr, y_ptr, i - UNROLL, i >= UNROLL, STEP, UNROLL, SILU)
+        carry, product = _adjoint_block(
+            carry, product, values, grads, q, qt, UNROLL, HAS_DELAY, HAS_REAL, HAS_RESET, SILU, EAGER
+        )
+        values = following
+        grads = following_grads
+        i -= UNROLL
+    _store_tile(leaving_ptr + slot * (N * D), carry, d, n, D, N)
+    _store_tile(product_ptr + slot * (N * D), product, d, n, D, N)
+
+
+@kernel(*_VARYING)
+def _carry_adjoint_kernel(
+    pack_ptr, state_ptr, local_ptr, span_ptr, leaving_ptr, product_ptr, final_grad_ptr,
+    entry_ptr, arriving_ptr, gain_grad_ptr, state_grad_ptr, length, chunk, chunks,
+    D: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr, BITS: tl.constexpr,
+    HAS_STATE: tl.constexpr, HAS_FINAL_GRAD: tl.constexpr, HAS_SPAN: tl.constexpr, EAGER: tl.constexpr,
+):
+    """Entry states again, the carry arriving at the end of each chunk (B, chunks, N, D), the gradients of the initial
+    state (B, D, N) and, one sum a row, of the input gain and the output gain (B, 2, N, D)."""
+    row = tl.program_id(1).to(tl.int64)
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < N * D
+    base = row * chunks * (N * D) + i
+    state_offset = row * (N * D) + (i % D) * N + i // D
+    span_ptr += row * chunks
+    q = tl.load(pack_ptr + i, mask=inside, other=0.0).to(tl.float64)
+    input_gain = tl.load(pack_ptr + 2 * N * D + i, mask=inside, other=1.0)
+    output_gain = tl.load(pack_ptr + 3 * N * D + i, mask=inside, other=1.0)
+    whole_power = _power(q, chunk, BITS)
+    last_power = _power(q, length - (chunks - 1) * chunk, BITS)
+
+    power = whole_power
+    z = tl.zeros((BLOCK,), tl.float32)
+    if HAS_STATE:
+        z = tl.load(state_ptr + state_offset, mask=inside, other=0.0) / input_gain
+    first = 0
+    while first < chunks:
+        locals_ = ()
+        for j in tl.static_range(UNROLL):
+            where = inside & (first + j < chunks)
+            locals_ = locals_ + (tl.load(local_ptr + base + (first + j) * (N * D), mask=where, other=0.0),)
+        for j in tl.static_range(UNROLL):
+            where = inside & (first + j < chunks)
+            tl.store(entry_ptr + base + (first + j) * (N * D), z, mask=where)
+            if HAS_SPAN:
+                power = _chunk_power(span_ptr + first + j, q, first + j < chunks, BITS)
+            z = power * z + locals_[j]
+        first += UNROLL
+    # Each thread reads back below what it wrote above itself.
+    carry = tl.zeros((BLOCK,), tl.float32)
+    if HAS_FINAL_GRAD:
+        carry = tl.load(final_grad_ptr + state_offset, mask=inside, other=0.0) / output_gain
+    to_state = q.to(tl.float32)  # what turns a carry into the gradient of a state
+    if EAGER:
+        to_state = tl.full((BLOCK,), 1.0, tl.float32)
+    input_sum = tl.zeros((BLOCK,), tl.float32)
+    output_sum = tl.zeros((BLOCK,), tl.float32)
+    first = 0
+    while first < chunks:
+        locals_, entries, leavings, products = (), (), (), ()
+        for j in tl.static_range(UNROLL):
+            index = chunks - 1 - first - j
+            at = base + index * (N * D)
+            where = inside & (index >= 0)
+            locals_ = locals_ + (tl.load(local_ptr + at, mask=where, other=0.0),)
+            entries = entries + (tl.load(entry_ptr + at, mask=where, other=0.0),)
+            leavings = leavings + (tl.load(leaving_ptr + at, mask=where, other=0.0),)
+            products = products + (tl.load(product_ptr + at, mask=where, other=0.0),)
+        for j in tl.static_range(UNROLL):
+            index = chunks - 1 - first - j
+            at = base + index * (N * D)
+            tl.store(arriving_ptr + at, carry, mask=inside & (index >= 0))
+            input_sum += products[j] + to_state * carry * locals_[j]
+            output_sum += products[j] + to_state * leavings[j] * entries[j]
+            if HAS_SPAN:
+                power = _chunk_power(span_ptr + index, q, index >= 0, BITS)
+            else:
+                power = tl.where(index == chunks - 1, last_power, whole_power)
+            carry = tl.where(index >= 0, power * carry + leavings[j], carry)
+        first += UNROLL
+    tl.store(state_grad_ptr + state_offset, output_gain * to_state * carry, mask=inside)
+    tl.store(gain_grad_ptr + row * (2 * N * D) + i, output_gain * input_sum, mask=inside)
+    tl.store(gain_grad_ptr + row * (2 * N * D) + N * D + i, input_gain * output_sum, mask=inside)
+
+
+@jit
+def _input_grad_block(
+    carry, slope, decay_sum, delay_sum, skip_sum, values, grads, x_grad_ptr, delayed_grad_ptr, q, c, qt, skip, inside,
+    STEP: tl.constexpr, COUNT: tl.constexpr, HAS_DELAY: tl.constexpr, HAS_REAL: tl.constexpr, HAS_RESET: tl.constexpr,
+    SILU: tl.constexpr, EAGER: tl.constexpr,
+):
+    for j in tl.static_range(COUNT - 1, -1, -1):
+        x, delayed, real, first = _pick(values, j, COUNT, HAS_DELAY, HAS_REAL, HAS_RESET)
+        dy = _output_grad(grads, j, real, COUNT, HAS_REAL, SILU)
+        a, carry = _adjoint_step(carry, dy, q, real, first, HAS_REAL, HAS_RESET, EAGER)
+        decay_sum += _drive(x, delayed, qt, HAS_DELAY) * slope
+        stepped = q * slope + a
+        if HAS_RESET:
+            stepped = tl.where(first, 0.0, stepped)
+        if HAS_REAL:
+            stepped = tl.where(real, stepped, slope)
+        slope = stepped
+        skip_sum += dy * x
+        x_grad = tl.sum(c * a, axis=1) + skip * dy
+        if HAS_REAL:
+            x_grad = tl.where(real, x_grad, 0.0)
+        tl.store(x_grad_ptr + j * STEP, x_grad.to(x_grad_ptr.dtype.element_ty), mask=inside)
+        if HAS_DELAY:
+            delay_sum += delayed[:, None] * a
+            delayed_grad = -tl.sum(c * qt * a, axis=1)
+            if HAS_REAL:
+                delayed_grad = tl.where(real, delayed_grad, 0.0)
+            tl.store(delayed_grad_ptr + j * STEP, delayed_grad.to(delayed_grad_ptr.dtype.element_ty), mask=inside)
+    return carry, slope, decay_sum, delay_sum, skip_sum
+
+
+@kernel(*_VARYING)
+def _input_grad_kernel(
+    x_ptr, delayed_ptr, real_ptr, reset_ptr, pack_ptr, skip_ptr, y_ptr, grad_ptr, entry_ptr, arriving_ptr,
+    x_grad_ptr, delayed_grad_ptr, part_ptr, length, chunk,
+    D: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, UNROLL: tl.constexpr,
+    REVERSE: tl.constexpr, HAS_DELAY: tl.constexpr, HAS_REAL: tl.constexpr, HAS_RESET: tl.constexpr,
+    HAS_SKIP: tl.constexpr, SILU: tl.constexpr, EAGER: tl.constexpr,
+):
+    """Gradients of x and delayed; a chunk's sums for decay, delay decay and skip (B chunks, N [+ N] + 1, D).
+
+    The gradient of q is sum_t a_t s_{t-1}, adjoints from the right times states from the left. s_{t-1} is linear in
+    the inputs before t and the entry state, so one backward sweep does: the slope sum_{t>j} q^(t-1-j) a_t is what
+    multiplies input j.
+    """
+    block, index, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    slot = row.to(tl.int64) * tl.num_programs(1) + index
+    d = block * BLOCK_D + tl.arange(0, BLOCK_D)
+    n = tl.arange(0, BLOCK_N)
+    inside = d < D
+    STEP: tl.constexpr = -D if REVERSE else D
+    FLAG_STEP: tl.constexpr = -1 if REVERSE else 1
+    token = _first_token(index, row, length, chunk, REVERSE)
+    tokens = tl.minimum(chunk, length - index * chunk)
+    whole = tokens // UNROLL * UNROLL
+    column = tl.minimum(d, D - 1)
+    place = token * D + column
+    x_ptr += place
+    delayed_ptr += place
+    y_ptr += place
+    grad_ptr += place
+    x_grad_ptr += place
+    delayed_grad_ptr += place
+    real_ptr += token
+    reset_ptr += token
+    i = whole - UNROLL
+    values = _load_tokens(
+        x_ptr, delayed_ptr, real_ptr, reset_ptr, i, i >= 0, STEP, FLAG_STEP, UNROLL, HAS_DELAY, HAS_REAL, HAS_RESET
+    )
+    grads = _load_grads(grad_ptr, y_ptr, i, i >= 0, STEP, UNROLL, SILU)
+    q = _load_tile(pack_ptr, d, n, D, N)
+    c = _load_tile(pack_ptr + N * D, d, n, D, N)
+    qt = q
+    if HAS_DELAY:
+        qt = _load_tile(pack_ptr + 4 * N * D, d, n, D, N)
+    skip = tl.zeros((BLOCK_D,), tl.float32)
+    if HAS_SKIP:
+        skip = tl.load(skip_ptr + column)
+    carry = _load_tile(arriving_ptr + slot * (N * D), d, n, D, N)
+    slope = tl.zeros((BLOCK_D, BLOCK_N), tl.float32)
+    decay_sum = tl.zeros((BLOCK_D, BLOCK_N), tl.float32)
+    delay_sum = tl.zeros((BLOCK_D, BLOCK_N), tl.float32)
+    skip_sum = tl.zeros((BLOCK_D,), tl.float32)
+    k = tokens - 1
+    while k >= whole:
+        last = _load_tokens(
+            x_ptr, delayed_ptr, real_ptr, reset_ptr, k, k >= whole, STEP, FLAG_STEP, 1, HAS_DELAY, HAS_REAL, HAS_RESET
+        )
+        last_grads = _load_grads(grad_ptr, y_ptr, k, k >= whole, STEP, 1, SILU)
+        carry, slope, decay_sum, delay_sum, skip_sum = _input_grad_block(
+            carry, slope, decay_sum, delay_sum, skip_sum, last, last_grads, x_grad_ptr + k * STEP,
+            delayed_grad_ptr + k * STEP, q, c, qt, skip, inside,
+            STEP, 1, HAS_DELAY, HAS_REAL, HAS_RESET, SILU, EAGER,
+        )
+        k -= 1
+    while i >= 0:
+        following = _load_tokens(
+            x_ptr, delayed_ptr, real_ptr, reset_ptr, i - UNROLL, i >= UNROLL, STEP, FLAG_STEP, UNROLL,
+            HAS_DELAY, HAS_REAL, HAS_RESET,
+        )
+        following_grads = _load_grads(grad_ptr, y_ptr, i - UNROLL, i >= UNROLL, STEP, UNROLL, SILU)
+        carry, slope, decay_sum, delay_sum, skip_sum = _input_grad_block(
+            carry, slope, decay_sum, delay_sum, skip_sum, values, grads, x_grad_ptr + i * STEP,
+            delayed_grad_ptr + i * STEP, q, c, qt, skip, inside,
+            STEP, UNROLL, HAS_DELAY, HAS_REAL, HAS_RESET, SILU, EAGER,
+        )
+        values = following
+        grads = following_grads
+        i -= UNROLL
+    input_gain = _load_tile(pack_ptr + 2 * N * D, d, n, D, N)
+    output_gain = _load_tile(pack_ptr + 3 * N * D, d, n, D, N)
+    entry = _load_tile(entry_ptr + slot * (N * D), d, n, D, N)
+    ROWS: tl.constexpr = 2 * N + 1 if HAS_DELAY else N + 1
+    part_ptr += slot * (ROWS * D)
+    # Each factor keeps its own gain: with both gains near zero the bare product would overflow.
+    _store_tile(part_ptr, c * decay_sum + (input_gain * entry) * (output_gain * slope), d, n, D, N)
+    if HAS_DELAY:
+        _store_tile(part_ptr + N * D, -c * delay_sum, d, n, D, N)
+    tl.store(part_ptr + (ROWS - 1) * D + column, skip_sum, mask=inside)
+
+
+@kernel("parts", "batch")
+def _parameter_grad_kernel(
+    part_ptr, gain_grad_ptr, out_ptr, parts, batch,
+    D: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK: tl.constexpr,
+):
+    """Adds up partial sums: (parts, ROWS, D) and (B, 2, N, D) to a flat buffer of (D, N) blocks, skip (D) last."""
+    gains = tl.program_id(1) == 1
+    columns = tl.where(gains, 2 * N * D, ROWS * D)
+    count = tl.where(gains, batch, parts)
+    source = part_ptr
+    if gains:
+        source = gain_grad_ptr
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    p = tl.arange(0, BLOCK_P)
+    total = tl.zeros((BLOCK_P, BLOCK), tl.float32)
+    first = 0
+    while first < count:
+        offsets = (first + p).to(tl.int64)[:, None] * columns + i[None, :]
+        total += tl.load(source + offsets, mask=(first + p < count)[:, None] & (i < columns)[None, :], other=0.0)
+        first += BLOCK_P
+    table_row = i // D + tl.where(gains, 0, 2 * N)  # gains first: input gain, output gain, decay, [delay decay,] skip
+    last = tl.where(gains, -1, 2 * N + ROWS - 1)
+    target = (table_row // N) * (N * D) + (i % D) * N + table_row % N
+    target = tl.where(table_row == last, last * D + i % D, target)
+    tl.store(out_ptr + target, tl.sum(total, axis=0), mask=i < columns)
+
+
+# Parameters that one program takes.
+_BLOCK = 512
+
+
+@kernel("count", "factor")
+def _parameters_kernel(delta, alpha, beta, gamma, out, count, factor, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < count
+    p = tl.sigmoid(tl.load(delta + at, mask=inside, other=0.0).to(tl.float32))
+    a = tl.sigmoid(tl.load(alpha + at, mask=inside, other=0.0).to(tl.float32))
+    tl.store(out + at, 1 - p * a, mask=inside)
+    tl.store(out + count + at, p * tl.load(beta + at, mask=inside, other=0.0).to(tl.float32), mask=inside)
+    tl.store(out + 2 * count + at, tl.load(gamma + at, mask=inside, other=0.0).to(tl.float32) * factor, mask=inside)
+
+
+@kernel("count", "factor")
+def _parameters_backward_kernel(
+    delta, alpha, beta, decay_grad, input_grad, output_grad, delta_grad, alpha_grad, beta_grad, gamma_grad,
+    count, factor, BLOCK: tl.constexpr,
+):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < count
+    p = tl.sigmoid(tl.load(delta + at, mask=inside, other=0.0).to(tl.float32))
+    a = tl.sigmoid(tl.load(alpha + at, mask=inside, other=0.0).to(tl.float32))
+    of_decay = tl.load(decay_grad + at, mask=inside, other=0.0)
+    of_input = tl.load(input_grad + at, mask=inside, other=0.0)
+    of_output = tl.load(output_grad + at, mask=inside, other=0.0)
+    slope = tl.load(beta + at, mask=inside, other=0.0).to(tl.float32) * of_input - a * of_decay
+    kind = delta_grad.dtype.element_ty
+    tl.store(delta_grad + at, (slope * p * (1 - p)).to(kind), mask=inside)
+    tl.store(alpha_grad + at, (-p * of_decay * a * (1 - a)).to(kind), mask=inside)
+    tl.store(beta_grad + at, (p * of_input).to(kind), mask=inside)
+    tl.store(gamma_grad + at, (of_output * factor).to(kind), mask=inside)
 
 
 def _chunk_length(length: int) -> int:
-    for longest, chunk in _CHUNKS:
-        if length <= longest:
-            return chunk
-    return _LONGEST_CHUNK
+    return next((chunk for longest, chunk in _CHUNKS if length <= longest), _LONGEST_CHUNK)
 
 
 class _EmaScan(torch.autograd.Function):
@@ -64,68 +774,56 @@ class _EmaScan(torch.autograd.Function):
         batch, length, width = x.shape
         states = decay.shape[1]
         chunk = _chunk_length(length)
-        chunks = blocks_of(length, chunk)
+        chunks = -(-length // chunk)
         training = any(ctx.needs_input_grad)
         has_span = real is not None or reset is not None
-        unroll = {name: counts[has_span or delayed is not None] for name, counts in _UNROLL.items()}
-        common = {"D": width, "N": states, "BLOCK_D": _BLOCK_D, "BLOCK_N": power_of_two(states, 1), "UNROLL": 0}
-        common |= {"REVERSE": reverse, "HAS_DELAY": delayed is not None}
-        common |= {"HAS_REAL": real is not None, "HAS_RESET": reset is not None}
-        has_skip, has_state = skip is not None, state is not None
-        options = {"num_warps": _WARPS}
-        key = (
-            x.dtype,
-            x.device.index,
-            *common.values(),
-            chunk.bit_length(),
-            *unroll.values(),
-            has_skip,
-            has_state,
-            silu,
-        )
-        grid = (blocks_of(width, _BLOCK_D), chunks, batch)
+        many = has_span or delayed is not None
+        common = {
+            "REVERSE": reverse, "HAS_DELAY": delayed is not None, "HAS_REAL": real is not None,
+            "HAS_RESET": reset is not None,
+        }
+        shape = {"D": width, "N": states, "BLOCK_D": _BLOCK_D, "BLOCK_N": power_of_two(states, 1)}
+        has_state = state is not None
+        grid = (-(-width // _BLOCK_D), chunks, batch)
         size = states * width
         float32 = {"dtype": torch.float32, "device": x.device}
         # Where an input is missing, another pointer stands in for it and is not read.
-        tokens = [x if tensor is None else tensor for tensor in (x, delayed, real, reset)]
-        with on_device(x):
-            pack = torch.empty(4 if delayed is None else 5, states, width, **float32)
-            pack_kernel(
-                (blocks_of(size, 256),), key, decay, input_gain, output_gain,
-                decay if delay_decay is None else delay_decay, pack,
-                D=width, N=states, BLOCK=256, HAS_DELAY=delayed is not None, options={"num_warps": 4},
-            )  # fmt: skip
-            local = entry = span = pack
-            if chunks > 1 or training:
-                local = torch.empty(batch, chunks, states, width, **float32)
-                if has_span:
-                    span = torch.empty(batch, chunks, dtype=torch.int32, device=x.device)
-                chunk_state_kernel(
-                    grid, key, *tokens, pack, local, span, length, chunk,
-                    **common | {"UNROLL": unroll["chunk_state"]}, options=options,
-                )  # fmt: skip
-            if chunks > 1:
-                entry = torch.empty_like(local)
-                carry_kernel(
-                    (blocks_of(size, 128), batch), key, pack, state if has_state else pack, local, span,
-                    entry, chunk, chunks, D=width, N=states, BLOCK=128, UNROLL=16, BITS=chunk.bit_length(),
-                    HAS_STATE=has_state, HAS_SPAN=has_span, options={"num_warps": 4},
-                )  # fmt: skip
-            out = torch.empty_like(x)
-            save_y = silu and training
-            y = torch.empty_like(x) if save_y else out
-            final = torch.empty(batch, width, states, **float32)
-            output_kernel(
-                grid, (*key, chunks > 1, save_y), *tokens, pack, skip if has_skip else pack,
-                state if has_state else pack, entry, y, out, final, length, chunk,
-                **common | {"UNROLL": unroll["output"]}, HAS_SKIP=has_skip, HAS_STATE=has_state,
-                HAS_ENTRY=chunks > 1, SILU=silu, SAVE_Y=save_y, options=options,
-            )  # fmt: skip
+        tokens = x, x if delayed is None else delayed, x if real is None else real, x if reset is None else reset
+        pack = torch.empty(4 if delayed is None else 5, states, width, **float32)
+        _pack_kernel(
+            (-(-size // 256),), decay, input_gain, output_gain, decay if delay_decay is None else delay_decay, pack,
+            D=width, N=states, BLOCK=256, HAS_DELAY=delayed is not None,
+        )
+        local = entry = span = pack
+        if chunks > 1 or training:
+            local = torch.empty(batch, chunks, states, width, **float32)
+            if has_span:
+                span = torch.empty(batch, chunks, dtype=torch.int32, device=x.device)
+            _chunk_state_kernel(
+                grid, *tokens, pack, local, span, length, chunk, options=_WARPS,
+                **shape, UNROLL=_UNROLL["chunk_state"][many], **common,
+            )
+        if chunks > 1:
+            entry = torch.empty_like(local)
+            _carry_kernel(
+                (-(-size // 128), batch), pack, state if has_state else pack, local, span, entry, chunk, chunks,
+                D=width, N=states, BLOCK=128, UNROLL=16, BITS=chunk.bit_length(),
+                HAS_STATE=has_state, HAS_SPAN=has_span,
+            )
+        out = torch.empty_like(x)
+        save_y = silu and training
+        y = torch.empty_like(x) if save_y else out
+        final = torch.empty(batch, width, states, **float32)
+        _output_kernel(
+            grid, *tokens, pack, pack if skip is None else skip, state if has_state else pack, entry, y, out, final,
+            length, chunk, options=_WARPS, **shape, UNROLL=_UNROLL["output"][many], **common,
+            HAS_SKIP=skip is not None, HAS_STATE=has_state, HAS_ENTRY=chunks > 1, SILU=silu, SAVE_Y=save_y,
+        )
         if training:
             ctx.save_for_backward(
                 x, skip, state, delayed, real, reset, pack, local, span if has_span else None, y if silu else None
             )
-            ctx.chunk, ctx.common, ctx.unroll, ctx.key, ctx.silu = chunk, common, unroll, key, silu
+            ctx.chunk, ctx.common, ctx.shape, ctx.silu, ctx.many = chunk, common, shape, silu, many
             ctx.set_materialize_grads(False)
         return out, final
 
@@ -134,159 +832,123 @@ class _EmaScan(torch.autograd.Function):
     def backward(ctx, grad, final_grad):
         x, skip, state, delayed, real, reset, pack, local, span, y = ctx.saved_tensors
         batch, length, width = x.shape
-        chunk, common, unroll, silu = ctx.chunk, ctx.common, ctx.unroll, ctx.silu
+        chunk, common, shape, silu, many = ctx.chunk, ctx.common, ctx.shape, ctx.silu, ctx.many
         chunks, states = local.shape[1], local.shape[2]
         size = states * width
         rows = (1 if delayed is None else 2) * states + 1
         eager = span is not None or final_grad is not None
-        key = (*ctx.key, final_grad is None)
-        options = {"num_warps": _WARPS}
-        grid = (blocks_of(width, common["BLOCK_D"]), chunks, batch)
+        grid = (-(-width // _BLOCK_D), chunks, batch)
         float32 = {"dtype": torch.float32, "device": x.device}
         grad = torch.zeros_like(x) if grad is None else grad.contiguous()
-        tokens = [x if tensor is None else tensor for tensor in (x, delayed, real, reset)]
+        tokens = x, x if delayed is None else delayed, x if real is None else real, x if reset is None else reset
         state_, y_ = pack if state is None else state, x if y is None else y
-        with on_device(x):
-            leaving, product, entry, arriving = torch.empty(4, *local.shape, **float32).unbind()
-            adjoint_kernel(
-                grid, key, *tokens, pack, y_, grad, leaving, product, length, chunk,
-                **common | {"UNROLL": unroll["adjoint"]}, SILU=silu, EAGER=eager,
-                options=options,
-            )  # fmt: skip
-            gain_grad = torch.empty(batch, 2, states, width, **float32)
-            state_grad = torch.empty(batch, width, states, **float32)
-            carry_adjoint_kernel(
-                (blocks_of(size, 128), batch), key, pack, state_, local,
-                pack if span is None else span, leaving, product,
-                pack if final_grad is None else final_grad.contiguous(), entry, arriving, gain_grad, state_grad,
-                length, chunk, chunks, D=width, N=states, BLOCK=128, UNROLL=8, BITS=chunk.bit_length(),
-                HAS_STATE=state is not None, HAS_FINAL_GRAD=final_grad is not None, HAS_SPAN=span is not None,
-                EAGER=eager, options={"num_warps": 4},
-            )  # fmt: skip
-            x_grad = torch.empty_like(x)
-            delayed_grad = x_grad if delayed is None else torch.empty_like(delayed)
-            parts = torch.empty(batch * chunks, rows, width, **float32)
-            input_grad_kernel(
-                grid, key, *tokens, pack, pack if skip is None else skip, y_, grad, entry, arriving,
-                x_grad, delayed_grad, parts, length, chunk, **common | {"UNROLL": unroll["input_grad"]},
-                HAS_SKIP=skip is not None, SILU=silu, EAGER=eager, options=options,
-            )  # fmt: skip
-            sums = torch.empty((2 * states + rows) * width, **float32)
-            columns = max(2 * size, rows * width)
-            parameter_grad_kernel(
-                (blocks_of(columns, 32), 2), key, parts, gain_grad, sums, batch * chunks, batch,
-                D=width, N=states, ROWS=rows, BLOCK_P=32, BLOCK=32, options={"num_warps": 4},
-            )  # fmt: skip
+        leaving, product, entry, arriving = torch.empty(4, *local.shape, **float32).unbind()
+        _adjoint_kernel(
+            grid, *tokens, pack, y_, grad, leaving, product, length, chunk, options=_WARPS,
+            **shape, UNROLL=_UNROLL["adjoint"][many], **common, SILU=silu, EAGER=eager,
+        )
+        gain_grad = torch.empty(batch, 2, states, width, **float32)
+        state_grad = torch.empty(batch, width, states, **float32)
+        _carry_adjoint_kernel(
+            (-(-size // 128), batch), pack, state_, local, pack if span is None else span, leaving, product,
+            pack if final_grad is None else final_grad.contiguous(), entry, arriving, gain_grad, state_grad,
+            length, chunk, chunks, D=width, N=states, BLOCK=128, UNROLL=8, BITS=chunk.bit_length(),
+            HAS_STATE=state is not None, HAS_FINAL_GRAD=final_grad is not None, HAS_SPAN=span is not None, EAGER=eager,
+        )
+        x_grad = torch.empty_like(x)
+        delayed_grad = x_grad if delayed is None else torch.empty_like(delayed)
+        parts = torch.empty(batch * chunks, rows, width, **float32)
+        _input_grad_kernel(
+            grid, *tokens, pack, pack if skip is None else skip, y_, grad, entry, arriving,
+            x_grad, delayed_grad, parts, length, chunk, options=_WARPS, **shape, UNROLL=_UNROLL["input_grad"][many],
+            **common, HAS_SKIP=skip is not None, SILU=silu, EAGER=eager,
+        )
+        sums = torch.empty((2 * states + rows) * width, **float32)
+        columns = max(2 * size, rows * width)
+        _parameter_grad_kernel(
+            (-(-columns // 32), 2), parts, gain_grad, sums, batch * chunks, batch,
+            D=width, N=states, ROWS=rows, BLOCK_P=32, BLOCK=32,
+        )
         input_gain_grad, output_gain_grad, decay_grad = sums[: 3 * size].view(3, width, states)
         return (
-            x_grad,
-            decay_grad,
-            input_gain_grad,
-            output_gain_grad,
-            None if skip is None else sums[-width:],
-            None,
-            None,
-            None if state is None else state_grad,
-            None if delayed is None else delayed_grad,
-            None if delayed is None else sums[3 * size : 4 * size].view(width, states),
-            None,
-            None,
+            x_grad, decay_grad, input_gain_grad, output_gain_grad, None if skip is None else sums[-width:], None, None,
+            None if state is None else state_grad, None if delayed is None else delayed_grad,
+            None if delayed is None else sums[3 * size : 4 * size].view(width, states), None, None,
         )
 
 
-@torch.compiler.disable
-def _scan(*inputs):
-    """A compiled model breaks its graph here: the compiler adds nothing to these kernels, and it knows no `Kernel`."""
-    return _EmaScan.apply(*inputs)
-
-
-def expect(
-    name: str, tensor: torch.Tensor, shape: tuple, dtypes: tuple[torch.dtype, ...], like: torch.Tensor
-) -> torch.Tensor:
-    """The tensor, contiguous; a ValueError that names it where its shape, dtype or device is another one."""
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {shape}")
-    if tensor.dtype not in dtypes:
-        raise ValueError(f"{name} is {tensor.dtype}, expected {' or '.join(map(str, dtypes))}")
-    if tensor.device != like.device:
-        raise ValueError(f"{name} is on {tensor.device}, expected {like.device}")
-    return tensor.contiguous()
-
-
-def expect_runnable(name: str, x: torch.Tensor) -> None:
-    """A RuntimeError where kernels cannot run on x."""
-    if triton is None:
-        raise RuntimeError(f"{name} needs the triton package")
-    if not x.is_cuda and not interpreted():
-        raise RuntimeError(f"{name} needs a CUDA device, its input is on {x.device}")
-
-
 def ema_scan_triton(
-    x: torch.Tensor,
-    decay: torch.Tensor,
-    input_gain: torch.Tensor,
-    output_gain: torch.Tensor,
-    skip: torch.Tensor | None,
-    *,
-    real: torch.Tensor | None = None,
-    reset: torch.Tensor | None = None,
-    state: torch.Tensor | None = None,
-    delayed: torch.Tensor | None = None,
-    delay_decay: torch.Tensor | None = None,
-    reverse: bool = False,
-    activation: str | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Multi-dimensional damped EMA as a recurrence (arXiv 2306.11197, section 3.1), on a CUDA device.
+    x: Tensor, decay: Tensor, input_gain: Tensor, output_gain: Tensor, skip: Tensor | None, *,
+    real: Tensor | None = None, reset: Tensor | None = None, state: Tensor | None = None,
+    delayed: Tensor | None = None, delay_decay: Tensor | None = None, plan: object = None, need_state: bool = True,
+    reverse: bool = False, activation: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`ema_scan` on a CUDA device, where x is float32, bfloat16 or float16. x may hold NaN at pads. Arithmetic and
+    state are float32 whatever the dtype of x, and results are the same bit for bit in every run. `plan` and
+    `need_state` are for the torch twin alone. Gradients reach every float input from both results."""
+    if CHECKS:
+        _check_scan(x, decay, input_gain, output_gain, skip, real, reset, state, delayed, delay_decay, activation)
+    if x.numel() == 0:
+        return x, x.new_zeros(x.shape[0], *decay.shape, dtype=torch.float32) if state is None else state
+    real = None if real is None else real.contiguous()
+    reset = None if reset is None else reset.contiguous()
+    if delayed is not None:
+        delayed, delay_decay = delayed.contiguous(), delay_decay.contiguous()
+    return _EmaScan.apply(
+        x.contiguous(), decay.contiguous(), input_gain.contiguous(), output_gain.contiguous(), skip, real, reset,
+        None if state is None else state.contiguous(), delayed, delay_decay, reverse, activation == "silu",
+    )
 
-    At a real token: s_t = (0 if reset_t else decay s_{t-1}) + input_gain (x_t - delay_decay delayed_t) and
-    y_t = sum_n output_gain s_t + skip x_t. At a pad the state stands still, x is ignored (it may hold NaN), y_t = 0.
-    Arithmetic and state are float32 whatever the dtype of x. Results are the same bit for bit in every run.
 
-    Args:
-        x: (B, L, D), float32, bfloat16 or float16.
-        decay, input_gain, output_gain: (D, N) float32: q, p beta and gamma / sqrt(N). 0 <= decay <= 1.
-        skip: (D,) float32, omega; None for 0.
-        real: (B, L) bool, False at pads; None if there are none.
-        reset: (B, L) bool, True where a segment starts; read at real tokens only.
-        state: (B, D, N) float32, the state before the first token; None for 0.
-        delayed: (B, L, D) in the dtype of x, the input T real tokens earlier, for a kernel cut to T taps.
-        delay_decay: (D, N) float32, decay ** T; goes with `delayed`.
-        reverse: scan from the last column to the first; `reset` then marks the token at which the reversed scan
-            starts anew, and the final state is the one after the first column.
-        activation: None, or "silu" to return silu(y).
-
-    Returns:
-        y (B, L, D) in the dtype of x, final state (B, D, N) float32. Gradients reach every float input from both.
-
-    Raises:
-        ValueError: a shape, dtype, device or activation that does not fit, by name.
-        RuntimeError: Triton is missing, or x is not on a CUDA device.
-    """
-    expect_runnable("ema_scan_triton", x)
+def _check_scan(x, decay, input_gain, output_gain, skip, real, reset, state, delayed, delay_decay, activation) -> None:
     if x.dim() != 3:
         raise ValueError(f"x has shape {tuple(x.shape)}, expected (B, L, D)")
-    if activation not in _ACTIVATIONS:
-        raise ValueError(f"activation {activation!r} is none of {_ACTIVATIONS}")
+    if activation not in (None, "silu"):
+        raise ValueError(f"activation {activation!r} is none of (None, 'silu')")
     if (delayed is None) != (delay_decay is None):
         raise ValueError("delayed and delay_decay go together, one of them is None")
     batch, length, width = x.shape
-    single, table = (torch.float32,), (width, decay.shape[-1])
-    x = expect("x", x, (batch, length, width), (torch.float32, torch.bfloat16, torch.float16), x)
-    decay = expect("decay", decay, table, single, x)
-    input_gain = expect("input_gain", input_gain, table, single, x)
-    output_gain = expect("output_gain", output_gain, table, single, x)
-    if skip is not None:
-        skip = expect("skip", skip, (width,), single, x)
-    if real is not None:
-        real = expect("real", real, (batch, length), (torch.bool,), x)
-    if reset is not None:
-        reset = expect("reset", reset, (batch, length), (torch.bool,), x)
-    if state is not None:
-        state = expect("state", state, (batch, width, table[1]), single, x)
-    if delayed is not None:
-        delayed = expect("delayed", delayed, (batch, length, width), (x.dtype,), x)
-        delay_decay = expect("delay_decay", delay_decay, table, single, x)
-    if x.numel() == 0:
-        return x, x.new_zeros(batch, *table, dtype=torch.float32) if state is None else state
-    silu = activation == "silu"
-    return _scan(x, decay, input_gain, output_gain, skip, real, reset, state, delayed, delay_decay, reverse, silu)
+    single, flag, table = (torch.float32,), (torch.bool,), (width, decay.shape[-1])
+    expected = {
+        "x": (x, (batch, length, width), (torch.float32, torch.bfloat16, torch.float16)),
+        "decay": (decay, table, single), "input_gain": (input_gain, table, single),
+        "output_gain": (output_gain, table, single), "skip": (skip, (width,), single),
+        "real": (real, (batch, length), flag), "reset": (reset, (batch, length), flag),
+        "state": (state, (batch, *table), single), "delayed": (delayed, (batch, length, width), (x.dtype,)),
+        "delay_decay": (delay_decay, table, single),
+    }
+    for name, (tensor, shape, dtypes) in expected.items():
+        if tensor is not None:
+            expect(name, tensor, shape, dtypes, x)
+
+
+class _EmaParameters(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, delta, alpha, beta, gamma):
+        count, factor = gamma.numel(), gamma.shape[-1] ** -0.5
+        out = torch.empty(3, *gamma.shape, dtype=torch.float32, device=gamma.device)
+        _parameters_kernel((-(-count // _BLOCK),), delta, alpha, beta, gamma, out, count, factor, BLOCK=_BLOCK)
+        ctx.save_for_backward(delta, alpha, beta)
+        return out.unbind()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        delta, alpha, beta = ctx.saved_tensors
+        count, factor = delta.numel(), delta.shape[-2] ** -0.5
+        grads = [grad.contiguous() for grad in grads]
+        results = *(torch.empty_like(delta) for _ in range(3)), delta.new_empty(delta.shape[:-1])
+        _parameters_backward_kernel(
+            (-(-count // _BLOCK),), delta, alpha, beta, *grads, *results, count, factor, BLOCK=_BLOCK
+        )
+        return results
+
+
+def ema_parameters_triton(delta: Tensor, alpha: Tensor, beta: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`ema_parameters` on a GPU, for parameters of one floating dtype but float64. Gradients for all four."""
+    if CHECKS:
+        shape = (*gamma.shape, 1)
+        for name, tensor in (("delta", delta), ("alpha", alpha), ("beta", beta)):
+            if tensor.shape != shape or tensor.dtype != gamma.dtype:
+                raise ValueError(f"{name} must be {shape} {gamma.dtype}, got {tuple(tensor.shape)} {tensor.dtype}")
+    return _EmaParameters.apply(delta.contiguous(), alpha.contiguous(), beta.contiguous(), gamma.contiguous())

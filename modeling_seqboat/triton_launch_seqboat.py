@@ -1,14 +1,14 @@
 """Launching Triton kernels without paying for argument inspection at every call.
 
 Triton looks at each argument of a launch (type, alignment, divisibility) to find the compiled variant, which costs the
-host more than many a kernel here runs. A caller that knows what its variants depend on says so once a call, as a key.
+host more than many a kernel here runs. `Kernel` derives a key from the same facts in one short loop.
 """
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Callable, Hashable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -19,8 +19,11 @@ try:
 except ImportError:
     triton = None
 
+# Whether what reaches a kernel is checked. The layers give what fits; tests set this, and find what does not.
+CHECKS = os.environ.get("SEQBOAT_CHECK_KERNELS") == "1"
 # Elements of one elementwise program's block: enough independent loads in flight to reach the copy rate.
 _ELEMENTS = 2048
+_FOUR_WARPS = {"num_warps": 4}
 
 
 def jit(function: Callable) -> Callable:
@@ -34,32 +37,58 @@ def interpreted() -> bool:
 
 
 class Kernel:
-    """A Triton kernel and its compiled variants by the caller's key.
+    """A Triton kernel and its compiled variants, by a key of all that a variant depends on: the compile-time
+    arguments, the launch options, types, whether pointers are 16-byte aligned, and the values of integers that do not
+    vary.
 
-    The key must determine every compile-time argument, the launch options, and of the other arguments their types,
-    whether pointers are 16-byte aligned (`alignment`, `aligned_key`), and whether integers are 1 or divisible by 16,
-    except for those named to `kernel` as varying.
+    `varying` names arguments whose value or alignment must not make another variant.
     """
 
     def __init__(self, function: Callable, varying: tuple[str, ...]):
         self.function = triton.jit(function, do_not_specialize=list(varying))
+        self.varies = tuple(name in varying for name in self.function.arg_names)
         self.variants: dict[Hashable, Any] = {}
 
     def __call__(
-        self, grid: tuple[int, ...], key: Hashable, *args: Any, options: dict[str, int], **constants: Any
+        self, grid: tuple[int, ...], *args: Any, options: dict[str, int] = _FOUR_WARPS, **constants: Any
     ) -> None:
-        """Launches; `constants` are the compile-time arguments, in the order of the kernel's last parameters.
+        """Launches on the device of the first argument, a tensor.
 
-        Without a key (None), Triton finds the variant.
+        Args:
+            constants: the compile-time arguments, in the order of the kernel's last parameters.
         """
-        variant = self.variants.get(key)
-        if variant is None:
-            self._launch_first(grid, key, args, options, constants)
+        device = args[0].device
+        if device.type != "cuda":
+            self.function[grid](*args, **constants, **options)
             return
         active = triton.runtime.driver.active
-        stream = active.get_current_stream(active.get_current_device())
-        # Addresses as numbers: the launcher would look up those of tensors one by one through Python, and ask the driver.
-        numbers = [arg.data_ptr() if isinstance(arg, Tensor) else arg for arg in args]
+        current = active.get_current_device()
+        if device.index != current:
+            with torch.cuda.device(device):
+                self(grid, *args, options=options, **constants)
+            return
+        # Addresses as numbers: the launcher would look up those of tensors one by one through Python.
+        numbers, kinds = [], [current, *options.values()]
+        for arg, varies in zip(args, self.varies, strict=False):
+            if isinstance(arg, Tensor):
+                arg, kind = arg.data_ptr(), arg.dtype
+                if arg % 16 and not varies:
+                    kind = (kind,)
+            elif type(arg) is float:
+                kind = float
+            elif varies and arg is not None:
+                # Integers beyond 32 bits are of another type.
+                kind = -(2**31) <= arg < 2**31
+            else:
+                kind = arg
+            numbers.append(arg)
+            kinds.append(kind)
+        key = (*kinds, *constants.values())
+        variant = self.variants.get(key)
+        if variant is None or CHECKS:
+            self._launch_first(grid, key, args, options, constants)
+            return
+        stream = active.get_current_stream(current)
         grid += (1,) * (3 - len(grid))
         variant.run(
             *grid, stream, variant.function, variant.packed_metadata, None, None, None, *numbers, *constants.values()
@@ -70,8 +99,8 @@ class Kernel:
         if list(constants) != names:
             raise TypeError(f"{self.function.fn.__name__} takes the constants {names}, got {list(constants)}")
         variant = self.function[grid](*args, **constants, **options)
-        if key is not None and not interpreted():
-            self.variants[key] = variant
+        if self.variants.setdefault(key, variant) is not variant:
+            raise RuntimeError(f"{self.function.fn.__name__}: two variants share the key {key}")
 
 
 def kernel(*varying: str) -> Callable[[Callable], Kernel]:
@@ -83,41 +112,40 @@ def kernel(*varying: str) -> Callable[[Callable], Kernel]:
     return declare
 
 
-def alignment(*tensors: Tensor | None) -> tuple[bool | None, ...]:
-    """The part of a key that depends on where tensors lie."""
-    return tuple(None if t is None else t.data_ptr() % 16 == 0 for t in tensors)
-
-
-def aligned_key(tensors: Iterable[Tensor | None], *facts: Hashable) -> tuple | None:
-    """The facts as a key, or None where a tensor is not 16-byte aligned, as slices may be.
-
-    Fresh tensors are aligned and need not be named.
-    """
-    bits = 0
-    for tensor in tensors:
-        if tensor is not None:
-            bits |= tensor.data_ptr()
-    return None if bits % 16 else facts
-
-
-def on_device(tensor: Tensor) -> AbstractContextManager:
-    """Kernels run on the current device, which need not be the tensor's."""
-    if tensor.device.type != "cuda" or tensor.device.index == torch.cuda.current_device():
-        return nullcontext()
-    return torch.cuda.device(tensor.device)
-
-
-def blocks_of(size: int, block: int) -> int:
-    """size / block, rounded up; triton.cdiv is a traced function and takes microseconds on the host."""
-    return -(-size // block)
-
-
+@functools.cache
 def power_of_two(size: int, least: int = 16) -> int:
     """The smallest power of two that is at least `size` and `least`."""
     return max(least, 1 << max(0, size - 1).bit_length())
 
 
+@functools.cache
 def row_block(width: int) -> tuple[int, int]:
     """Rows and columns of an elementwise program's block; the columns cover a whole row."""
     columns = power_of_two(width)
     return max(1, min(32, _ELEMENTS // columns)), columns
+
+
+def program_sums(count: int, rows: int, most: int, like: Tensor, *shape: int) -> tuple[int, int, Tensor]:
+    """How `count` rows are shared out where programs add up their own rows and the sums are added up afterwards.
+
+    Args:
+        rows: a program's block; most: programs at most.
+        shape: of one program's sums, float32.
+
+    Returns:
+        programs, the blocks that each takes, and the empty sums (programs, *shape).
+    """
+    blocks = -(-count // rows)
+    repeats = max(1, -(-blocks // most))
+    programs = max(1, -(-count // (rows * repeats)))
+    return programs, repeats, torch.empty(programs, *shape, dtype=torch.float32, device=like.device)
+
+
+def expect(name: str, tensor: Tensor, shape: tuple, dtypes: tuple[torch.dtype, ...], like: Tensor) -> None:
+    """Raises ValueError, which names the tensor, where its shape, dtype or device is another one."""
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {shape}")
+    if tensor.dtype not in dtypes:
+        raise ValueError(f"{name} is {tensor.dtype}, expected {' or '.join(map(str, dtypes))}")
+    if tensor.device != like.device:
+        raise ValueError(f"{name} is on {tensor.device}, expected {like.device}")

@@ -8,7 +8,7 @@ from helpers import randomise, tiny_config, tiny_encoder, tiny_lm, token_ids
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from modeling_seqboat import attention_seqboat
+from modeling_seqboat import kernels_seqboat
 from modeling_seqboat.analysis_seqboat import (
     BYTE_CLASS_NAMES,
     TokenClasses,
@@ -225,10 +225,12 @@ def test_saved_flops_equal_those_counted_on_the_torch_path():
 def test_saved_flops_equal_those_counted_query_by_query(monkeypatch):
     """The causal torch path computes pairs in blocks and masks some; the specification computes those seen alone."""
 
-    def query_by_query(requested, *args, max_keys, dropout_p, **kwargs):
-        return windowed_attention_naive(*args, **kwargs)
+    def query_by_query(*args, max_keys, dropout_p, gate, **kwargs):
+        return windowed_attention_naive(*args, **kwargs) * gate
 
-    monkeypatch.setattr(attention_seqboat, "run_windowed_attention", query_by_query)
+    entry = kernels_seqboat.OPS["windowed_attention"]
+    monkeypatch.setitem(kernels_seqboat.OPS, "windowed_attention", entry._replace(torch=query_by_query))
+    monkeypatch.setattr(kernels_seqboat, "_SELECTED", {})
     sparse, always_on = sparse_and_always_on(tiny_lm)
     ids = token_ids(2, 33)
     _, report = report_of(sparse, input_ids=ids)

@@ -66,18 +66,59 @@ def test_generate_and_the_model_make_the_same_kind_of_cache():
 
 @pytest.mark.parametrize(("position", "truncation"), KINDS)
 @pytest.mark.parametrize("static", [False, True])
-def test_buffers_have_full_size_from_the_first_token_and_never_grow(position, truncation, static):
+def test_buffers_are_bounded(position, truncation, static):
+    """Those of a static cache have full size from the first token; a dynamic one's memory grows up to W tokens."""
     model = model_of(position, truncation)
     cache = fed(model, random_ids(1, 1), static=static)
     shapes = {name: tensor.shape for name, tensor in cache.tensors()}
-    size = cache.memory_bytes()
+    size, full = cache.memory_bytes(), fed(model, random_ids(1, 1), static=True).memory_bytes()
+    assert size == full if static else size <= full
     for length in (1, 100, 1, 3, 500, 1):
         model(random_ids(1, length, seed=length), past_key_values=cache)
         assert {name: tensor.shape for name, tensor in cache.tensors()} == shapes
-        assert cache.memory_bytes() == size
-        for name, tensor in cache.tensors():
-            # A buffer that is a window of a larger tensor would keep all of it alive.
-            assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size(), name
+        assert cache.memory_bytes() == size if static else size <= cache.memory_bytes() <= full
+        size = cache.memory_bytes()
+        for layer in cache.layers:
+            for name, tensor in layer._buffers().items():
+                # A buffer that is a window of a larger tensor would keep all of it alive.
+                assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size(), name
+    assert size == full
+
+
+def test_the_state_of_a_short_text_is_small_and_does_not_depend_on_how_it_grew(tmp_path):
+    model, ids = model_of(memory_size=1024), random_ids(2, 200)
+    whole = fed(model, ids)
+    assert whole.memory_bytes() < 0.3 * fed(model, ids, static=True).memory_bytes()
+    for pieces in (ids.split(1, dim=1), ids.split((3, 150, 1, 46), dim=1)):
+        cache = fed(model, *pieces)
+        assert_same_state(cache, state_of(whole))
+        assert cache.memory_bytes() < 0.3 * fed(model, ids, static=True).memory_bytes()
+    static = fed(model, ids, static=True)
+    assert_same_state(static, state_of(whole))
+    # The file is of full size, whichever cache it is from; what it is read into is not.
+    for cache in (whole, static):
+        cache.save(tmp_path / "state.safetensors")
+        loaded = SeqBoatCache.load(tmp_path / "state.safetensors", model.config)
+        assert_same_state(loaded, state_of(cache), exact=True)
+        assert loaded.memory_bytes() == cache.memory_bytes()
+    assert (tmp_path / "state.safetensors").stat().st_size > static.memory_bytes()
+    more = random_ids(2, 1900, seed=5)
+    expected = model(torch.cat([ids, more], dim=1)).logits[:, 200:]
+    torch.testing.assert_close(model(more, past_key_values=whole).logits, expected, atol=1e-4, rtol=1e-4)
+    assert whole.memory_bytes() == fed(model, ids, static=True).memory_bytes()
+
+
+def test_rows_may_be_chosen_and_taken_back_while_the_memory_grows():
+    model, ids = model_of(memory_size=256), random_ids(3, 120)
+    cache = fed(model, ids[:, :10])
+    cache.batch_select_indices(torch.tensor([2, 0]))
+    cache.activate_past_recording()
+    for piece in ids[[2, 0], 10:].split((20, 1, 60, 29), dim=1):
+        model(piece, past_key_values=cache)
+    cache.crop(-70)
+    assert_same_state(cache, state_of(fed(model, ids[[2, 0], :50])))
+    model(ids[[2, 0], 50:], past_key_values=cache)
+    assert_same_state(cache, state_of(fed(model, ids[[2, 0]])))
 
 
 @pytest.mark.parametrize("static", [False, True])
@@ -261,7 +302,8 @@ def recorded_bytes(cache: SeqBoatCache) -> int:
     total = 0
     for layer in cache.layers:
         for entry in layer._journal:
-            held = [*vars(entry.update).values(), *entry.before.values(), *entry.overwritten]
+            held = [*vars(entry.columns).values(), *entry.before.values(), *entry.overwritten.values()]
+            held += entry.columns.replay.args[0]
             total += sum(t.untyped_storage().nbytes() for t in held if isinstance(t, torch.Tensor))
     return total
 
@@ -276,7 +318,7 @@ def test_recording_keeps_only_what_a_crop_can_need(monkeypatch, truncation):
     assert recorded_bytes(cache) < 2 * bound
     for column in range(2960, 3000):
         model(ids[:, column : column + 1], past_key_values=cache)
-    assert sum(entry.update.hidden.shape[1] for entry in cache.layers[0]._journal) <= 32
+    assert sum(entry.columns.length for entry in cache.layers[0]._journal) <= 32
     assert recorded_bytes(cache) < 8 * bound
     longest = copy.deepcopy(cache)
     longest.crop(-16)

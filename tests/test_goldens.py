@@ -77,7 +77,9 @@ def test_layer_and_all_its_gradients(case):
     padding = tensors.get("padding_mask")
     real = torch.ones(batch, length, dtype=torch.bool) if padding is None else ~padding.bool()
     mask = None if padding is None else real.long()
-    context = build_context(layer.config, batch, length, x.device, mask, None, None, None, None)
+    context = build_context(
+        layer.config, batch, length, x.device, mask, None, None, None, None, dtype=x.dtype, training=layer.training
+    )
     y, confidence, _ = layer(x, context)
     y.backward(tensors["grad_y"] * real[..., None])
     active = tensors["active"].bool() & real

@@ -151,7 +151,7 @@ def _with_decisions(model, decisions):
     """Routers that activate these tokens, (B, L) bool a layer, whatever their logits say."""
     for layer, active in zip(model.model.layers, decisions, strict=True):
 
-        def forward(x, real, places=None, router=layer.router, active=active):
+        def forward(x, real, places=None, route=None, router=layer.router, active=active):
             with torch.autocast("cuda", enabled=False):
                 wide = x if x.dtype == torch.float64 else x.float()
                 skip, run = torch.nn.functional.linear(wide, router.weight, router.bias).unbind(-1)

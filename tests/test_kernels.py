@@ -4,11 +4,15 @@ import pytest
 import torch
 from triton_interpreter import DEVICE  # first, before anything imports triton
 
-from modeling_seqboat import SeqBoatConfig, SeqBoatForCausalLM, SeqBoatForSequenceClassification
+from modeling_seqboat import (
+    SeqBoatConfig,
+    SeqBoatForCausalLM,
+    SeqBoatForSequenceClassification,
+    context_seqboat,
+    kernels_seqboat,
+)
 from modeling_seqboat.graphed_step_seqboat import GraphedStep
-from modeling_seqboat.kernels_seqboat import choose_backend, requested_backend, why_not_triton
-
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+from modeling_seqboat.kernels_seqboat import OPS, explain, requested_backend, select_ops
 
 
 def model(**overrides):
@@ -19,7 +23,8 @@ def model(**overrides):
     built = SeqBoatForCausalLM(SeqBoatConfig(**(fields | overrides)))
     with torch.no_grad():
         for layer in built.model.layers:
-            layer.router.weight.normal_(0, 1)
+            if layer.router.learned:
+                layer.router.weight.normal_(0, 1)
             layer.attention.qk_scale.normal_(0, 1)
     return built
 
@@ -54,20 +59,106 @@ def test_an_attention_without_a_kernel_is_refused_before_the_first_layer(monkeyp
         built(torch.zeros(1, 5, dtype=torch.long))
 
 
+def reasons(device="cuda", dtype=torch.bfloat16, training=True, **overrides):
+    """Op -> why it runs in torch, None where it runs in Triton."""
+    return {choice.op: choice.reason for choice in explain(SeqBoatConfig(**overrides), device, dtype, training)}
+
+
 def test_auto_takes_torch_on_a_cpu_and_triton_on_a_gpu_where_it_can(no_interpreter):
-    assert choose_backend("ema_scan", "auto", CPU, torch.float32) == "torch"
-    assert choose_backend("ema_scan", "auto", CUDA, torch.float32) == "triton"
-    assert choose_backend("windowed_attention", "auto", CUDA, torch.bfloat16, activation="laplace") == "torch"
-    assert choose_backend("windowed_attention", "torch", CUDA, torch.bfloat16) == "torch"
+    everywhere = {"pack", "gather_rows", "extract_residual", "norm_residual", "linear", "windowed_attention"}
+    everywhere |= {"project_unit", "gated_unit", "route"}
+    causal = everywhere | {"memory_step", "ema_parameters", "ema_scan", "ema_step"}
+    assert reasons() == dict.fromkeys(causal)
+    assert set(reasons("cpu").values()) == {"tensors are on cpu, Triton needs a CUDA device"}
+    assert set(reasons(kernel_backend="torch").values()) == {"kernel_backend='torch'"}
+    assert set(reasons(dtype=torch.float64).values()) == {"the kernels have no float64"}
+    encoder = reasons(bidirectional=True, router_type="always", norm_type="batchnorm")
+    assert set(encoder) == everywhere - {"route"} | {"ema_parameters", "ema_scan"}
 
 
 @pytest.mark.parametrize(
-    ("facts", "reason"),
-    [({"activation": "laplace"}, "laplace"), ({"dropout_p": 0.1}, "attention_dropout"), ({}, None)],
+    ("overrides", "stays"),
+    [
+        ({"hidden_act": "gelu"}, {"project_unit", "gated_unit", "extract_residual"}),
+        ({"attention_activation": "laplace"}, {"windowed_attention", "gated_unit"}),
+        ({"attention_dropout": 0.1}, {"windowed_attention", "gated_unit"}),
+        ({"qk_head_dim": 258}, {"windowed_attention", "gated_unit"}),
+        ({"value_dropout": 0.1}, {"gated_unit"}),
+        ({"router_type": "gumbel"}, {"route"}),
+        ({"router_type": "gumbel_straight_through"}, {"route"}),
+        ({"router_target_rate": 0.5}, {"route"}),
+        ({"norm_type": "batchnorm", "bidirectional": True}, {"norm_residual"}),
+        ({"ssm_type": "s4d"}, {"s4d_scan"}),
+        ({"ssm_type": "s5"}, {"s5_scan"}),
+        ({"norm_type": "rmsnorm"}, set()),
+        ({"norm_type": "scalenorm", "norm_first": False}, set()),
+        ({"router_type": "random", "hidden_dropout": 0.1, "ssm_truncation": 8}, set()),
+    ],
+    ids=str,
 )
-def test_reasons_name_what_stands_in_the_way(no_interpreter, facts, reason):
-    found = why_not_triton("windowed_attention", CUDA, torch.float32, **facts)
-    assert (found is None) if reason is None else (reason in found)
+def test_what_has_no_kernel_is_named_and_an_error_where_triton_was_asked_for(overrides, stays, no_interpreter):
+    found = {op: reason for op, reason in reasons(**overrides).items() if reason is not None}
+    assert found.keys() == stays
+    field, value = next(iter(overrides.items()))
+    for reason in found.values():
+        assert field in reason or str(value) in reason
+    config = SeqBoatConfig(**overrides, kernel_backend="triton")
+    if stays:
+        with pytest.raises(ValueError, match=f"kernel_backend='triton' cannot run ({'|'.join(stays)}): "):
+            select_ops(config, torch.device("cuda"), torch.bfloat16, training=True)
+    else:
+        assert select_ops(config, torch.device("cuda"), torch.bfloat16, training=True).opaque
+
+
+def test_dropouts_and_noise_stand_in_the_way_in_training_only(no_interpreter):
+    options = {"attention_dropout": 0.1, "value_dropout": 0.1, "router_type": "gumbel"}
+    assert set(reasons(training=False, **options).values()) == {None}
+
+
+GRID = [
+    {}, {"hidden_act": "gelu"}, {"attention_activation": "laplace"}, {"value_dropout": 0.2}, {"router_type": "gumbel"},
+    {"norm_type": "rmsnorm"}, {"norm_type": "scalenorm", "norm_first": False}, {"ssm_type": "s4d"},
+    {"router_type": "random"}, {"position_embedding_type": "local"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("overrides", GRID, ids=str)
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_the_ops_that_run_are_those_that_the_table_names(overrides, use_cache, monkeypatch):
+    """With a cache, which evaluation has by default, as without one."""
+    ran = []
+    for name, entry in OPS.items():
+        for backend in ("torch", "triton"):
+            function = getattr(entry, backend)
+
+            def traced(*args, name=name, backend=backend, function=function, **kwargs):
+                ran.append((name, backend))
+                return function(*args, **kwargs)
+
+            if function is not None:
+                entry = entry._replace(**{backend: traced})
+        monkeypatch.setitem(OPS, name, entry)
+    monkeypatch.setattr(kernels_seqboat, "_SELECTED", {})
+    # On a CPU only the interpreter stands for the GPU, and `auto` leaves that alone: here it takes it.
+    plain = kernels_seqboat._choice
+    as_on_a_gpu = (
+        plain if DEVICE == "cuda" else lambda name, entry, facts: plain(name, entry, facts._replace(device="cuda"))
+    )
+    monkeypatch.setattr(kernels_seqboat, "_choice", as_on_a_gpu)
+    built = model(num_hidden_layers=1, **overrides).train(not use_cache).to(DEVICE)
+    out = built(torch.zeros(2, 9, dtype=torch.long, device=DEVICE), use_cache=use_cache)
+    if not use_cache:
+        out.logits.sum().backward()
+    chosen = {choice.op: choice.backend for choice in explain(built.config, DEVICE, torch.float32, not use_cache)}
+    assert dict(ran).items() <= chosen.items()
+    missing = chosen.keys() - dict(ran).keys()
+    # Those of a decode step, what a sequence of kernels does in one piece, and the noise that a router draws itself.
+    allowed = {"ema_step", "memory_step"}
+    if chosen["gated_unit"] == "triton":
+        allowed |= {"project_unit", "windowed_attention"}
+    if chosen.get("route") == "torch":
+        allowed |= {"route"}
+    assert missing <= allowed
 
 
 def test_the_environment_overrides_the_config(monkeypatch):
@@ -179,3 +270,17 @@ def test_a_stream_too_short_reports_its_count_and_stays_finite(monkeypatch):
 def test_a_graphed_step_refuses_a_model_that_is_not_on_a_gpu():
     with pytest.raises(ValueError, match="on one CUDA device, got \\['cpu'\\]"):
         GraphedStep(model())
+
+
+def test_padding_and_segments_are_read_off_the_device_once(monkeypatch):
+    """Labels and heads take what the model found out about the columns."""
+    built, asked = model().train(), []
+    ids = torch.randint(0, 256, (2, 30), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[0, :7] = 0
+    positions = torch.cat([torch.arange(20), torch.arange(10)]).expand(2, -1)
+    for name in ("_checked", "segment_starts"):
+        function = getattr(context_seqboat, name)
+        monkeypatch.setattr(context_seqboat, name, lambda *args, n=name, f=function: asked.append(n) or f(*args))
+    built(ids, attention_mask=mask, position_ids=positions, labels=ids).loss.backward()
+    assert asked == ["_checked", "segment_starts"]

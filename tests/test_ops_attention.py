@@ -7,13 +7,13 @@ from modeling_seqboat.ops_attention_seqboat import (
     QUERY_BLOCK,
     apply_rotary,
     attention_scale,
-    memory_attention_step,
+    memory_step,
     rotary_tables,
     t5_bias_table,
     windowed_attention,
 )
 from modeling_seqboat.ops_naive_seqboat import windowed_attention_naive
-from modeling_seqboat.ops_stream_seqboat import build_stream
+from modeling_seqboat.ops_packed_seqboat import pack
 
 ACTIVATIONS = ("softmax", "relu2", "laplace")
 KEY_WIDTH, VALUE_WIDTH = 6, 5
@@ -23,8 +23,8 @@ def ragged_ranges(counts, window, bidirectional=False):
     """Key ranges of rows of `counts` activated tokens, each token seeing `window` before it (and after it)."""
     length = max(max(counts), 1)
     active = torch.arange(length) < torch.tensor(counts)[:, None]
-    stream = build_stream(active, None, window, bidirectional, None)
-    return stream.key_start, stream.key_end
+    packed = pack(active, window, bidirectional).wait()
+    return packed.key_start, packed.key_end
 
 
 def attention_inputs(count, keys, dtype, bias, seed=0):
@@ -186,11 +186,22 @@ def test_one_token_over_the_memory_equals_the_window(activation, bias):
         for i in range(count):
             keys[0, i % memory], values[0, i % memory] = k[i], v[i]
             ring[0, i % memory] = extra["k_place"][i] if bias else 0
-        places = {"q_place": extra["q_place"][-1:], "k_place": ring} if bias else {}
-        found = memory_attention_step(
-            q, k[-1:], v[-1:], keys, values, torch.tensor([count]), **options, **table, **places
-        )
-        torch.testing.assert_close(found, expected)
+        place = extra["q_place"][-1:] if bias else torch.tensor([7])
+        rings = keys, values, ring
+        # A row in between that is not active keeps its memory; only active rows, or all of them, may be given.
+        spread = [torch.cat([part, part + 1, part]) for part in rings]
+        kept = [part[1].clone() for part in spread]
+        for rows in (torch.tensor([0, 2]), None):
+            q_, k_, v_ = (part.expand(3 if rows is None else 2, -1) for part in (q, k[-1:], v[-1:]))
+            memory_ = [part.clone() for part in spread]
+            found = memory_step(
+                q_, k_, v_, *memory_, torch.tensor([count] * 3), torch.tensor([True, False, True]), place.expand(3),
+                rows=rows, **options, **table,
+            )  # fmt: skip
+            torch.testing.assert_close(found[[0, -1]], expected.expand(2, -1))
+            for ring_, new, old in zip(memory_, (k[-1], v[-1], place[0]), kept, strict=True):
+                assert torch.equal(ring_[0, count % memory], new) and torch.equal(ring_[2], ring_[0])
+                assert torch.equal(ring_[1], old)
 
 
 def test_rotary_angles_at_a_million_tokens():

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from modeling_seqboat.ops_ema_seqboat import ema_parameters, ema_scan
 from modeling_seqboat.ops_layout_seqboat import last_real_tokens, shift_real_tokens
 from modeling_seqboat.ops_naive_seqboat import ema_scan_naive
-from modeling_seqboat.ops_ssm_seqboat import ema_parameters, ema_scan
 
 BATCH, WIDTH, STATES = 3, 4, 3
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}

@@ -12,7 +12,7 @@ from transformers import DynamicCache, set_seed
 
 from modeling_seqboat import SeqBoatCache, SeqBoatConfig, SeqBoatForCausalLM, SeqBoatModel
 from modeling_seqboat.router_seqboat import SeqBoatRouter
-from modeling_seqboat.ssm_seqboat import SeqBoatEMA
+from modeling_seqboat.ssm_seqboat import Before, SeqBoatEMA
 
 
 def is_finite(model) -> bool:
@@ -57,14 +57,15 @@ def test_router_and_ema_are_float32_under_autocast(dtype):
     context = {}
     layer.ssm.register_forward_pre_hook(lambda _, args: context.update(value=args[1]))
     model(ids)
-    y, scanned = layer.ssm(x, context["value"], None)
+    before = Before(torch.randn(2, 16, 2), None, False)
+    y, state, replay = layer.ssm(x, context["value"], before)
     with torch.autocast("cpu", dtype=dtype):
         routed = layer.router(x, None)
         assert torch.equal(routed[0], confidence) and torch.equal(routed[1], active)
-        again, rescanned = layer.ssm(x, context["value"], None)
+        again, same_state, _ = layer.ssm(x, context["value"], before)
         outputs = model(ids, use_cache=True, output_router_probs=True)
-    assert torch.equal(again, y)
-    assert all(torch.equal(scanned[name], rescanned[name]) for name in ("decay", "input_gain"))
+    assert torch.equal(again, y) and torch.equal(same_state, state)
+    torch.testing.assert_close(replay(x, None, None, before.state, None), state)
     assert all(probs.dtype == torch.float32 for probs in outputs.router_probs)
     assert all(state.ssm_state.dtype == torch.float32 for state in outputs.past_key_values.layers)
     assert all(state.keys.dtype == dtype for state in outputs.past_key_values.layers)
@@ -87,11 +88,12 @@ def test_router_and_ema_are_float32_in_a_bfloat16_model():
     assert torch.equal(active, logits[..., 1] > logits[..., 0])
     winner = torch.softmax(logits / router.log_temperature.float().exp(), -1)[..., 1]
     torch.testing.assert_close(confidence, torch.where(active, winner, 0), atol=1e-6, rtol=1e-5)
-    ema, (x, context, _), (y, _) = seen[SeqBoatEMA]
+    ema, (x, context, before), (y, state, _) = seen[SeqBoatEMA]
     wide = SeqBoatEMA(model.config)
     wide.load_state_dict({name: value.float() for name, value in ema.state_dict().items()})
-    exact, scanned = wide(x.float(), context, None)
+    exact, exact_state, _ = wide(x.float(), context, before)
     torch.testing.assert_close(y, exact.to(torch.bfloat16))
+    assert torch.equal(state, exact_state)
     state = outputs.past_key_values.layers[0]
     assert state.ssm_state.dtype == torch.float32 and state.keys.dtype == torch.bfloat16
 

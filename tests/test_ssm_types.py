@@ -9,11 +9,9 @@ from helpers import tiny_config, tiny_encoder, tiny_lm, token_ids
 from test_ops_ssm import assert_equal_results, run_scan
 
 from modeling_seqboat import SeqBoatCache, SeqBoatForCausalLM
+from modeling_seqboat.diagonal_seqboat import s4d_scan, s5_scan, zero_order_hold
 from modeling_seqboat.flops_seqboat import layer_flops
-from modeling_seqboat.ops_diagonal_seqboat import zero_order_hold
 from modeling_seqboat.ops_naive_seqboat import s4d_scan_naive, s5_scan_naive
-from modeling_seqboat.ops_s4d_seqboat import s4d_scan
-from modeling_seqboat.ops_s5_seqboat import s5_scan
 
 KINDS = ("s4d", "s5")
 SCANS = {"s4d": (s4d_scan, s4d_scan_naive), "s5": (s5_scan, s5_scan_naive)}

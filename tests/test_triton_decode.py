@@ -8,7 +8,7 @@ from triton_interpreter import DEVICE  # first, before anything imports triton
 
 from modeling_seqboat import triton_decode_seqboat
 from modeling_seqboat.ops_naive_seqboat import ema_scan_naive, windowed_attention_naive
-from modeling_seqboat.triton_decode_seqboat import ema_step, memory_attention_step
+from modeling_seqboat.triton_decode_seqboat import ema_step_triton, memory_step_triton
 
 
 @pytest.fixture(autouse=True)
@@ -36,11 +36,9 @@ class Memory:
 
     def step(self, q, k, v, active, position, *, bias_by_index, **options):
         """The kernel's output and, in float64 from the history, what it should be."""
-        index = self.count.clone()
-        out = memory_attention_step(
+        out = memory_step_triton(
             q.to(DEVICE), k.to(DEVICE), v.to(DEVICE), self.keys, self.values, self.positions, self.count,
-            active.to(DEVICE), index if bias_by_index else position.to(DEVICE), bias_by_index=bias_by_index,
-            position=position.to(DEVICE), **to_device(options),
+            active.to(DEVICE), position.to(DEVICE), bias_by_index=bias_by_index, **to_device(options),
         )  # fmt: skip
         self.count += active.to(DEVICE)
         expected = torch.zeros(self.batch, v.shape[1], dtype=torch.float64)
@@ -141,12 +139,12 @@ def test_ema_step_equals_the_specification(width, states, marks, dtype):
         inputs |= {"delay_decay": torch.rand(width, states, generator=generator)}
     columns = {name: inputs[name][:, None] for name in ("x", "real", "reset", "delayed") if name in inputs}
     y, state = ema_scan_naive(**(inputs | columns))
-    y = y[:, 0]
     if "m" in marks:
         inputs["x"][1] = float("nan")
     found_state = inputs["state"].to(DEVICE)
     activation = "silu" if "a" in marks else None
-    found = ema_step(**(to_device(inputs) | {"state": found_state, "activation": activation}))
+    found, same = ema_step_triton(**(to_device(inputs | columns) | {"state": found_state, "activation": activation}))
+    assert same is found_state
     y = torch.nn.functional.silu(y) if activation else y
     tolerance = 1e-5 if dtype == torch.float32 else 4e-2
     torch.testing.assert_close(found.cpu(), y, atol=tolerance, rtol=tolerance)
@@ -157,7 +155,7 @@ def attention_inputs():
     floats = {"q": (2, 4), "k_new": (2, 4), "v_new": (2, 6), "keys": (2, 3, 4), "values": (2, 3, 6)}
     inputs = {name: torch.randn(shape) for name, shape in floats.items()}
     row = torch.zeros(2, dtype=torch.int64)
-    inputs |= {"positions": torch.zeros(2, 3, dtype=torch.int64), "activated_count": row, "place_q": row}
+    inputs |= {"positions": torch.zeros(2, 3, dtype=torch.int64), "activated_count": row, "position": row}
     return inputs | {"active": torch.ones(2, dtype=torch.bool), "activation": "softmax", "scale": 1.0}
 
 
@@ -172,13 +170,13 @@ def attention_inputs():
 )
 def test_bad_input_is_refused_by_name(change, message):
     with pytest.raises(ValueError, match=message):
-        memory_attention_step(**to_device(attention_inputs() | change))
+        memory_step_triton(**to_device(attention_inputs() | change))
 
 
 def test_a_wanted_gradient_is_refused():
     inputs = to_device(attention_inputs())
     inputs["q"].requires_grad_()
     with pytest.raises(RuntimeError, match="no gradient"):
-        memory_attention_step(**inputs)
+        memory_step_triton(**inputs)
     with torch.no_grad():
-        memory_attention_step(**inputs)
+        memory_step_triton(**inputs)

@@ -7,9 +7,15 @@ from triton_comparison import choose, compare, draw, poisoned_memory  # noqa: F4
 from triton_interpreter import DEVICE  # first, before anything imports triton
 
 from modeling_seqboat.ops_attention_seqboat import apply_rotary, windowed_attention
-from modeling_seqboat.triton_fused_seqboat import extract_residual, gated_unit, gather_rows, project_unit
+from modeling_seqboat.ops_layout_seqboat import Packed
+from modeling_seqboat.triton_rows_seqboat import extract_residual_triton, gather_rows_triton
+from modeling_seqboat.triton_unit_seqboat import gated_unit_triton, project_unit_triton
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+
+def packed(index, slot):
+    return Packed(index.to(DEVICE), slot.to(DEVICE))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -17,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 def test_gather_rows(tokens, active, dtype):
     index, slot = choose(tokens, active)
     found = compare(
-        lambda x: gather_rows(x, index.to(DEVICE), slot.to(DEVICE)),
+        lambda x: gather_rows_triton(x, index.to(DEVICE), slot.to(DEVICE)),
         lambda x: x[index],
         draw((tokens, 44), dtype=dtype),
     )
@@ -27,7 +33,9 @@ def test_gather_rows(tokens, active, dtype):
 def test_gather_of_rows_that_lie_apart():
     index, slot = choose(20, 7)
     compare(
-        lambda x: gather_rows(x[:, 3:30], index.to(DEVICE), slot.to(DEVICE)), lambda x: x[index, 3:30], draw((20, 40))
+        lambda x: gather_rows_triton(x[:, 3:30], index.to(DEVICE), slot.to(DEVICE)),
+        lambda x: x[index, 3:30],
+        draw((20, 40)),
     )
 
 
@@ -47,10 +55,19 @@ def test_extract_residual(active, hidden_dtype, residual_dtype):
         return F.silu(hidden + extracted + residual)
 
     found = compare(
-        lambda *tensors: extract_residual(*tensors, slot.to(DEVICE)), definition,
+        lambda *tensors: extract_residual_triton(*tensors, packed(index, slot)), definition,
         [hidden.to(hidden_dtype), residual.to(residual_dtype), out.to(hidden_dtype), confidence],
     )  # fmt: skip
     assert [t.dtype for t in found] == [residual_dtype, hidden_dtype, residual_dtype, hidden_dtype, torch.float32]
+
+
+def test_extract_of_a_step_takes_every_row():
+    hidden, residual, out, confidence = draw((5, 44), (5, 44), (5, 44), (5,))
+    compare(
+        lambda *tensors: extract_residual_triton(*tensors, Packed(None)),
+        lambda hidden, residual, out, confidence: F.silu(hidden + confidence[:, None] * out + residual),
+        [hidden, residual, out, confidence],
+    )
 
 
 def project_definition(projected, scale, offset, cos, sin):
@@ -81,7 +98,7 @@ def test_project_unit(z, width, rotary, dtype):
 
     def fused(projected, scale, offset):
         tables = [None if t is None else t.to(DEVICE) for t in (cos, sin, rows)]
-        return project_unit(projected, scale, offset, *tables)
+        return project_unit_triton(projected, scale, offset, *tables)
 
     def definition(projected, scale, offset):
         return project_definition(projected, scale, offset, *(None if t is None else t[rows] for t in (cos, sin)))
@@ -105,10 +122,10 @@ def test_gated_unit(activation, dtype, bias):
 
     def fused(projected, s, o, table=None):
         moved = {name: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
-        return gated_unit(
-            projected, s, o, start.to(DEVICE), end.to(DEVICE), activation=activation, attention_scale=scale,
+        return gated_unit_triton(
+            projected, s, o, start.to(DEVICE), end.to(DEVICE), attention=activation, attention_scale=scale,
             cos=cos.to(DEVICE), sin=sin.to(DEVICE), bias_table=table, max_keys=window + 1, **moved,
-        )  # fmt: skip
+        )[0]  # fmt: skip
 
     def definition(projected, s, o, table=None):
         q, k, v, gate = project_definition(projected, s, o, cos, sin)
@@ -124,11 +141,11 @@ def test_gated_unit_of_nothing():
     """Every parameter gets a gradient also when nothing activates."""
     leaves = [torch.zeros(*shape, device=DEVICE, requires_grad=True) for shape in ((0, 96), (2, 16), (2, 16), (9,))]
     nothing = torch.zeros(0, dtype=torch.long, device=DEVICE)
-    out = gated_unit(
-        *leaves[:3], nothing, nothing, activation="softmax", attention_scale=1.0, bias_table=leaves[3], q_place=nothing,
+    out, keys, values = gated_unit_triton(
+        *leaves[:3], nothing, nothing, keep=True, attention="softmax", attention_scale=1.0, bias_table=leaves[3], q_place=nothing,
         k_place=nothing, max_keys=9,
     )  # fmt: skip
-    assert out.shape == (0, 40)
+    assert (out.shape, keys.shape, values.shape) == ((0, 40), (0, 16), (0, 40))
     out.sum().backward()
     assert all((leaf.grad == 0).all() and leaf.grad.shape == leaf.shape for leaf in leaves)
 
@@ -136,18 +153,22 @@ def test_gated_unit_of_nothing():
 def test_what_does_not_fit_is_refused():
     x = torch.zeros(4, 8)
     slot = torch.zeros(4, dtype=torch.long)
-    with pytest.raises(ValueError, match="slot must be"):
-        gather_rows(x, slot, slot[:3])
+    with pytest.raises(ValueError, match="packed_index has shape"):
+        gather_rows_triton(x, slot, slot[:3])
     with pytest.raises(ValueError, match="hidden and residual"):
-        extract_residual(x, x[:3], x, torch.zeros(4), slot)
+        extract_residual_triton(x, x[:3], x, torch.zeros(4), Packed(slot, slot))
     with pytest.raises(ValueError, match="float32"):
-        extract_residual(x, x, x, torch.zeros(4, dtype=torch.float64), slot)
+        extract_residual_triton(x, x, x, torch.zeros(4, dtype=torch.float64), Packed(slot, slot))
     with pytest.raises(ValueError, match="Z \\+ 2V"):
-        project_unit(torch.zeros(4, 9), torch.zeros(2, 4), torch.zeros(2, 4))
+        project_unit_triton(torch.zeros(4, 9), torch.zeros(2, 4), torch.zeros(2, 4))
     with pytest.raises(ValueError, match="even"):
-        project_unit(torch.zeros(4, 9), torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(4, 1), torch.zeros(4, 1))
+        project_unit_triton(
+            torch.zeros(4, 9), torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(4, 1), torch.zeros(4, 1)
+        )
     with pytest.raises(ValueError, match="cos and sin"):
-        project_unit(torch.zeros(4, 10), torch.zeros(2, 4), torch.zeros(2, 4), torch.zeros(3, 2), torch.zeros(3, 2))
+        project_unit_triton(
+            torch.zeros(4, 10), torch.zeros(2, 4), torch.zeros(2, 4), torch.zeros(3, 2), torch.zeros(3, 2)
+        )
 
 
 @pytest.mark.parametrize("residual_dtype", [torch.float32, torch.bfloat16])
@@ -159,10 +180,10 @@ def test_dropout_in_extract_falls_on_the_branch_alone(residual_dtype):
     residual = torch.full((tokens, width), 20.0, device=DEVICE, dtype=residual_dtype).requires_grad_()
     confidence = torch.full((tokens,), 0.5, device=DEVICE) * (slot >= 0)
     torch.manual_seed(3)
-    result = extract_residual(hidden, residual, out, confidence, slot, dropout)
+    result = extract_residual_triton(hidden, residual, out, confidence, packed(index, slot), dropout)
     torch.manual_seed(3)
-    again = extract_residual(hidden, residual, out, confidence, slot, dropout)
-    other = extract_residual(hidden, residual, out, confidence, slot, dropout)
+    again = extract_residual_triton(hidden, residual, out, confidence, packed(index, slot), dropout)
+    other = extract_residual_triton(hidden, residual, out, confidence, packed(index, slot), dropout)
     assert torch.equal(result, again) and not torch.equal(result, other)
     branch = hidden.detach().index_add(0, index, 0.5 * out.detach())
     kept = (result.detach() - 20).abs() > 1e-4 * branch.abs()
@@ -179,4 +200,4 @@ def test_extract_refuses_a_dropout_that_keeps_nothing():
     tokens = torch.zeros(4, 8, device=DEVICE)
     slot = torch.full((4,), -1, device=DEVICE)
     with pytest.raises(ValueError, match="dropout_p must be at least 0 and below 1, got 1.0"):
-        extract_residual(tokens, tokens, tokens[:0], tokens[:, 0], slot, 1.0)
+        extract_residual_triton(tokens, tokens, tokens[:0], tokens[:, 0], packed(slot[:0], slot), 1.0)

@@ -1,5 +1,7 @@
 """The bias gradient of linear layers: a kernel's column sums against torch's, and where a layer keeps its own."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from accelerate import cpu_offload
@@ -8,9 +10,8 @@ from torch import nn
 from triton_comparison import poisoned_memory  # noqa: F401
 from triton_interpreter import DEVICE  # first, before anything imports triton
 
-from modeling_seqboat import kernels_seqboat
-from modeling_seqboat.kernels_seqboat import run_linear
-from modeling_seqboat.triton_linear_seqboat import column_sums
+from modeling_seqboat import triton_rows_seqboat
+from modeling_seqboat.triton_rows_seqboat import column_sums, linear_triton
 
 
 @pytest.mark.usefixtures("poisoned_memory")
@@ -37,7 +38,7 @@ def test_a_linear_layer_keeps_its_outputs_and_gradients(autocast):
     linear, x = nn.Linear(24, 40).to(DEVICE), torch.randn(3, 50, 24, device=DEVICE)
     above = torch.randn(3, 50, 40, device=DEVICE)
     found = []
-    for run in (linear, lambda given: run_linear(linear, given)):
+    for run in (linear, lambda given: linear_triton(linear, given)):
         given = x.clone().requires_grad_()
         linear.zero_grad()
         with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
@@ -55,8 +56,9 @@ def test_a_linear_layer_keeps_its_outputs_and_gradients(autocast):
 @pytest.fixture
 def kernel_calls(monkeypatch):
     """How often the gradient of a bias was taken over by the kernel."""
-    calls, give = [], kernels_seqboat.give_bias_gradient
-    monkeypatch.setattr(kernels_seqboat, "give_bias_gradient", lambda y, bias: calls.append(bias) or give(y, bias))
+    calls, node = [], triton_rows_seqboat._BiasGradient
+    stand_in = SimpleNamespace(apply=lambda y, bias: calls.append(bias) or node.apply(y, bias))
+    monkeypatch.setattr(triton_rows_seqboat, "_BiasGradient", stand_in)
     return calls
 
 
@@ -67,35 +69,35 @@ def test_a_layer_that_is_more_than_linear_runs_itself(kernel_calls):
 
     x = torch.randn(5, 4, device=DEVICE)
     doubled = Doubled(4, 3).to(DEVICE)
-    assert torch.equal(run_linear(doubled, x), doubled(x))
+    assert torch.equal(linear_triton(doubled, x), doubled(x))
     seen = []
     hooked = nn.Linear(4, 3).to(DEVICE)
     hooked.register_forward_hook(lambda module, args, out: seen.append(out))
-    run_linear(hooked, x).sum().backward()
+    linear_triton(hooked, x).sum().backward()
     assert len(seen) == 1 and hooked.bias.grad is not None
     bare = nn.Linear(4, 3, bias=False).to(DEVICE)
-    assert torch.equal(run_linear(bare, x), bare(x))
+    assert torch.equal(linear_triton(bare, x), bare(x))
     replaced = nn.Linear(4, 3).to(DEVICE)
     replaced.forward = lambda given: given + 1
-    assert torch.equal(run_linear(replaced, x), x + 1)
+    assert torch.equal(linear_triton(replaced, x), x + 1)
     plain = nn.Linear(4, 3).to(DEVICE)
     handle = nn.modules.module.register_module_forward_hook(lambda module, args, out: seen.append(out))
     try:
-        run_linear(plain, x)
+        linear_triton(plain, x)
     finally:
         handle.remove()
     assert len(seen) == 2 and not kernel_calls
-    run_linear(plain, x)
+    linear_triton(plain, x)
     assert len(kernel_calls) == 1
 
 
 def test_a_frozen_bias_gets_no_gradient(kernel_calls):
     linear = nn.Linear(4, 3).to(DEVICE)
     linear.bias.requires_grad_(False)
-    run_linear(linear, torch.randn(5, 4, device=DEVICE)).sum().backward()
+    linear_triton(linear, torch.randn(5, 4, device=DEVICE)).sum().backward()
     assert linear.bias.grad is None and linear.weight.grad is not None
     with torch.no_grad():
-        assert not run_linear(linear.requires_grad_(True), torch.randn(5, 4, device=DEVICE)).requires_grad
+        assert not linear_triton(linear.requires_grad_(True), torch.randn(5, 4, device=DEVICE)).requires_grad
     assert not kernel_calls
 
 

@@ -5,12 +5,11 @@ import torch
 from triton_comparison import compare, draw, poisoned_memory  # noqa: F401
 from triton_interpreter import DEVICE  # first, before anything imports triton
 
-from modeling_seqboat.ops_ssm_seqboat import ema_parameters
-from modeling_seqboat.ops_stream_seqboat import build_stream
-from modeling_seqboat.sequence_seqboat import SequenceContext
-from modeling_seqboat.triton_norm_seqboat import layer_norm_residual
-from modeling_seqboat.triton_parameters_seqboat import ema_parameters_triton
-from modeling_seqboat.triton_router_seqboat import PendingStream, route
+from modeling_seqboat.ops_ema_seqboat import ema_parameters
+from modeling_seqboat.ops_layout_seqboat import segment_bounds
+from modeling_seqboat.ops_packed_seqboat import pack
+from modeling_seqboat.triton_ema_seqboat import ema_parameters_triton
+from modeling_seqboat.triton_rows_seqboat import norm_residual_triton, pack_triton, route_triton
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -34,7 +33,7 @@ def test_route(tokens, width, padded, dtype):
     wanted, found = [], []
 
     def function(*tensors):
-        confidence, active = route(*tensors, real=None if real is None else real.to(DEVICE), shift=0.25)
+        confidence, active = route_triton(*tensors, real=None if real is None else real.to(DEVICE), shift=0.25)
         found.append(active.cpu())
         return confidence
 
@@ -49,7 +48,7 @@ def test_route(tokens, width, padded, dtype):
 def test_a_temperature_below_the_clamp_has_no_gradient():
     x, weight, bias = (t.to(DEVICE) for t in draw((20, 24), (2, 24), (2,)))
     heat = torch.tensor([-40.0], device=DEVICE, requires_grad=True)
-    confidence, active = route(x, weight, bias, heat)
+    confidence, active = route_triton(x, weight, bias, heat)
     assert torch.equal(confidence > 0, active) and bool((confidence[active] == 1).all())
     confidence.sum().backward()
     assert heat.grad.item() == 0
@@ -58,30 +57,39 @@ def test_a_temperature_below_the_clamp_has_no_gradient():
 def test_route_names_what_does_not_fit():
     x, weight, bias = (t.to(DEVICE) for t in draw((20, 24), (2, 23), (2,)))
     with pytest.raises(ValueError, match=r"must be \(2, 24\)"):
-        route(x, weight, bias, bias[:1])
+        route_triton(x, weight, bias, bias[:1])
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("segments", [False, True])
 @pytest.mark.parametrize("rate", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("shape", [(3, 37), (1, 1100), (2, 1)])
-def test_stream_is_what_torch_builds(shape, rate, segments, bidirectional):
+def test_the_list_of_activated_tokens_is_what_torch_builds(shape, rate, segments, bidirectional):
     generator = torch.Generator().manual_seed(2)
     active = torch.rand(shape, generator=generator) < rate
-    reset = segment = bounds = None
-    if segments:
-        reset = torch.rand(shape, generator=generator) < 0.1
-        segment = reset.long().cumsum(1)
-        places = torch.arange(shape[1]).expand(shape)
-        bounds = SequenceContext(None, reset, segment, places).segment_bounds().to(DEVICE)
-    expected = build_stream(active, segment, 5, bidirectional, None)
-    found = PendingStream(active.to(DEVICE), 5, bidirectional, bounds).wait()
-    assert torch.equal(found.index.cpu(), expected.flat)
-    assert torch.equal(found.key_start.cpu(), expected.key_start)
-    assert torch.equal(found.key_end.cpu(), expected.key_end)
-    slot = torch.full((active.numel(),), -1)
-    slot[expected.flat] = torch.arange(len(expected.flat))
-    assert torch.equal(found.slot.cpu(), slot)
+    reset = torch.rand(shape, generator=generator) < 0.1
+    bounds = segment_bounds(reset) if segments else None
+    continued = [None]
+    if not bidirectional:
+        # Rows whose memory is empty, partly filled and full.
+        count = torch.tensor([0, 3, 12])[: shape[0]]
+        continued.append((count, reset.long().cumsum(1) if segments else None))
+    for memory in continued:
+        expected = pack(active, 5, bidirectional, bounds, memory=memory).wait()
+        moved = None if memory is None else tuple(None if t is None else t.to(DEVICE) for t in memory)
+        found = pack_triton(
+            active.to(DEVICE), 5, bidirectional, None if bounds is None else bounds.to(DEVICE), memory=moved
+        ).wait()
+        for name in ("index", "key_start", "key_end"):
+            assert torch.equal(getattr(found, name).cpu(), getattr(expected, name)), name
+        packed_index = torch.full((active.numel(),), -1)
+        packed_index[expected.index] = torch.arange(len(expected.index))
+        assert torch.equal(found.packed_index.cpu(), packed_index)
+        assert torch.equal(found.total.cpu(), expected.total)
+        if memory is not None:
+            assert found.memory.num_keys == expected.memory.num_keys
+            for name in ("row", "ring_index", "key_index", "new_index"):
+                assert torch.equal(getattr(found.memory, name).cpu(), getattr(expected.memory, name)), name
 
 
 @pytest.mark.parametrize(
@@ -96,7 +104,7 @@ def test_norm_and_the_residual_beside_it(tokens, width, affine, dtypes):
     x, weight, bias = draw((tokens, width), (width,), (width,))
     parameters = [weight, bias] if affine else []
     found = compare(
-        lambda x, weight=None, bias=None: layer_norm_residual(x, weight, bias, 1e-5, dtypes[1]),
+        lambda x, weight=None, bias=None: norm_residual_triton(x, None, weight, bias, 1e-5, True, dtypes[1]),
         definition,
         [(3 * x + 1).to(dtypes[0]), *parameters],
         tolerance=1e-5 if dtypes[1] == torch.float32 else 1e-2,
@@ -104,10 +112,27 @@ def test_norm_and_the_residual_beside_it(tokens, width, affine, dtypes):
     assert found[0].dtype == dtypes[1] and found[1].dtype == dtypes[0]
 
 
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rms_norm_and_the_residual_beside_it(affine, dtype):
+    """Scale norm is the same with one weight for all channels."""
+
+    def definition(x, *weight):
+        return torch.nn.functional.rms_norm(x, (44,), *weight, eps=1e-5), x
+
+    x, weight = draw((50, 44), (44,))
+    compare(
+        lambda x, weight=None: norm_residual_triton(x, None, weight, None, 1e-5, False, dtype),
+        definition,
+        [3 * x + 1, weight] if affine else [3 * x + 1],
+        tolerance=1e-5 if dtype == torch.float32 else 1e-2,
+    )
+
+
 def test_the_residual_alone_passes_its_gradient_on():
     x = torch.ones(4, 16, device=DEVICE, requires_grad=True)
     weight = torch.ones(16, device=DEVICE, requires_grad=True)
-    _, residual = layer_norm_residual(x, weight, torch.zeros_like(weight), 1e-5, torch.float32)
+    _, residual = norm_residual_triton(x, None, weight, torch.zeros_like(weight), 1e-5, True, torch.float32)
     (2 * residual).sum().backward()
     assert bool((x.grad == 2).all()) and bool((weight.grad == 0).all())
 

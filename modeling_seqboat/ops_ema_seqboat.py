@@ -12,14 +12,22 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from .kernels_seqboat import Facts, op
 from .ops_layout_seqboat import ScanPlan, build_scan_plan, to_columns, to_slots
+from .triton_decode_seqboat import ema_step_triton
+from .triton_ema_seqboat import ema_parameters_triton, ema_scan_triton
 
 # Products within a chunk grow with C, traffic of the states falls with it: 64 was the fastest of 32, 64 and 128 on a
 # CPU at D 256, N 16, L 8,192.
 CHUNK_SIZE = 64
 # log(q) of a decay that rounds to 0; exp of its multiples underflows to 0 without a NaN in the gradient.
 _SMALLEST_DECAY = 1e-30
+
+
+def _is_ema(facts: Facts) -> bool:
+    return facts.ssm_type == "ema"
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
@@ -29,6 +37,7 @@ def without_autocast(device: torch.device) -> AbstractContextManager:
     return torch.autocast(device.type, enabled=False) if known else nullcontext()
 
 
+@op("ema_parameters", triton=ema_parameters_triton, used=_is_ema)
 def ema_parameters(delta: Tensor, alpha: Tensor, beta: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Decay q, input gain p*beta and output gain gamma/sqrt(N), float32 (float64 stays).
 
@@ -51,6 +60,7 @@ def chunk_size_for(length: int) -> int:
     return min(CHUNK_SIZE, 1 << max(0, length - 1).bit_length())
 
 
+@op("ema_scan", triton=ema_scan_triton, used=_is_ema)
 def ema_scan(
     x: Tensor,
     decay: Tensor,
@@ -65,6 +75,8 @@ def ema_scan(
     delay_decay: Tensor | None = None,
     plan: ScanPlan | None = None,
     need_state: bool = True,
+    reverse: bool = False,
+    activation: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """EMA over real tokens: s_t = q*s_{t-1} + g*(x_t - r*x_{t-T}), y_t = sum_n o_n*s_{t,n} + skip*x_t.
 
@@ -77,21 +89,29 @@ def ema_scan(
         state: (B, D, N) float32 before column 0, or None for zeros.
         delayed: (B, L, D), x_{t-T} (see `shift_real_tokens`), for a kernel cut to its first T taps; or None.
         delay_decay: r = q^T, (D, N) float32, with `delayed`.
-        plan: the layout of `real` and `reset`, when the caller has it already.
+        plan: the layout of `real` and `reset`, of the reversed row with `reverse`, when the caller has it already.
         need_state: whether the second result is wanted.
+        reverse: scan from the last column to the first; `reset` then marks the token at which the reversed scan starts
+            anew, and the final state is the one after the first column.
+        activation: None, or "silu" to return silu(y).
 
     Returns:
         y (B, L, D) of x's dtype, and the state (B, D, N) float32 after the last column, or None. Inside everything
         is float32 (float64 when x is).
     """
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if reverse:
+        x, real, reset, delayed = (None if t is None else t.flip(1) for t in (x, real, reset, delayed))
     if x.shape[1] == 1:
-        return _ema_step(x, decay, input_gain, output_gain, skip, real, reset, state, delayed, delay_decay, dtype)
-    if plan is None:
-        plan = build_scan_plan(x.shape[0], x.shape[1], chunk_size_for(x.shape[1]), x.device, real, reset)
-    return _ema_chunks(
-        x, decay, input_gain, output_gain, skip, real, state, delayed, delay_decay, plan, need_state, dtype
-    )
+        y, state = ema_step(x, decay, input_gain, output_gain, skip, state, real=real, reset=reset, delayed=delayed,
+                            delay_decay=delay_decay)  # fmt: skip
+    else:
+        if plan is None:
+            plan = build_scan_plan(x.shape[0], x.shape[1], chunk_size_for(x.shape[1]), x.device, real, reset)
+        tables = decay, input_gain, output_gain, skip
+        y, state = _ema_chunks(x, *tables, real, state, delayed, delay_decay, plan, need_state)
+    if reverse:
+        y = y.flip(1)
+    return (y if activation is None else F.silu(y)), state
 
 
 @torch.compiler.disable
@@ -107,13 +127,13 @@ def _ema_chunks(
     delay_decay: Tensor | None,
     plan: ScanPlan,
     need_state: bool,
-    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None]:
     """`ema_scan` of several columns, chunk by chunk.
 
     Not traced: torch 2.11 compiles the in-place border scan to wrong gradients.
     """
     _, length, width = x.shape
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     size, chunks = plan.chunk_size, plan.num_chunks
     steps = torch.arange(size, device=x.device, dtype=dtype)
     log_decay = decay.to(dtype).clamp_min(_SMALLEST_DECAY).log()
@@ -156,20 +176,26 @@ def _ema_chunks(
     return y, final
 
 
-def _ema_step(
+@op("ema_step", triton=ema_step_triton, used=lambda facts: _is_ema(facts) and not facts.bidirectional)
+def ema_step(
     x: Tensor,
     decay: Tensor,
     input_gain: Tensor,
     output_gain: Tensor,
     skip: Tensor | None,
-    real: Tensor | None,
-    reset: Tensor | None,
     state: Tensor | None,
-    delayed: Tensor | None,
-    delay_decay: Tensor | None,
-    dtype: torch.dtype,
+    *,
+    real: Tensor | None = None,
+    reset: Tensor | None = None,
+    delayed: Tensor | None = None,
+    delay_decay: Tensor | None = None,
+    activation: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`ema_scan` of one column without chunks and without branches on values: the recurrence as it is written."""
+    """`ema_scan` of one column without chunks and without branches on values: the recurrence as it is written.
+
+    Args: those of `ema_scan` with L = 1. The kernel overwrites the state.
+    """
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     token = x[:, 0].to(dtype)
     if real is not None:
         token = token.masked_fill(~real, 0)
@@ -188,21 +214,22 @@ def _ema_step(
     if real is not None:
         after = torch.where(real[:, :, None], after, state)
         y = y.masked_fill(~real, 0)
-    return y.to(x.dtype)[:, None], after
+    y = y.to(x.dtype)[:, None]
+    return (y if activation is None else F.silu(y)), after
 
 
-def _toeplitz(taps: Tensor) -> Tensor:
+def toeplitz(taps: Tensor) -> Tensor:
     """(D, C) taps -> (D, C, C) with entry [i, j] = taps[i - j] for j <= i, else 0."""
     size = taps.shape[-1]
-    padded = torch.nn.functional.pad(taps.flip(-1), (0, size - 1))  # taps[C-1] .. taps[0], 0, ..., 0
+    padded = F.pad(taps.flip(-1), (0, size - 1))  # taps[C-1] .. taps[0], 0, ..., 0
     # Row i starts at entry C-1-i, where taps[i] stands.
     return padded.unfold(-1, size, 1).flip(1)
 
 
 def _diagonal_sums(matrix: Tensor) -> Tensor:
-    """(D, C, C) -> (D, C): entry l is the sum over i - j = l. The transpose of `_toeplitz`."""
+    """(D, C, C) -> (D, C): entry l is the sum over i - j = l. The transpose of `toeplitz`."""
     width, size, _ = matrix.shape
-    skewed = torch.nn.functional.pad(matrix.flip(-1), (0, size)).reshape(width, -1)[:, : size * (2 * size - 1)]
+    skewed = F.pad(matrix.flip(-1), (0, size)).reshape(width, -1)[:, : size * (2 * size - 1)]
     # Reading the padded rows with a stride one shorter moves row i right by i, so diagonals become columns.
     return skewed.reshape(width, size, 2 * size - 1).sum(1)[:, size - 1 :]
 
@@ -295,7 +322,7 @@ class _ChunkScan(torch.autograd.Function):
     @staticmethod
     def _matrix(kernels: Tensor, width: int) -> Tensor:
         """(D or 2D, C) taps -> (D, C, J)."""
-        return torch.cat([_toeplitz(part) for part in kernels.split(width)], dim=-1)
+        return torch.cat([toeplitz(part) for part in kernels.split(width)], dim=-1)
 
     @staticmethod
     def _columns(x: Tensor, width: int, chunks: int, dtype: torch.dtype) -> Tensor:
