@@ -64,20 +64,20 @@ def test_adversarial_routers_train_as_one_process_does(tmp_path, config, kind, p
 
 
 @pytest.mark.parametrize(
-    ("config", "script"),
+    ("config", "script", "options"),
     [
-        ("ddp_cpu.yaml", ("examples/train_lm.py",)),
-        pytest.param("fsdp2.yaml", ("tests/distributed_worker.py", "train_lm"), marks=slow),
+        ("ddp_cpu.yaml", ("examples/train_lm.py",), ("--optimizer", "muon", "--average_decay", "0.9")),
+        pytest.param("fsdp2.yaml", ("tests/distributed_worker.py", "train_lm"), (), marks=slow),
     ],
 )
-def test_pretraining_example_runs_and_resumes_exactly(tmp_path, config, script):
+def test_pretraining_example_runs_and_resumes_exactly(tmp_path, config, script, options):
     def train(output, *flags):
         launch(
             config, 2, str(ROOT / script[0]), *script[1:], "--preset", "tiny", "--train_file",
             str(ROOT / "examples/data/tinyshakespeare.txt"), "--max_bytes", "6000", "--sequence_length", "32",
             "--batch_size", "2", "--max_steps", "4", "--save_steps", "2", "--eval_steps", "4", "--eval_tokens", "200",
             "--logging_steps", "1", "--warmup_steps", "2", "--gradient_accumulation_steps", "2", "--config_overrides",
-            '{"hidden_dropout": 0.1}', "--output_dir", str(output), *flags,
+            '{"hidden_dropout": 0.1, "router_target_rate": 0.3}', "--output_dir", str(output), *options, *flags,
         )  # fmt: skip
         lines = map(json.loads, (output / "metrics.jsonl").read_text("utf-8").splitlines())
         return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
