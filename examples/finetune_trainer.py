@@ -4,12 +4,13 @@
         --model outputs/lm/final --output_dir outputs/gsm8k
 
 Every argument of TrainingArguments is one here. Examples of a batch are packed into one row without padding, state and
-attention stopping at their borders. Writes checkpoints, `final/` and `report.json` to `output_dir`.
+attention stopping at their borders. Writes checkpoints, `final/` and `report.json` to `output_dir`. Ctrl-C, or SIGTERM, saves
+a checkpoint after the current step and ends.
 """
 
-import json
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from instruction_data import Instructions, read_instructions
@@ -21,9 +22,12 @@ from recipes import (
     find_checkpoint,
     parse_arguments,
 )
+from run_folder import RunFolder, take_folder_once
+from safe_files import write_json
 from text_data import TokenBlocks, load_tokenizer, read_text_file, split_text
 from torch.nn import functional as F
 from torch.utils.data import Dataset
+from trainer_runs import RunTrainer, check_trainer_checkpoint
 from transformers import (
     AutoModelForCausalLM,
     DataCollatorWithFlattening,
@@ -32,7 +36,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from modeling_seqboat.training_seqboat import RouterCallback, SeqBoatTrainer, parameter_groups
+from modeling_seqboat.training_seqboat import RouterCallback, parameter_groups
 
 
 @dataclass
@@ -133,30 +137,46 @@ def main(argv: list[str] | None = None) -> dict:
     if a.model is None:
         raise ValueError("model is missing: the folder or Hub name of a causal SeqBoat")
     check_model_folder(a.model)
-    output = check_output_folder(a.output_dir, a.resume_from_checkpoint is not None, a.overwrite_output_dir)
+    check_output_folder(a.output_dir, a.resume_from_checkpoint is not None, a.overwrite_output_dir)
     tokenizer = load_tokenizer(a.tokenizer or a.model)
     train, validation = load_data(a, tokenizer)
     model = AutoModelForCausalLM.from_pretrained(a.model)
     check_model(a.model, model.config, tokenizer)
     checkpoint = find_checkpoint(a.resume_from_checkpoint, a.output_dir, model.config)
-    use_cache = model.config.use_cache
+    if checkpoint is not None:
+        check_trainer_checkpoint(checkpoint)
     optimizer = None
     if a.router_learning_rate is not None:
         groups = parameter_groups(model, a.weight_decay, router_learning_rate=a.router_learning_rate)
         betas = (a.adam_beta1, a.adam_beta2)
         optimizer = torch.optim.AdamW(groups, lr=a.learning_rate, betas=betas, eps=a.adam_epsilon)
-    trainer = SeqBoatTrainer(
+    trainer = RunTrainer(
         model=model, args=a, train_dataset=train, eval_dataset=validation, processing_class=tokenizer,
         data_collator=DataCollatorWithFlattening() if a.packing else LeftPadding(tokenizer.pad_token_id),
         compute_metrics=metrics, preprocess_logits_for_metrics=token_scores, optimizers=(optimizer, None),
     )  # fmt: skip
     RouterCallback.attach(trainer)
-    trained = trainer.train(resume_from_checkpoint=checkpoint)
+    folder = take_folder_once(a.output_dir, checkpoint, a.overwrite_output_dir)
+    try:
+        return finetune(trainer, folder, checkpoint)
+    finally:
+        folder.close()
+
+
+def finetune(trainer: RunTrainer, folder: RunFolder, checkpoint: Path | None) -> dict:
+    """Trains, evaluates, and keeps model and report in the folder."""
+    model, train, validation = trainer.model, trainer.train_dataset, trainer.eval_dataset
+    use_cache = model.config.use_cache
+    trained = trainer.train_in(folder, checkpoint)
+    if trainer.stop.stopped:
+        if trainer.is_world_process_zero():
+            print(trainer.farewell())
+        return {"steps": trainer.state.global_step, "stopped": True}
     before = next(entry for entry in trainer.state.log_history if "eval_token_loss" in entry)
     after = trainer.evaluate()
     # Off for the training; the model that is kept shall generate with its cache.
     model.config.use_cache = use_cache
-    trainer.save_model(str(output / "final"))
+    trainer.keep_model(folder, "final")
     names = ("eval_token_loss", "eval_perplexity", "eval_accuracy")
     report = {
         "examples": len(train), "cut_examples": getattr(train, "cut", 0),
@@ -165,7 +185,7 @@ def main(argv: list[str] | None = None) -> dict:
         **{name: after[name] for name in names},
     }  # fmt: skip
     if trainer.is_world_process_zero():
-        (output / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        write_json(folder.path / "report.json", report)
         counts = f"{report['cut_examples']} cut, {report['dropped_examples']} dropped"
         print(f"{len(train)} examples to train on ({counts}), {len(validation)} to evaluate on")
         print(f"{report['steps']} steps, {trained.metrics['train_runtime']:.0f} s")

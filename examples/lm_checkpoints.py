@@ -1,15 +1,23 @@
 """What a run of `train_lm.py` keeps: its progress and clock, checkpoints to resume from, models."""
 
 import math
+import random
 import shutil
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import load
 from lm_arguments import TrainArguments
+from run_folder import PARTIAL, RunFolder, read_manifest, weights_only
+from safetensors.torch import load_model, save_model
 from transformers import PreTrainedConfig
+
+AVERAGED_FILE = "averaged.safetensors"
 
 
 class Progress:
@@ -27,10 +35,19 @@ class Progress:
         return 0.0 if self.max_minutes is None else self.seconds / (60 * self.max_minutes)
 
     def state_dict(self) -> dict:
-        return {"step": self.step, "best": self.best, "seconds": self.seconds}
+        best = None if math.isinf(self.best) else self.best
+        return {"step": self.step, "best": best, "seconds": self.seconds}
 
     def load_state_dict(self, state: dict) -> None:
-        self.step, self.best, self.seconds = state["step"], state["best"], state.get("seconds", 0.0)
+        """Raises ValueError for what `state_dict` does not give."""
+        step, best, seconds = (state.get(name) for name in ("step", "best", "seconds"))
+        if type(step) is not int or step < 0 or not _is_number(seconds) or not (best is None or _is_number(best)):
+            raise ValueError(f"step={step!r}, best={best!r}, seconds={seconds!r} is no progress of a run")
+        self.step, self.best, self.seconds = step, math.inf if best is None else best, seconds
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 class Clock:
@@ -55,25 +72,46 @@ class Clock:
 
 
 class Saver:
-    """Writes checkpoints and models of a run."""
+    """Writes checkpoints and models of a run.
 
-    def __init__(self, a: TrainArguments, accelerator: Accelerator, model, tokenizer, config: PreTrainedConfig):
+    Args:
+        folder: where they go; by default the folder of the arguments, for a run of its own.
+        states: what a checkpoint keeps as JSON beside model, optimizer and random states, by name; each has `state_dict`
+            and `load_state_dict`.
+        averaged: a model that is an average of the trained one's weights, or None.
+    """
+
+    def __init__(
+        self,
+        a: TrainArguments,
+        accelerator: Accelerator,
+        model,
+        tokenizer,
+        config: PreTrainedConfig,
+        folder: RunFolder | None = None,
+        states: dict[str, Any] | None = None,
+        averaged: torch.nn.Module | None = None,
+    ):
         self.a, self.accelerator, self.model = a, accelerator, model
         self.tokenizer, self.config = tokenizer, config
-        self.output = Path(a.output_dir)
+        self.folder, self.states = folder or RunFolder(Path(a.output_dir)), states or {}
+        self.averaged = averaged
 
     def checkpoint(self, step: int) -> None:
-        folder, partial = self.output / f"checkpoint-{step}", self.output / f"partial-{step}"
-        self.accelerator.save_state(str(partial))
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            self.config.save_pretrained(partial)
-            # Renamed last: an interrupted save never looks like a checkpoint.
-            shutil.rmtree(folder, ignore_errors=True)
-            partial.rename(folder)
-            folders = sorted(self.output.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-            for old in folders[: -self.a.save_total_limit]:
-                shutil.rmtree(old)
+        stage = self.folder.path / f"{PARTIAL}checkpoint-{step}"
+        try:
+            self.accelerator.save_state(str(stage))
+            self.accelerator.wait_for_everyone()
+            if self.accelerator.is_main_process:
+                self.config.save_pretrained(stage)
+                if self.averaged is not None:
+                    save_model(self.averaged, str(stage / AVERAGED_FILE))
+                state = {name: kept.state_dict() for name, kept in self.states.items()}
+                self.folder.seal(stage, step, self.accelerator.num_processes, state)
+                self.folder.keep_newest(self.a.save_total_limit)
+        finally:
+            if self.accelerator.is_main_process:
+                shutil.rmtree(stage, ignore_errors=True)
         self.accelerator.wait_for_everyone()
 
     def model_folder(self, name: str, model=None) -> None:
@@ -82,6 +120,51 @@ class Saver:
         state = self.accelerator.get_state_dict(model)
         if self.accelerator.is_main_process:
             unwrapped = self.accelerator.unwrap_model(model, keep_torch_compile=False)
-            unwrapped.save_pretrained(self.output / name, state_dict=state)
-            self.tokenizer.save_pretrained(self.output / name)
+            with self.folder.replacing(name) as stage:
+                unwrapped.save_pretrained(stage, state_dict=state)
+                self.tokenizer.save_pretrained(stage)
         self.accelerator.wait_for_everyone()
+
+
+def resume(
+    accelerator: Accelerator, checkpoint: Path, states: dict[str, Any], averaged: torch.nn.Module | None = None
+) -> None:
+    """Takes up model, optimizer, random states, `states` and averaged weights of a checkpoint that `find_checkpoint` has verified.
+
+    Nothing in it is executed. Raises ValueError where it holds something else than this run needs.
+    """
+    saved = read_manifest(checkpoint)["state"]
+    with weights_only(checkpoint):
+        accelerator.load_state(str(checkpoint))
+        # Accelerate leaves the random states as they are if it cannot set them.
+        _restore_random_states(checkpoint / f"random_states_{accelerator.process_index}.pkl")
+        if averaged is not None:
+            if not (checkpoint / AVERAGED_FILE).is_file():
+                raise ValueError(f"it has no {AVERAGED_FILE}: its run had no average_decay")
+            load_model(averaged, checkpoint / AVERAGED_FILE)
+        for name, kept in states.items():
+            kept.load_state_dict(_like(kept.state_dict(), saved.get(name), name))
+
+
+def _like(own: dict, saved: Any, name: str) -> dict:
+    """`saved`, if it has the keys of `own` and plain numbers where `own` has them."""
+    if not isinstance(saved, dict) or set(saved) != set(own):
+        raise ValueError(f"its {name} must hold {', '.join(own)}, got {saved!r}")
+    for key, value in saved.items():
+        mine, theirs = (x if isinstance(x, list) else [x] for x in (own[key], value))
+        if len(mine) != len(theirs) or not all(x is None or type(x) is bool or _is_number(x) for x in theirs):
+            raise ValueError(f"its {name} has {key}={value!r}, this run's is {own[key]!r}")
+    return saved
+
+
+def _restore_random_states(path: Path) -> None:
+    states = load(path, map_location="cpu")
+    random.setstate(states["random_state"])
+    np.random.set_state(states["numpy_random_seed"])
+    torch.set_rng_state(states["torch_manual_seed"])
+    if torch.cuda.is_available():
+        if "torch_cuda_manual_seed" not in states:
+            raise ValueError(
+                f"{path.name} has no random states of a GPU: it was written on the CPU, go on there (--cpu)"
+            )
+        torch.cuda.set_rng_state_all(states["torch_cuda_manual_seed"])

@@ -1,13 +1,14 @@
 """Arguments of the example scripts: a dataclass read from flags, from a YAML recipe, or from a recipe with flags after
 it that override it."""
 
-import json
 import os
 import sys
 from pathlib import Path
 from typing import TypeVar
 
 import yaml
+from run_folder import MANIFEST_FILE, check_free, latest_checkpoint, verify_checkpoint
+from safe_files import read_json_object
 from transformers import HfArgumentParser, PreTrainedConfig, PreTrainedTokenizerBase
 
 from modeling_seqboat import SeqBoatConfig
@@ -46,31 +47,37 @@ def _recipe_flags(path: Path, known: set[str]) -> list[str]:
 
 def check_output_folder(folder: str, resuming: bool, overwrite: bool) -> Path:
     """The folder to write to. Raises ValueError where something else lies there already."""
-    path = Path(folder)
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"output_dir {folder!r} is a file")
-    if path.is_dir() and any(path.iterdir()) and not (resuming or overwrite):
-        raise ValueError(
-            f"output_dir {folder!r} is not empty: name another one, or give --resume_from_checkpoint to go on there, or "
-            "--overwrite_output_dir True"
-        )
-    return path
+    check_free(Path(folder), resuming, overwrite)
+    return Path(folder)
 
 
-def find_checkpoint(given: str | None, output_dir: str, config: PreTrainedConfig) -> Path | None:
-    """The folder to resume from: the one given, or for 'latest' the newest in `output_dir`; None where none is given.
+def checkpoint_folder(given: str | None, output_dir: str) -> Path | None:
+    """The folder to resume from: the one given, or for 'latest' the one that the run in `output_dir` wrote last; None where
+    none is given.
 
-    Raises ValueError where there is none, or one of another shape than `config`.
+    Raises ValueError where there is none, or a damaged one, naming the file.
     """
     if given is None:
         return None
     folder = Path(given)
     if given == "latest":
-        folders = sorted(Path(output_dir).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-        if not folders:
+        folder = latest_checkpoint(Path(output_dir))
+        if folder is None:
             raise ValueError(f"there is no checkpoint in output_dir {output_dir!r} to resume from")
-        folder = folders[-1]
-    check_same_shape(folder, config)
+    if not (folder / "config.json").is_file() and not (folder / MANIFEST_FILE).is_file():
+        raise ValueError(f"{str(folder)!r} is no checkpoint folder of this script: it has no config.json")
+    verify_checkpoint(folder, int(os.environ.get("WORLD_SIZE", "1")))
+    return folder
+
+
+def find_checkpoint(given: str | None, output_dir: str, config: PreTrainedConfig) -> Path | None:
+    """`checkpoint_folder`; raises ValueError also where that holds a model of another shape than `config`."""
+    if given not in (None, "latest") and not (Path(given) / MANIFEST_FILE).is_file():
+        # That it is no checkpoint at all, or another model's, says more than that it has no manifest.
+        check_same_shape(Path(given), config)
+    folder = checkpoint_folder(given, output_dir)
+    if folder is not None:
+        check_same_shape(folder, config)
     return folder
 
 
@@ -78,13 +85,18 @@ def check_same_shape(folder: Path, config: PreTrainedConfig) -> None:
     """Raises ValueError if `folder` is no checkpoint of these scripts, or one of a model that `config` does not describe."""
     if not (folder / "config.json").is_file():
         raise ValueError(f"{str(folder)!r} is no checkpoint folder of this script: it has no config.json")
-    kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    kind = read_json_object(folder / "config.json").get("model_type")
     if kind != config.model_type:
         raise ValueError(f"checkpoint {str(folder)!r} is of a {kind!r} model, this run trains a {config.model_type!r}")
-    saved, ours = type(config).from_pretrained(folder).to_dict(), config.to_dict()
+    try:
+        saved, ours = type(config).from_pretrained(folder).to_dict(), config.to_dict()
+    # transformers reads a config of any content, and fails in as many ways.
+    except Exception as error:
+        raise ValueError(f"{str(folder / 'config.json')!r} is no valid config: {error}") from error
     fields = set(type(config).__dataclass_fields__) & set(ours)
-    # The Trainer turns use_cache off for the time of the training.
+    # The Trainer turns use_cache off for the time of the training; the first loss sets problem_type.
     ignored = {"dtype", "transformers_version", "architectures", "kernel_backend", "loss_implementation", "use_cache"}
+    ignored.add("problem_type")
     for name in sorted(fields - ignored):
         if saved.get(name) != ours[name]:
             raise ValueError(

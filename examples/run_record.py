@@ -1,11 +1,11 @@
 """The record of a training run, `training_record.json`, from which `python -m hub_upload` writes the model card."""
 
-import json
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from safe_files import write_json
 
 RECORD_FILE = "training_record.json"
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,6 +44,4 @@ def hardware(device: torch.device, processes: int) -> str:
 def write_record(folder: Path, record: dict) -> None:
     """Writes `training_record.json` in a run's folder; values that are None are left out."""
     known = {name: value for name, value in record.items() if value is not None}
-    partial = folder / f".{RECORD_FILE}"
-    partial.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
-    partial.replace(folder / RECORD_FILE)
+    write_json(folder / RECORD_FILE, known)

@@ -4,7 +4,8 @@
     accelerate launch --config_file configuration/accelerate/ddp_cpu.yaml examples/train_lm.py RECIPE --flag value
 
 Writes to `output_dir`: `checkpoint-N/` to resume from, `best/` (the model with the lowest validation loss), `final/`,
-`metrics.jsonl`, `training_record.json` and TensorBoard logs. Ctrl-C saves a checkpoint after the current step and ends.
+`metrics.jsonl`, `training_record.json` and TensorBoard logs. Ctrl-C, or SIGTERM, saves a checkpoint after the current step
+and ends. A checkpoint is read without running anything in it, and resumed from only if every file is as it was written.
 
 `--average_decay` keeps an average of the weights beside them, scores it at each validation and writes it to `averaged/`. A
 layer whose router stops choosing is an entry `router/collapse` of `metrics.jsonl`.
@@ -28,13 +29,15 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, GradientAccumulationPlugin, set_seed
 from lm_arguments import TrainArguments, check_arguments, check_graphs
-from lm_checkpoints import Clock, Progress, Saver
+from lm_checkpoints import Clock, Progress, Saver, resume
 from lm_data import HeldOut, build_loader, load_data
 from recipes import check_launch, check_output_folder, find_checkpoint, parse_arguments
+from run_folder import RunFolder, open_log, take_folder_once
 from run_record import hardware, published_command, write_record
 from text_data import load_tokenizer
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 
@@ -163,7 +166,7 @@ def main(argv: list[str] | None = None) -> dict:
     tokenizer = load_tokenizer(a.tokenizer)
     config = build_config(a, tokenizer)
     checkpoint = find_checkpoint(a.resume_from_checkpoint, a.output_dir, config)
-    output = check_output_folder(a.output_dir, checkpoint is not None, a.overwrite_output_dir)
+    check_output_folder(a.output_dir, checkpoint is not None, a.overwrite_output_dir)
     train_rows, held_out = load_data(a, tokenizer)
     if len(held_out["validation"].tokens) < 2:
         raise ValueError(f"there are {len(held_out['validation'].tokens)} validation tokens; at least 2 are needed")
@@ -176,15 +179,31 @@ def main(argv: list[str] | None = None) -> dict:
             num_steps=a.gradient_accumulation_steps, adjust_scheduler=False, sync_with_dataloader=False
         ),
         log_with="tensorboard",
-        project_dir=str(output),
+        project_dir=a.output_dir,
         step_scheduler_with_optimizer=False,
     )
     check_sharding(a, accelerator.distributed_type)
     if a.cuda_graphs and accelerator.mixed_precision == "fp16":
         raise ValueError("cuda_graphs cannot be used: fp16 scales its loss outside the graph; use bf16")
-    if accelerator.is_main_process:
-        output.mkdir(parents=True, exist_ok=True)
-    accelerator.wait_for_everyone()
+    folder = take_folder_once(a.output_dir, checkpoint, a.overwrite_output_dir)
+    try:
+        return train(a, argv, accelerator, tokenizer, config, folder, checkpoint, train_rows, held_out)
+    finally:
+        folder.close()
+
+
+def train(
+    a: TrainArguments,
+    argv: list[str],
+    accelerator: Accelerator,
+    tokenizer: PreTrainedTokenizerBase,
+    config: PreTrainedConfig,
+    folder: RunFolder,
+    checkpoint: Path | None,
+    train_rows: Dataset,
+    held_out: dict[str, HeldOut],
+) -> dict:
+    """Builds the model, trains it and keeps it in `folder`."""
     set_seed(a.seed)
     model = SeqBoatForCausalLM(config) if a.model_type == "seqboat" else LlamaForCausalLM(config)
     parameters, averaged = model.num_parameters(), None
@@ -193,7 +212,6 @@ def main(argv: list[str] | None = None) -> dict:
         averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(a.average_decay))
         # The count of steps stays on the CPU, where asking for it waits for nothing.
         averaged.module.to(accelerator.device)
-        accelerator.register_for_checkpointing(averaged)
     if a.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     monitor, collapse = RouterMonitor(model), CollapseWarning()
@@ -209,15 +227,20 @@ def main(argv: list[str] | None = None) -> dict:
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer.optimizer, lambda step: rate_factor(a, step, progress.time_share)
     )
-    accelerator.register_for_checkpointing(progress, schedule)
+    states = {"progress": progress, "schedule": schedule}
     if checkpoint is not None:
-        accelerator.load_state(str(checkpoint))
+        resume(accelerator, checkpoint, states, averaged)
+        if not (folder.path / "best").is_dir():
+            # The model of that value lies elsewhere: this folder's best one is still to come.
+            progress.best = math.inf
     loader = build_loader(a, accelerator, train_rows, progress.step * a.gradient_accumulation_steps)
     accelerator.init_trackers("tensorboard")
+    if accelerator.is_main_process:
+        accelerator.get_tracker("tensorboard", unwrap=True).add_text("run", folder.run, progress.step)
     # Every process draws its own dropout masks; a resumed run takes up the saved random states.
     if checkpoint is None:
         set_seed(a.seed, device_specific=True)
-    saver = Saver(a, accelerator, model, tokenizer, config)
+    saver = Saver(a, accelerator, model, tokenizer, config, folder, states, averaged)
     result = run(
         a,
         accelerator,
@@ -235,7 +258,7 @@ def main(argv: list[str] | None = None) -> dict:
     )
     monitor.close()
     if accelerator.is_main_process:
-        write_record(output, run_record(a, argv, accelerator, progress))
+        write_record(folder.path, run_record(a, argv, accelerator, progress))
     # Wrapped by DDP, a model holds on to the process group, and were it the last to do so, PyTorch's gloo could deadlock.
     del model, optimizer, schedule, saver
     accelerator.free_memory()
@@ -291,8 +314,9 @@ def run(
             raise KeyboardInterrupt
         stopping["asked"] = True
 
-    previous = signal.signal(signal.SIGINT, ask_to_stop)
-    log = (saver.output / "metrics.jsonl").open("a", encoding="utf-8") if accelerator.is_main_process else None
+    # Schedulers send SIGTERM before they kill.
+    previous = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    log = open_log(saver.folder.path / "metrics.jsonl") if accelerator.is_main_process else None
     tokens_a_step = a.batch_size * a.gradient_accumulation_steps * accelerator.num_processes * a.sequence_length
     limit = None if math.isinf(a.max_steps) else a.max_steps
     bar = tqdm(total=limit, initial=progress.step, disable=not accelerator.is_local_main_process)
@@ -304,7 +328,8 @@ def run(
         values = {**values, "train/seconds": progress.seconds, "train/tokens": progress.step * tokens_a_step}
         accelerator.log(values, step=progress.step)
         if log is not None:
-            log.write(json.dumps({"step": progress.step, **values}) + "\n")
+            entry = {"run": saver.folder.run, "step": progress.step, **values}
+            log.write(json.dumps(entry).encode("utf-8") + b"\n")
             log.flush()
 
     def validate() -> float:
@@ -387,7 +412,8 @@ def run(
         if validated is None:
             validated = evaluate(a, accelerator, model, held_out["validation"])
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
         bar.close()
         if log is not None:
             log.close()

@@ -1,5 +1,7 @@
 """Writing a folder in one step: it appears complete or not at all."""
 
+import ctypes
+import errno
 import os
 import shutil
 import tempfile
@@ -58,22 +60,53 @@ def staged_folder(output: Path, overwrite: bool = False, *, keep: Path | None = 
         stage.chmod(0o777 & ~umask)
         yield stage
         check_output(output, overwrite, keep=keep)
-        _move_into_place(stage, output)
+        put_in_place(stage, output)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
 
 
-def _move_into_place(stage: Path, output: Path) -> None:
-    if not output.exists():
-        stage.rename(output)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{output.name}.old-", dir=output.parent))
-    output.rename(old / output.name)
+def put_in_place(stage: Path, target: Path) -> None:
+    """Give the folder `stage` the name `target`; what stood there before is removed.
+
+    A process that is killed in here leaves one of the two whole under that name. Where the system cannot exchange two
+    names in one step, there is a moment at which the old folder is called `.NAME.old`; `restore` gives it back.
+    """
     try:
-        stage.rename(output)
+        stage.rename(target)
+        return
+    except OSError as error:
+        # A folder that is not empty stands there.
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+    if _exchange(stage, target):
+        shutil.rmtree(stage)
+        return
+    old = target.with_name(f".{target.name}.old")
+    target.rename(old)
+    try:
+        stage.rename(target)
     except BaseException:
-        (old / output.name).rename(output)
+        old.rename(target)
         raise
-    finally:
-        if output.exists():
-            shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(old)
+
+
+def restore(target: Path) -> None:
+    """Put right what a `put_in_place` that was killed has left."""
+    old = target.with_name(f".{target.name}.old")
+    if not old.exists():
+        return
+    if target.exists():
+        shutil.rmtree(old)
+    else:
+        old.rename(target)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swap two names in one step (Linux's renameat2); False where that cannot be done."""
+    try:
+        rename = ctypes.CDLL(None).renameat2
+    except (OSError, AttributeError, TypeError):
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return rename(here, os.fsencode(os.path.abspath(first)), here, os.fsencode(os.path.abspath(second)), exchange) == 0

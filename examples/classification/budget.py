@@ -1,11 +1,16 @@
 """Training for a stated time: the learning rate follows the clock, and what comes after the last step still fits."""
 
-import json
+import math
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from transformers import TrainerCallback
+
+# The examples share this module, which lies one folder up.
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+from safe_files import read_json_object, write_json  # noqa: E402
 
 CLOCK_FILE = "clock.json"
 # Share of the budget that is kept for the last checkpoint, the pictures and the end of the process.
@@ -44,8 +49,13 @@ class TimeBudget(TrainerCallback):
             path = Path(checkpoint) / CLOCK_FILE
             if not path.is_file():
                 raise ValueError(f"checkpoint {checkpoint!r} is of a run without max_minutes: it has no {CLOCK_FILE}")
-            saved = json.loads(path.read_text(encoding="utf-8"))
-            before, self._begin, self._progress = saved["spent"], saved["begin"], saved["progress"]
+            saved = read_json_object(path)
+            values = [saved.get(name) for name in ("spent", "begin", "progress")]
+            if not all(type(value) in (int, float) and math.isfinite(value) and value >= 0 for value in values):
+                raise ValueError(
+                    f"{str(path)!r} must hold spent, begin and progress, numbers from 0 on, got {saved!r}"
+                )
+            before, self._begin, self._progress = values
             if before >= self.seconds:
                 raise ValueError(
                     f"max_minutes {minutes} is used up: checkpoint {checkpoint!r} was written after "
@@ -94,7 +104,12 @@ class TimeBudget(TrainerCallback):
             control.should_evaluate = control.should_save = control.should_training_stop = True
         return control
 
+    def write(self, checkpoint: Path) -> None:
+        """Puts the clock into a checkpoint's folder."""
+        write_json(checkpoint / CLOCK_FILE, {"spent": self.spent(), "begin": self._begin, "progress": self._progress})
+
     def on_save(self, args, state, control, **kwargs):
-        saved = {"spent": self.spent(), "begin": self._begin, "progress": self._progress}
-        path = Path(args.output_dir) / f"checkpoint-{state.global_step}" / CLOCK_FILE
-        path.write_text(json.dumps(saved) + "\n", encoding="utf-8")
+        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        # `RunTrainer` has it written before the checkpoint is closed.
+        if not (checkpoint / CLOCK_FILE).exists():
+            self.write(checkpoint)

@@ -9,7 +9,6 @@ Each argument `TASK=DATA` is a task and its --data_path (image: and, behind a co
 """
 
 import argparse
-import json
 import os
 import shlex
 import signal
@@ -20,6 +19,10 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+# The examples share this module, which lies one folder up.
+sys.path.append(str(HERE.parent))
+from safe_files import read_json_object, replacing, write_json  # noqa: E402
+
 RECIPES = HERE.parent.parent / "configuration/recipes/classification"
 RECIPE_NAMES = {
     "text": "lra-text", "image": "lra-image", "listops": "lra-listops", "pathfinder": "lra-pathfinder",
@@ -147,7 +150,7 @@ def summarise(commands: dict[str, list[str]], codes: dict[str, int], output: Pat
         entry: dict = {"task": task, "command": shlex.join(["python", *line]), "exit_code": codes[task]}
         path = output / task / "results.json"
         if path.is_file() and (codes[task] == 0 or path.stat().st_mtime >= began):
-            entry["results"] = json.loads(path.read_text(encoding="utf-8"))
+            entry["results"] = read_json_object(path)
         else:
             entry["error"] = last_line(output / f"{task}.log")
         summary.append(entry)
@@ -172,7 +175,7 @@ def print_table(summary: list[dict]) -> None:
 def collect(summary: list[dict], output: Path, target: Path) -> None:
     """Packs what is worth keeping without the models."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(target, "w:gz") as tar:
+    with replacing(target) as partial, tarfile.open(partial, "w:gz") as tar:
         tar.add(output / "summary.json", "summary.json")
         for entry in summary:
             task = entry["task"]
@@ -207,7 +210,7 @@ def main(argv: list[str] | None = None) -> int:
     finally:
         signal.signal(signal.SIGTERM, before)
     summary = summarise(commands, codes, a.output_dir, began)
-    (a.output_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    write_json(a.output_dir / "summary.json", summary)
     print_table(summary)
     if a.collect is not None:
         collect(summary, a.output_dir, a.collect)

@@ -4,11 +4,10 @@
         --data_path aclImdb_v1.tar.gz --output_dir outputs/lra-text
 
 Writes to `output_dir`: `checkpoint-N/` to resume from, `best/` (the model with the highest validation accuracy, ready
-for pipelines), `results.json`, `confusion_matrix.png` and `activations.png`. Interrupted, it goes on from the last
-checkpoint with `--resume_from_checkpoint latest`. With `--max_minutes` it ends in time, the learning rate run down.
+for pipelines), `results.json`, `confusion_matrix.png` and `activations.png`. Ctrl-C, or SIGTERM, saves a checkpoint after the
+current step; interrupted in whatever way, it goes on from the last one with `--resume_from_checkpoint latest`. With `--max_minutes` it ends in time, the learning rate run down.
 """
 
-import json
 import math
 import os
 import platform
@@ -27,15 +26,17 @@ from pictures import write_activations, write_confusion_matrix
 from tasks import DataArguments, EpochOrder, TaskData, load_task
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 import modeling_seqboat
 from modeling_seqboat import SeqBoatConfig
-from modeling_seqboat.training_seqboat import RouterCallback, SeqBoatTrainer, parameter_groups
+from modeling_seqboat.training_seqboat import RouterCallback, parameter_groups
 
 # The examples share this module, which lies one folder up.
 sys.path.append(str(Path(__file__).resolve().parent.parent))
-from recipes import check_output_folder, parse_arguments  # noqa: E402
+from recipes import check_output_folder, check_same_shape, checkpoint_folder, parse_arguments  # noqa: E402
+from run_folder import RunFolder, take_folder_once  # noqa: E402
+from safe_files import parse_json, replacing, write_json  # noqa: E402
+from trainer_runs import RunTrainer, check_trainer_checkpoint  # noqa: E402
 
 
 @dataclass
@@ -92,7 +93,7 @@ class EpochOfOrder(TrainerCallback):
         self.order.set_epoch(int(state.epoch or 0))
 
 
-class ClassificationTrainer(SeqBoatTrainer):
+class ClassificationTrainer(RunTrainer):
     """Counts the real tokens it trains on and the time spent in evaluations; routers may learn at a rate of their own.
 
     Args:
@@ -120,6 +121,7 @@ class ClassificationTrainer(SeqBoatTrainer):
         super().__init__(*args, **kwargs)
         if budget is not None:
             self.add_callback(budget)
+            self.also = budget.write
 
     def create_optimizer(self, model=None):
         if self.optimizer is None:
@@ -209,7 +211,7 @@ def check_arguments(a: ClassificationArguments) -> None:
 
 
 def build_config(a: ClassificationArguments) -> SeqBoatConfig:
-    overrides = json.loads(a.config_overrides or "{}")
+    overrides = parse_json(a.config_overrides or "{}", f"config_overrides {a.config_overrides!r}")
     if not isinstance(overrides, dict):
         raise ValueError(f"config_overrides must be a JSON object, got {a.config_overrides!r}")
     return SeqBoatConfig.from_preset(a.preset, **overrides)
@@ -283,19 +285,6 @@ def run_test(trainer: ClassificationTrainer, data: TaskData) -> dict:
     }
 
 
-def last_checkpoint(a: ClassificationArguments) -> str | None:
-    if a.resume_from_checkpoint is None:
-        return None
-    if a.resume_from_checkpoint != "latest":
-        if not (Path(a.resume_from_checkpoint) / "trainer_state.json").is_file():
-            raise ValueError(f"resume_from_checkpoint {a.resume_from_checkpoint!r} is no checkpoint folder")
-        return a.resume_from_checkpoint
-    found = get_last_checkpoint(a.output_dir) if Path(a.output_dir).is_dir() else None
-    if found is None:
-        raise ValueError(f"there is no checkpoint in output_dir {a.output_dir!r} to resume from")
-    return found
-
-
 def build_trainer(
     a: ClassificationArguments, config: SeqBoatConfig, data: TaskData, budget: TimeBudget | None = None
 ) -> ClassificationTrainer:
@@ -339,32 +328,68 @@ def main(argv: list[str] | None = None) -> dict:
     check_arguments(a)
     if a.cuda_graphs and (a.use_cpu or not torch.cuda.is_available()):
         raise ValueError("cuda_graphs needs a GPU; add --cuda_graphs False")
-    checkpoint = last_checkpoint(a)
-    output = check_output_folder(a.output_dir, checkpoint is not None, a.overwrite_output_dir)
+    checkpoint = checkpoint_folder(a.resume_from_checkpoint, a.output_dir)
+    check_output_folder(a.output_dir, checkpoint is not None, a.overwrite_output_dir)
     config = build_config(a)
     data = load_task(a.task, a, config.pad_token_id)
     fit_config(config, data, a)
+    if checkpoint is not None:
+        check_same_shape(checkpoint, config)
+        check_trainer_checkpoint(checkpoint)
     budget = None
     if a.max_minutes is not None:
         rows = len(data.validation) + len(data.test)
         step_rows = a.batch_size * a.gradient_accumulation_steps
         budget = TimeBudget(a.max_minutes, began, rows, step_rows, checkpoint)
     trainer = build_trainer(a, config, data, budget)
+    folder = take_folder_once(a.output_dir, checkpoint, a.overwrite_output_dir)
+    try:
+        return run(
+            a,
+            trainer,
+            data,
+            folder,
+            checkpoint,
+            began,
+            shlex.join(["python", *sys.argv] if argv is None else ["train.py", *argv]),
+        )
+    finally:
+        folder.close()
+
+
+def run(
+    a: ClassificationArguments,
+    trainer: ClassificationTrainer,
+    data: TaskData,
+    folder: RunFolder,
+    checkpoint: Path | None,
+    began: float,
+    command: str,
+) -> dict:
+    """Trains, tests, and keeps the best model, pictures and results in the folder."""
+    config, output = trainer.model.config, folder.path
+    if trainer.is_world_process_zero():
+        # Of an earlier call: whoever reads them would take them for this one's.
+        (output / "results.json").unlink(missing_ok=True)
     start = time.perf_counter()
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train_in(folder, checkpoint)
+    if trainer.stop.stopped:
+        if trainer.is_world_process_zero():
+            print(trainer.farewell())
+        return {}
     seconds = time.perf_counter() - start - trainer.evaluation_seconds
     tokens = int(trainer.accelerator.reduce(torch.as_tensor(trainer.tokens, device=trainer.args.device)))
     test = run_test(trainer, data)
-    trainer.save_model(str(output / "best"))
+    trainer.keep_model(folder, "best", None if data.processor is None else data.processor.save_pretrained)
     if not trainer.is_world_process_zero():
         return {}
-    if data.processor is not None:
-        data.processor.save_pretrained(output / "best")
     names = [config.id2label[index] for index in range(config.num_labels)]
     matrix = np.zeros((len(names), len(names)), dtype=int)
     np.add.at(matrix, (test["labels"], test["predictions"]), 1)
-    write_confusion_matrix(matrix, names, output / "confusion_matrix.png")
-    write_activations(test["rates"], test["confidence"], test["sequence"], output / "activations.png")
+    with replacing(output / "confusion_matrix.png") as path:
+        write_confusion_matrix(matrix, names, path)
+    with replacing(output / "activations.png") as path:
+        write_activations(test["rates"], test["confidence"], test["sequence"], path)
     device = trainer.args.device
     results = {
         "task": a.task,
@@ -383,7 +408,7 @@ def main(argv: list[str] | None = None) -> dict:
         "tokens_per_second": tokens / seconds,
         "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine() + " CPU",
-        "command": shlex.join(["python", *sys.argv] if argv is None else ["train.py", *argv]),
+        "command": command,
         "arguments": asdict(a),
         "versions": {
             "modeling_seqboat": modeling_seqboat.__version__,
@@ -391,9 +416,7 @@ def main(argv: list[str] | None = None) -> dict:
             "transformers": transformers.__version__,
         },
     }
-    # Whole or not at all: a launcher that ends this process may read it.
-    (output / "results.json.part").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    (output / "results.json.part").replace(output / "results.json")
+    write_json(output / "results.json", results)
     rates = ", ".join(f"{rate:.0%}" for rate in test["rates"])
     print(f"test accuracy: {results['test_accuracy']:.2%} (best step {results['best_step']})")
     print(f"activated tokens by layer: {rates}")
