@@ -13,7 +13,6 @@ first window with what there is). Any causal language model can be scored so, a 
 """
 
 import argparse
-import json
 import math
 import os
 import sys
@@ -26,9 +25,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import numpy as np
 import torch
 from run_record import published_command
-from text_data import ENWIK8_BYTES, ENWIK8_SPLIT, read_text_file, text_encoder
+from safe_files import write_json
+from text_data import ENWIK8_BYTES, ENWIK8_SPLIT, load_tokenizer, read_text_file, text_encoder
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from modeling_seqboat import SeqBoatCache, SeqBoatForCausalLM
 
@@ -156,7 +156,7 @@ def main(argv: list[str] | None = None) -> dict:
     argv = sys.argv[1:] if argv is None else argv
     arguments = parse_arguments(argv)
     text = cut_split(read_text_file(arguments.data), arguments.split)[: arguments.max_bytes]
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    tokenizer = load_tokenizer(arguments.model)
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype)).eval()
     if arguments.stride is None and not isinstance(model, SeqBoatForCausalLM):
         raise ValueError(
@@ -203,7 +203,7 @@ def main(argv: list[str] | None = None) -> dict:
     }
     if arguments.output is not None:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(result, indent=2) + "\n", "utf-8")
+        write_json(arguments.output, result)
     return result
 
 

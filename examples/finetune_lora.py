@@ -5,7 +5,6 @@ cost and brought.
         --output_dir outputs/adapter
 """
 
-import json
 import os
 import time
 from dataclasses import dataclass, field
@@ -13,11 +12,15 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from ranges import LARGEST_SEED, PART, Range, at_least, check_ranges, from_to
 from recipes import check_model, check_model_folder, check_output_folder, parse_arguments
+from run_folder import PARTIAL, RunFolder, take_folder
+from safe_files import read_json_object, write_json
 from text_data import TokenBlocks, load_tokenizer, read_text_file, split_text
-from transformers import AutoModelForCausalLM, TrainingArguments
+from trainer_runs import RunTrainer
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, TrainingArguments
 
-from modeling_seqboat.training_seqboat import RouterCallback, SeqBoatTrainer
+from modeling_seqboat.training_seqboat import RouterCallback
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configuration/peft/seqboat_lora.json"
 
@@ -52,6 +55,17 @@ class LoraArguments:
     overwrite_output_dir: bool = field(default=False)
 
 
+# Of every argument that is a number.
+RANGES: dict[str, Range] = {
+    **dict.fromkeys(("rank", "int4_group_size", "max_bytes", "batch_size", "max_steps", "logging_steps"), at_least(1)),
+    **dict.fromkeys(("learning_rate", "warmup_steps"), at_least(0)),
+    "sequence_length": at_least(2),
+    "validation_fraction": PART,
+    "max_grad_norm": at_least(0),
+    "seed": from_to(0, LARGEST_SEED),
+}
+
+
 def load_base(arguments: LoraArguments) -> torch.nn.Module:
     """The base model, its linear layers quantised if asked for. Raises ValueError for an unknown setting."""
     if arguments.quantization not in ("none", "int8", "int4"):
@@ -74,7 +88,7 @@ def lora_config(arguments: LoraArguments) -> LoraConfig:
     path = Path(arguments.peft_config)
     if not path.is_file():
         raise FileNotFoundError(f"there is no PEFT config {str(path)!r}")
-    settings = json.loads(path.read_text(encoding="utf-8"))
+    settings = read_json_object(path)
     settings.pop("peft_type", None)
     settings["use_dora"] = arguments.use_dora
     if arguments.rank is not None:
@@ -82,7 +96,10 @@ def lora_config(arguments: LoraArguments) -> LoraConfig:
     if arguments.target_modules is not None:
         names = arguments.target_modules.split(",")
         settings["target_modules"] = names[0] if names == ["all-linear"] else names
-    return LoraConfig(**settings)
+    try:
+        return LoraConfig(**settings)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{str(path)!r} is no config of PEFT's LoRA: {error}") from error
 
 
 def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
@@ -92,14 +109,13 @@ def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
 
 def main(argv: list[str] | None = None) -> dict:
     arguments = parse_arguments(LoraArguments, argv)
+    check_ranges(arguments, RANGES)
     output = check_output_folder(arguments.output_dir, False, arguments.overwrite_output_dir)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("finetune_lora.py runs in one process; examples/finetune_trainer.py runs in several")
     check_model_folder(arguments.model)
     config = lora_config(arguments)
     tokenizer = load_tokenizer(arguments.tokenizer)
-    if not 0 < arguments.validation_fraction < 1:
-        raise ValueError(f"validation_fraction must lie between 0 and 1, got {arguments.validation_fraction}")
     text = read_text_file(arguments.train_file)
     splits = split_text(text, tokenizer, arguments.validation_fraction, arguments.max_bytes)
     if len(splits.validation) < 2:
@@ -110,7 +126,7 @@ def main(argv: list[str] | None = None) -> dict:
     check_model(arguments.model, base.config, tokenizer)
     model = get_peft_model(base, config)
     trainable, total = model.get_nb_trainable_parameters()
-    trainer = SeqBoatTrainer(
+    trainer = RunTrainer(
         model=model,
         args=TrainingArguments(
             output_dir=str(output), per_device_train_batch_size=arguments.batch_size,
@@ -123,21 +139,47 @@ def main(argv: list[str] | None = None) -> dict:
         train_dataset=train, eval_dataset=validation, data_collator=collate,
     )  # fmt: skip
     RouterCallback.attach(trainer)
+    folder = take_folder(arguments.output_dir, overwrite=arguments.overwrite_output_dir)
+    try:
+        report = finetune(arguments, trainer, folder, tokenizer)
+    finally:
+        folder.close()
+    report = {"trainable_parameters": trainable, "trainable_share": trainable / total, **report}
+    write_json(output / "report.json", report)
+    print(f"trainable: {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
+    print(f"speed: {report['tokens_per_second']:,.0f} tokens/s")
+    print(f"validation loss: {report['loss_before']:.4f} before, {report['loss_after']:.4f} after")
+    print(f"largest difference of logits after reloading the adapter: {report['reloaded_difference']:.1e}")
+    if "merged_difference" in report:
+        print(f"largest difference of logits after merging it: {report['merged_difference']:.1e}")
+    print(f"adapter: {output}")
+    return report
+
+
+def finetune(
+    arguments: LoraArguments, trainer: RunTrainer, folder: RunFolder, tokenizer: PreTrainedTokenizerBase
+) -> dict:
+    """Trains the adapter, keeps it in the folder, and compares it with what is read from there."""
+    model, output, length = trainer.model, folder.path, arguments.sequence_length
     before = trainer.evaluate()["eval_loss"]
     start = time.perf_counter()
-    trainer.train()
+    trainer.train_in(folder)
     seconds = time.perf_counter() - start
+    # First of all: a training that was stopped may not have much time left.
+    stage = output / f"{PARTIAL}adapter"
+    model.save_pretrained(stage)
+    # Last the file by which an adapter is known.
+    for path in sorted(stage.iterdir(), key=lambda path: path.name == "adapter_config.json"):
+        path.replace(output / path.name)
+    stage.rmdir()
     after = trainer.evaluate()["eval_loss"]
-    model.save_pretrained(output)
-
     probe = next(model.parameters())
-    ids = train[0]["input_ids"][None, : min(256, arguments.sequence_length)].to(probe.device)
+    ids = trainer.train_dataset[0]["input_ids"][None, : min(256, length)].to(probe.device)
     adapted = _logits(model, ids)
     reloaded = PeftModel.from_pretrained(load_base(arguments).to(probe.device), output)
     report = {
-        "trainable_parameters": trainable,
-        "trainable_share": trainable / total,
-        "tokens_per_second": arguments.max_steps * arguments.batch_size * arguments.sequence_length / seconds,
+        "steps": trainer.state.global_step,
+        "tokens_per_second": trainer.state.global_step * arguments.batch_size * length / seconds,
         "loss_before": before,
         "loss_after": after,
         "reloaded_difference": float((_logits(reloaded, ids) - adapted).abs().max()),
@@ -146,16 +188,9 @@ def main(argv: list[str] | None = None) -> dict:
         merged = reloaded.merge_and_unload()
         report["merged_difference"] = float((_logits(merged, ids) - adapted).abs().max())
         if arguments.save_merged:
-            merged.save_pretrained(output / "merged")
-            tokenizer.save_pretrained(output / "merged")
-    (output / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    print(f"trainable: {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
-    print(f"speed: {report['tokens_per_second']:,.0f} tokens/s")
-    print(f"validation loss: {before:.4f} before, {after:.4f} after")
-    print(f"largest difference of logits after reloading the adapter: {report['reloaded_difference']:.1e}")
-    if "merged_difference" in report:
-        print(f"largest difference of logits after merging it: {report['merged_difference']:.1e}")
-    print(f"adapter: {output}")
+            with folder.replacing("merged") as stage:
+                merged.save_pretrained(stage)
+                tokenizer.save_pretrained(stage)
     return report
 
 

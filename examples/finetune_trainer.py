@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from instruction_data import Instructions, read_instructions
+from ranges import BETA, LARGEST_SEED, PART, Range, above, at_least, check_ranges, from_to
 from recipes import (
     check_launch,
     check_model,
@@ -67,6 +68,24 @@ class FinetuneArguments(TrainingArguments):
         super().__post_init__()
 
 
+# Of every number among the arguments that are not the Trainer's, and of those of the Trainer's that it takes unseen.
+RANGES: dict[str, Range] = {
+    "validation_fraction": PART,
+    "sequence_length": at_least(2),
+    **dict.fromkeys(("max_bytes", "save_total_limit", "gradient_accumulation_steps"), at_least(1)),
+    **dict.fromkeys(
+        ("per_device_train_batch_size", "per_device_eval_batch_size", "eval_accumulation_steps"), at_least(1)
+    ),
+    **dict.fromkeys(("save_steps", "eval_steps", "logging_steps", "num_train_epochs"), above(0)),
+    **dict.fromkeys(
+        ("learning_rate", "router_learning_rate", "weight_decay", "warmup_steps", "eval_delay"), at_least(0)
+    ),
+    **dict.fromkeys(("max_grad_norm", "adam_epsilon", "dataloader_num_workers", "neftune_noise_alpha"), at_least(0)),
+    **dict.fromkeys(("label_smoothing_factor", "adam_beta1", "adam_beta2"), BETA),
+    **dict.fromkeys(("seed", "data_seed"), from_to(0, LARGEST_SEED)),
+}
+
+
 class LeftPadding:
     """Rows of different lengths -> one batch, padded on the left; without labels every token is its own."""
 
@@ -92,8 +111,6 @@ def load_data(a: FinetuneArguments, tokenizer: PreTrainedTokenizerBase) -> tuple
     """Training and evaluation examples. Raises FileNotFoundError and ValueError that name what is wrong."""
     if a.train_file is None:
         raise ValueError("train_file is missing")
-    if not 0 < a.validation_fraction < 1:
-        raise ValueError(f"validation_fraction must lie between 0 and 1, got {a.validation_fraction}")
     if a.train_file.endswith(".jsonl"):
         columns = (a.prompt_column, a.completion_column)
         train = read_instructions(a.train_file, *columns)
@@ -134,6 +151,9 @@ def metrics(prediction: EvalPrediction) -> dict[str, float]:
 
 def main(argv: list[str] | None = None) -> dict:
     a = parse_arguments(FinetuneArguments, argv)
+    check_ranges(a, RANGES)
+    if a.max_steps != -1 and a.max_steps < 1:
+        raise ValueError(f"max_steps must be at least 1, or -1 for num_train_epochs, got {a.max_steps}")
     if a.model is None:
         raise ValueError("model is missing: the folder or Hub name of a causal SeqBoat")
     check_model_folder(a.model)

@@ -1,10 +1,11 @@
 """Instruction sets for the example scripts: JSON lines of a prompt and its completion, or of chat messages, as token ids
 whose labels cover the answers alone."""
 
-import json
 from pathlib import Path
+from typing import Any
 
 import torch
+from safe_files import json_lines
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
@@ -18,19 +19,15 @@ def read_instructions(path: str, prompt_column: str, completion_column: str) -> 
     if not file.is_file():
         raise FileNotFoundError(f"there is no instruction file {path!r}")
     conversations = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"line {number} of {path!r} is no JSON: {error}") from None
+    for number, row in json_lines(file.read_bytes(), path):
         if "messages" in row:
-            conversations.append(row["messages"])
+            conversations.append(_checked_messages(row["messages"], f"line {number} of {path!r}"))
             continue
         for column in (prompt_column, completion_column):
             if column not in row:
                 raise ValueError(f"line {number} of {path!r} has no {column!r}; it has {', '.join(row)}")
+            if not isinstance(row[column], str):
+                raise ValueError(f"line {number} of {path!r}: {column!r} must be a text, got {row[column]!r:.80}")
         conversations.append(
             [
                 {"role": "user", "content": row[prompt_column]},
@@ -40,6 +37,15 @@ def read_instructions(path: str, prompt_column: str, completion_column: str) -> 
     if not conversations:
         raise ValueError(f"instruction file {path!r} is empty")
     return conversations
+
+
+def _checked_messages(messages: Any, where: str) -> list[dict]:
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(f"{where}: 'messages' must be a list of messages, got {messages!r:.80}")
+    for message in messages:
+        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
+            raise ValueError(f"{where}: a message must hold the texts 'role' and 'content', got {message!r:.80}")
+    return messages
 
 
 class Instructions(Dataset):

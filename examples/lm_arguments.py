@@ -4,6 +4,9 @@ import math
 import os
 from dataclasses import dataclass, field
 
+from ranges import BETA, LARGEST_SEED, MAX_NORM, PART, Range, above, at_least, check_ranges, from_to
+from safe_files import parse_json
+
 
 @dataclass
 class TrainArguments:
@@ -81,6 +84,38 @@ class TrainArguments:
             self.max_steps = 500 if self.max_minutes is None else math.inf
 
 
+# Of every argument that is a number.
+RANGES: dict[str, Range] = {
+    **dict.fromkeys(("batch_size", "gradient_accumulation_steps", "eval_batch_size"), at_least(1)),
+    **dict.fromkeys(("eval_steps", "save_steps", "logging_steps", "eval_tokens", "max_bytes"), at_least(1)),
+    # Infinity where max_minutes alone ends the run.
+    "max_steps": Range(1, endless=True),
+    "max_minutes": above(0),
+    "sequence_length": at_least(2),
+    "eval_context": at_least(1),
+    "save_total_limit": at_least(1),
+    "validation_fraction": PART,
+    "learning_rate": at_least(0),
+    "router_learning_rate": at_least(0),
+    "weight_decay": at_least(0),
+    "warmup_steps": at_least(0),
+    "warmup_start": from_to(0, 1),
+    "final_rate": from_to(0, 1),
+    "max_grad_norm": MAX_NORM,
+    "beta1": BETA,
+    "beta2": BETA,
+    "seed": from_to(0, LARGEST_SEED),
+}
+
+
+def json_object(text: str | None, name: str) -> dict:
+    """The object that an argument holds as JSON, an empty one where it was not given. Raises ValueError by name."""
+    value = parse_json(text, f"{name} {text!r}") if text else {}
+    if not isinstance(value, dict):
+        raise ValueError(f'{name} must be a JSON object such as {{"hidden_size": 64}}, got {text!r}')
+    return value
+
+
 def check_arguments(a: TrainArguments) -> None:
     """Raises ValueError for values that no run can use, naming them."""
     choices = {
@@ -96,29 +131,10 @@ def check_arguments(a: TrainArguments) -> None:
         raise ValueError(f"give one of train_file and dataset_name, got {a.train_file!r} and {a.dataset_name!r}")
     if a.score_test and a.train_file is None:
         raise ValueError("score_test is for enwik8 as train_file; a dataset_name has no test split here")
-    for name in (
-        "batch_size",
-        "gradient_accumulation_steps",
-        "max_steps",
-        "eval_steps",
-        "save_steps",
-        "logging_steps",
-    ):
-        if getattr(a, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(a, name)}")
-    for name in ("muon_learning_rate", "router_gain"):
-        if not 0 <= getattr(a, name) < math.inf:
-            raise ValueError(f"{name} must be at least 0, got {getattr(a, name)}")
-    if a.average_decay is not None and not 0 < a.average_decay < 1:
-        raise ValueError(f"average_decay must lie between 0 and 1, got {a.average_decay}")
-    if a.sequence_length < 2:
-        raise ValueError(f"sequence_length must be at least 2, got {a.sequence_length}")
-    if a.eval_context is not None and not 1 <= a.eval_context < a.sequence_length:
+    check_ranges(a, RANGES)
+    if a.eval_context is not None and a.eval_context >= a.sequence_length:
         raise ValueError(f"eval_context must be from 1 to {a.sequence_length - 1}, got {a.eval_context}")
-    if not 0 < a.validation_fraction < 1:
-        raise ValueError(f"validation_fraction must lie between 0 and 1, got {a.validation_fraction}")
-    if a.max_minutes is not None and not 0 < a.max_minutes < math.inf:
-        raise ValueError(f"max_minutes must be above 0, got {a.max_minutes}")
+    json_object(a.config_overrides, "config_overrides")
 
 
 def check_graphs(a: TrainArguments, on_cpu: bool) -> None:

@@ -50,11 +50,15 @@ def read_run(argument: str) -> Run:
     if not path.is_file():
         raise ValueError(f"{name}: there is no {path}; a run of train_lm.py writes one")
     run = Run(name, [], [])
-    for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
+    wanted = ("step", "train/seconds", "train/tokens", "train/loss", *SPLITS)
+    for number, line in enumerate(path.read_bytes().removesuffix(b"\n").split(b"\n"), start=1):
         try:
             entry = json.loads(line)
             step, _, _ = entry["step"], entry["train/seconds"], entry["train/tokens"]
-        except (ValueError, TypeError, KeyError) as error:
+            if not all(type(value) in (int, float) for key, value in entry.items() if key in wanted or RATE in key):
+                raise ValueError("not a number")
+        # A text nested too deeply is a RecursionError.
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ValueError(
                 f"{name}: line {number} of {path} is no entry of train_lm.py with step, train/seconds and train/tokens: "
                 f"{line[:80]!r}"

@@ -1,6 +1,7 @@
 """Arguments of the example scripts: a dataclass read from flags, from a YAML recipe, or from a recipe with flags after
 it that override it."""
 
+import datetime
 import os
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import TypeVar
 
 import yaml
 from run_folder import MANIFEST_FILE, check_free, latest_checkpoint, verify_checkpoint
-from safe_files import read_json_object
+from safe_files import read_json_object, read_text
 from transformers import HfArgumentParser, PreTrainedConfig, PreTrainedTokenizerBase
 
 from modeling_seqboat import SeqBoatConfig
@@ -31,7 +32,11 @@ def parse_arguments(kind: type[Arguments], argv: list[str] | None = None) -> Arg
 def _recipe_flags(path: Path, known: set[str]) -> list[str]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no recipe {str(path)!r}")
-    values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    try:
+        values = yaml.safe_load(read_text(path)) or {}
+    # Its message names the line; a date that no calendar has is a ValueError, a text nested too deeply a RecursionError.
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f"recipe {str(path)!r} is no YAML: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"recipe {str(path)!r} must be a mapping of argument names to values")
     flags = []
@@ -40,8 +45,11 @@ def _recipe_flags(path: Path, known: set[str]) -> list[str]:
             raise ValueError(
                 f"recipe {str(path)!r}: {name!r} is no argument; arguments are {', '.join(sorted(known))}"
             )
+        listed = value if isinstance(value, list) else [value]
+        if not all(isinstance(one, (str, int, float, datetime.date)) for one in listed if value is not None):
+            raise ValueError(f"recipe {str(path)!r}: {name} must be a text or a number, got a {type(value).__name__}")
         if value is not None:
-            flags += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+            flags += [f"--{name}", *map(str, listed)]
     return flags
 
 

@@ -163,6 +163,11 @@ def _claim(path: Path, checkpoint: Path | None, overwrite: bool) -> str:
         _set_aside(path)
     known = run_of(path) if _entries(path) else None
     if manifest is not None and (inside or known is not None):
+        if known not in (None, manifest["run"]):
+            raise ValueError(
+                f"output_dir {str(path)!r} holds another run: {known}; the checkpoint {str(checkpoint)!r} is of run "
+                f"{manifest['run']}. Name another output_dir"
+            )
         # A checkpoint of the same step would take the place of one that is not this run's.
         own = {entry for entry, its in _manifests(path) if its["run"] == manifest["run"]}
         _move_aside(
@@ -170,11 +175,6 @@ def _claim(path: Path, checkpoint: Path | None, overwrite: bool) -> str:
         )
         if known is None:
             write_json(path / RUN_FILE, {"run": manifest["run"]})
-        elif known != manifest["run"]:
-            raise ValueError(
-                f"output_dir {str(path)!r} holds another run: {known}; the checkpoint {str(checkpoint)!r} is of run "
-                f"{manifest['run']}. Name another output_dir"
-            )
         return manifest["run"]
     if manifest is not None and _entries(path) and not overwrite:
         raise ValueError(

@@ -1,13 +1,12 @@
 """Texts for the example scripts: files and `datasets` datasets, tokenised and packed into rows of one length."""
 
-import gzip
-import lzma
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from safe_files import read_packed
 from torch.utils.data import Dataset, IterableDataset, Sampler
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -19,18 +18,24 @@ ENWIK8_SPLIT = (90_000_000, 95_000_000)
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The byte tokenizer for `byte`, else what AutoTokenizer finds under `name`."""
-    return build_byte_tokenizer() if name == "byte" else AutoTokenizer.from_pretrained(name)
+    """The byte tokenizer for `byte`, else what AutoTokenizer finds under `name`. Raises ValueError that names it."""
+    if name == "byte":
+        return build_byte_tokenizer()
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    # Tokenizer files fail in as many ways as there are tokenizers, seldom naming the file.
+    except Exception as error:
+        files = sorted(file.name for file in Path(name).glob("*token*.json")) if Path(name).is_dir() else []
+        where = f" (its files: {', '.join(files)})" if files else ""
+        raise ValueError(f"the tokenizer of {name!r} cannot be loaded{where}: {error}") from error
 
 
 def read_text_file(path: str) -> bytes:
-    """The contents of a plain, .gz or .xz file. Raises FileNotFoundError, and ValueError for an empty file."""
+    """The contents of a plain, .gz or .xz file. Raises FileNotFoundError, and ValueError for a damaged or empty one."""
     file = Path(path)
     if not file.is_file():
         raise FileNotFoundError(f"there is no text file {path!r}")
-    openers = {".gz": gzip.open, ".xz": lzma.open}
-    with openers.get(file.suffix, open)(file, "rb") as stream:
-        text = stream.read()
+    text = read_packed(file)
     if not text:
         raise ValueError(f"text file {path!r} is empty")
     return text
@@ -169,9 +174,11 @@ class RowOrder(Sampler[int]):
 
 
 def text_of(example: dict, column: str) -> str:
-    """A column of a dataset's row. Raises ValueError if the row does not have it."""
+    """A column of a dataset's row. Raises ValueError if the row does not have it, or has something else than a text there."""
     if column not in example:
         raise ValueError(f"the dataset has no column {column!r}; it has {', '.join(example)}")
+    if not isinstance(example[column], str):
+        raise ValueError(f"the dataset's column {column!r} must hold texts, it holds {example[column]!r:.80}")
     return example[column]
 
 
@@ -199,7 +206,7 @@ class StreamedBlocks(IterableDataset):
         while True:
             size = 0
             for example in self.examples:
-                ids = self.encode(text_of(example, self.column).encode("utf-8")).tolist() + self.end
+                ids = self.encode(text_of(example, self.column).encode("utf-8", "replace")).tolist() + self.end
                 size += len(ids)
                 buffer += ids
                 while len(buffer) >= self.length:
@@ -216,7 +223,7 @@ def joined_tokens(examples: Iterable[dict], column: str, tokenizer, limit: int) 
     ids: list[int] = []
     size = 0
     for example in examples:
-        text = text_of(example, column).encode("utf-8")
+        text = text_of(example, column).encode("utf-8", "replace")
         ids += encode(text).tolist() + end
         size += len(text) + 1
         if len(ids) >= limit:

@@ -28,7 +28,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, GradientAccumulationPlugin, set_seed
-from lm_arguments import TrainArguments, check_arguments, check_graphs
+from lm_arguments import TrainArguments, check_arguments, check_graphs, json_object
 from lm_checkpoints import Clock, Progress, Saver, resume
 from lm_data import HeldOut, build_loader, load_data
 from recipes import check_launch, check_output_folder, find_checkpoint, parse_arguments
@@ -55,7 +55,7 @@ from modeling_seqboat.training_seqboat import (
 
 def build_config(a: TrainArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
     """The config of the model to train. Raises ValueError for fields that a LlamaConfig does not have."""
-    overrides = json.loads(a.config_overrides) if a.config_overrides else {}
+    overrides = json_object(a.config_overrides, "config_overrides")
     ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     if a.model_type == "seqboat":
         if a.tokenizer != "byte":

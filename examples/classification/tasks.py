@@ -1,12 +1,13 @@
 """The classification tasks: where their data come from, how they become sequences, and which head reads them."""
 
 import csv
-import gzip
 import io
-import json
 import lzma
 import re
+import sys
 import tarfile
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,11 @@ from modeling_seqboat import (
     SeqBoatForSequenceClassification,
     build_byte_tokenizer,
 )
+
+# The examples share these modules, which lie one folder up.
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+from ranges import LARGEST_SEED, Range, at_least, check_ranges, from_to  # noqa: E402
+from safe_files import decode_text, json_lines, read_packed  # noqa: E402
 
 SAMPLING_RATE = 16000
 # What `easy_rows` adds, a third of each kind: dashes of a contour, and lengths of a tree (exclusive).
@@ -74,6 +80,13 @@ class DataArguments:
         },
     )
     data_seed: int = field(default=0, metadata={"help": "of splits, random pairs and generated data"})
+
+
+DATA_RANGES: dict[str, Range] = {
+    **dict.fromkeys(("train_size", "validation_size", "test_size", "max_length"), at_least(1)),
+    "easy_rows": at_least(0),
+    "data_seed": from_to(0, LARGEST_SEED),
+}
 
 
 class Rows(Dataset):
@@ -205,10 +218,8 @@ def load_task(task: str, a: DataArguments, pad_id: int | None) -> TaskData:
     }  # fmt: skip
     if task not in loaders:
         raise ValueError(f"task must be one of {', '.join(loaders)}, got {task!r}")
-    for name in ("train_size", "validation_size", "test_size", "max_length"):
-        if getattr(a, name) is not None and getattr(a, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(a, name)}")
-    if a.easy_rows < 0 or (a.easy_rows and task not in ("listops", "pathfinder")):
+    check_ranges(a, DATA_RANGES)
+    if a.easy_rows and task not in ("listops", "pathfinder"):
         raise ValueError(f"easy_rows must be at least 0, and 0 for all but listops and pathfinder, got {a.easy_rows}")
     return loaders[task](a, pad_id or 0)
 
@@ -223,18 +234,24 @@ def _need(task: str, path: str | None, folder: bool = False) -> Path:
     return Path(path)
 
 
-def _read(path: Path) -> bytes:
-    openers = {".gz": gzip.open, ".xz": lzma.open}
-    with openers.get(path.suffix, open)(path, "rb") as stream:
-        return stream.read()
-
-
-def _arrays(task: str, path: Path):
-    """What numpy.load finds in a plain or compressed file."""
+def _arrays(task: str, path: Path) -> np.ndarray | dict[str, np.ndarray]:
+    """What a plain or compressed file holds that numpy.save or numpy.savez wrote."""
     try:
-        return np.load(io.BytesIO(_read(path)), allow_pickle=False)
-    except (ValueError, OSError, EOFError, lzma.LZMAError) as error:
+        found = np.load(io.BytesIO(read_packed(path)), allow_pickle=False)
+        return found if isinstance(found, np.ndarray) else {name: found[name] for name in found.files}
+    # A header of a size that no memory has is a MemoryError, one of no size at all an OverflowError or a SyntaxError.
+    except (
+        ValueError, TypeError, OSError, EOFError, MemoryError, OverflowError, SyntaxError, KeyError, NotImplementedError,
+        zipfile.BadZipFile, zlib.error,
+    ) as error:  # fmt: skip
         raise ValueError(f"task {task!r}: {str(path)!r} holds no numpy arrays ({error})") from error
+
+
+def _one_array(task: str, path: Path) -> np.ndarray:
+    found = _arrays(task, path)
+    if isinstance(found, dict):
+        raise ValueError(f"task {task!r}: {str(path)!r} must hold one array, it holds {', '.join(found)}")
+    return found
 
 
 def _split(make, known: np.ndarray, test: np.ndarray | None, a: DataArguments) -> dict[str, Rows]:
@@ -272,7 +289,8 @@ def load_text(a: DataArguments, pad_id: int) -> TaskData:
                     texts.append(np.frombuffer(tar.extractfile(entry).read(a.max_length), dtype=np.uint8))
                     parts.append(match[1] == "test")
                     labels.append(int(match[2] == "pos"))
-    except (tarfile.TarError, EOFError, OSError, lzma.LZMAError) as error:
+    # A damaged number in a header is a ValueError of the archive's reader.
+    except (tarfile.TarError, EOFError, OSError, lzma.LZMAError, zlib.error, ValueError) as error:
         raise ValueError(f"task 'text': {str(archive)!r} is no tar archive ({error})") from error
     if not texts:
         raise ValueError(
@@ -353,7 +371,7 @@ def _pixel_rows(pixels: np.ndarray, labels: np.ndarray, mean: float, std: float)
 def load_image(a: DataArguments, pad_id: int) -> TaskData:
     """CIFAR-10 in grey; of every six pictures in the file the last one's share is the test set."""
     pixels_path, labels_path = _need("image", a.data_path), _need("image", a.labels_path)
-    pixels, labels = _arrays("image", pixels_path), _arrays("image", labels_path)
+    pixels, labels = _one_array("image", pixels_path), _one_array("image", labels_path)
     if pixels.ndim != 2 or int(pixels.shape[1] ** 0.5) ** 2 != pixels.shape[1] or pixels.dtype != np.uint8:
         raise ValueError(
             f"task 'image': pixels must be uint8 (pictures, height * width) of square pictures, got {pixels.dtype} "
@@ -361,6 +379,8 @@ def load_image(a: DataArguments, pad_id: int) -> TaskData:
         )
     if labels.shape != pixels.shape[:1]:
         raise ValueError(f"task 'image': {len(pixels)} pictures do not go with labels of shape {labels.shape}")
+    if labels.dtype.kind not in "iu":
+        raise ValueError(f"task 'image': labels must be whole numbers, got {labels.dtype}")
     known = len(pixels) * 5 // 6
     make = _pixel_rows(pixels, labels, 0.48, 0.24)
     splits = _split(make, np.arange(known), np.arange(known, len(pixels)), a)
@@ -383,15 +403,21 @@ def load_pathfinder(a: DataArguments, pad_id: int) -> TaskData:
 def read_pairs(path: Path, a: DataArguments) -> tuple[list[tuple[str, str]], list[int] | None]:
     """Text pairs of a .csv, .tsv or .jsonl file, and their labels if `label_column` is given."""
     kind = Path(path.stem).suffix if path.suffix in (".gz", ".xz") else path.suffix
-    text = _read(path).decode("utf-8")
+    data = read_packed(path)
     if kind == ".jsonl":
-        rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+        numbered = json_lines(data, str(path))
     elif kind in (".csv", ".tsv"):
         # Long documents are what this task is about.
         csv.field_size_limit(1 << 30)
-        rows = list(csv.DictReader(io.StringIO(text, newline=""), delimiter="," if kind == ".csv" else "\t"))
+        text = io.StringIO(decode_text(data, str(path)), newline="")
+        reader = csv.DictReader(text, delimiter="," if kind == ".csv" else "\t")
+        try:
+            numbered = [(reader.line_num, row) for row in reader]
+        except csv.Error as error:
+            raise ValueError(f"task 'retrieval': line {reader.line_num} of {str(path)!r}: {error}") from None
     else:
         raise ValueError(f"task 'retrieval': {str(path)!r} must end in .csv, .tsv or .jsonl (and .gz or .xz)")
+    rows = [row for _, row in numbered]
     if not rows:
         raise ValueError(f"task 'retrieval': {str(path)!r} has no rows")
     names = list(rows[0])
@@ -403,6 +429,15 @@ def read_pairs(path: Path, a: DataArguments) -> tuple[list[tuple[str, str]], lis
     for column in columns:
         if column not in names:
             raise ValueError(f"task 'retrieval': {str(path)!r} has no column {column!r}; it has {', '.join(names)}")
+    for line, row in numbered:
+        for column in columns:
+            if column not in row:
+                raise ValueError(f"task 'retrieval': line {line} of {str(path)!r} has no column {column!r}")
+        for column in columns[:2]:
+            if not isinstance(row[column], (str, type(None))):
+                raise ValueError(
+                    f"task 'retrieval': line {line} of {str(path)!r}: {column!r} must be a text, got {row[column]!r:.80}"
+                )
     pairs = [(row[columns[0]], row[columns[1]]) for row in rows]
     empty = next((i for i, pair in enumerate(pairs) if not all(pair)), None)
     if empty is not None:
@@ -420,7 +455,11 @@ def load_retrieval(a: DataArguments, pad_id: int) -> TaskData:
     """Do two texts belong together? Without labels each row of the file is one pair that does, and its first text with
     another row's second one, of the same split, is one that does not."""
     pairs, labels = read_pairs(_need("retrieval", a.data_path), a)
-    encoded = [tuple(np.frombuffer(text.encode()[: a.max_length], dtype=np.uint8) for text in pair) for pair in pairs]
+    # A lone half of a character, which JSON can spell, becomes a question mark.
+    encoded = [
+        tuple(np.frombuffer(text.encode("utf-8", "replace")[: a.max_length], dtype=np.uint8) for text in pair)
+        for pair in pairs
+    ]
 
     def make(index: int) -> dict:
         first, second = encoded[index]
@@ -458,10 +497,21 @@ def load_speech(a: DataArguments, pad_id: int) -> TaskData:
     path = _need("speech", a.data_path)
     arrays = _arrays("speech", path)
     names = ("audio", "label", "is_test", "words")
-    missing = [name for name in names if not hasattr(arrays, "files") or name not in arrays.files]
+    missing = [name for name in names if not isinstance(arrays, dict) or name not in arrays]
     if missing:
         raise ValueError(f"task 'speech': {str(path)!r} lacks {', '.join(missing)}. It reads {SOURCES['speech']}.")
     audio, label, is_test, words = (arrays[name] for name in names)
+    shapes = {name: arrays[name].shape for name in names}
+    if audio.ndim != 2 or label.shape != audio.shape[:1] or is_test.shape != audio.shape[:1] or words.ndim != 1:
+        raise ValueError(f"task 'speech': the arrays of {str(path)!r} do not go together: {shapes}")
+    if audio.dtype.kind not in "iuf" or label.dtype.kind not in "iu" or words.dtype.kind != "U":
+        raise ValueError(
+            f"task 'speech': audio, label and words must be numbers, whole numbers and texts in {str(path)!r}"
+        )
+    if len(label) and not 0 <= int(label.min()) <= int(label.max()) < len(words):
+        raise ValueError(
+            f"task 'speech': labels must be from 0 to {len(words) - 1}, the last word's, in {str(path)!r}"
+        )
     extractor = Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True, sampling_rate=SAMPLING_RATE)
 
     # The extractor takes longer for a row than the row takes to travel, so it sees each once.

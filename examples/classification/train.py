@@ -23,7 +23,7 @@ import torch
 import transformers
 from budget import TimeBudget
 from pictures import write_activations, write_confusion_matrix
-from tasks import DataArguments, EpochOrder, TaskData, load_task
+from tasks import DATA_RANGES, DataArguments, EpochOrder, TaskData, load_task
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
@@ -33,6 +33,7 @@ from modeling_seqboat.training_seqboat import RouterCallback, parameter_groups
 
 # The examples share this module, which lies one folder up.
 sys.path.append(str(Path(__file__).resolve().parent.parent))
+from ranges import BETA, LARGEST_SEED, MAX_NORM, Range, at_least, check_ranges, from_to  # noqa: E402
 from recipes import check_output_folder, check_same_shape, checkpoint_folder, parse_arguments  # noqa: E402
 from run_folder import RunFolder, take_folder_once  # noqa: E402
 from safe_files import parse_json, replacing, write_json  # noqa: E402
@@ -81,6 +82,20 @@ class ClassificationArguments(DataArguments):
     overwrite_output_dir: bool = field(default=False)
     cuda_graphs: bool = field(default=False, metadata={"help": "steps as CUDA graphs, for rows of one length"})
     seed: int = field(default=0)
+
+
+# Of every argument that is a number.
+RANGES: dict[str, Range] = {
+    **DATA_RANGES,
+    **dict.fromkeys(("batch_size", "eval_batch_size", "gradient_accumulation_steps", "max_steps"), at_least(1)),
+    **dict.fromkeys(("eval_steps", "logging_steps", "save_total_limit"), at_least(1)),
+    **dict.fromkeys(("learning_rate", "router_learning_rate", "weight_decay"), at_least(0)),
+    **dict.fromkeys(("warmup_steps", "easy_passes", "num_workers"), at_least(0)),
+    "max_grad_norm": MAX_NORM,
+    "beta1": BETA,
+    "beta2": BETA,
+    "seed": from_to(0, LARGEST_SEED),
+}
 
 
 class EpochOfOrder(TrainerCallback):
@@ -195,12 +210,10 @@ def check_arguments(a: ClassificationArguments) -> None:
     for name in ("task", "preset", "output_dir"):
         if not getattr(a, name):
             raise ValueError(f"{name} is missing: give it by --{name} or in a recipe")
-    for name in ("batch_size", "gradient_accumulation_steps", "max_steps", "eval_steps", "logging_steps"):
-        if getattr(a, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(a, name)}")
-    if a.easy_passes < 0 or (a.easy_passes and not a.easy_rows):
+    check_ranges(a, RANGES)
+    if a.easy_passes and not a.easy_rows:
         raise ValueError(f"easy_passes must be at least 0, and 0 without easy_rows, got {a.easy_passes}")
-    if a.max_minutes is not None and a.max_minutes <= 0:
+    if a.max_minutes is not None and not 0 < a.max_minutes < math.inf:
         raise ValueError(f"max_minutes must be greater than 0, got {a.max_minutes}")
     if a.max_minutes is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("max_minutes is for one process: several would read their clocks apart")
