@@ -4,9 +4,7 @@ Letters: B batch, L columns of one forward, D channels, N states a channel, W me
 T truncation, M activated tokens of one forward.
 """
 
-import json
 import os
-import secrets
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -14,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from .cache_file_seqboat import SavedState, check_buffer, check_counts, memory_of, read_state, write_state
 from .configuration_seqboat import SeqBoatConfig
 from .context_seqboat import SequenceContext
 from .ops_ema_seqboat import without_autocast
@@ -46,7 +44,6 @@ _SIGNATURE = (
     "position_embedding_type",
     "rope_theta",
 )
-_FORMAT = "seqboat-cache-1"
 
 
 def _signature(config: SeqBoatConfig) -> dict[str, Any]:
@@ -612,23 +609,8 @@ class SeqBoatCache(Cache):
         """Writes the state to one safetensors file; an existing file is replaced only once the new one is complete."""
         if not self.is_initialized:
             raise ValueError("the cache is empty: feed at least one token before saving it")
-        path = Path(path)
-        meta = {
-            "format": _FORMAT,
-            "signature": json.dumps(self.signature),
-            "seen": str(self.get_seq_length()),
-            "static": str(self.layers[0].static),
-        }
-        temporary = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
-        with open(temporary, "xb") as file:
-            mode = os.fstat(file.fileno()).st_mode
-        try:
-            save_file({name: tensor.contiguous() for name, tensor in self.tensors()}, temporary, metadata=meta)
-            # safetensors writes files that only their owner may read; as for any other file the umask decides.
-            os.chmod(temporary, mode)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        state = SavedState(dict(self.tensors()), self.signature, self.get_seq_length(), self.layers[0].static)
+        write_state(Path(path), state, save_file)
 
     @classmethod
     def load(
@@ -642,35 +624,35 @@ class SeqBoatCache(Cache):
             device: where the buffers go.
 
         Raises:
+            FileNotFoundError: if there is no such file.
             ValueError: if the file is damaged, holds something else, or the state of another model.
         """
-        try:
-            opened = safe_open(path, "pt", device=str(device))
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error
-        with opened as file:
-            meta = file.metadata() or {}
-            if meta.get("format") != _FORMAT:
-                raise ValueError(f"{path} is not a SeqBoat cache: format {meta.get('format')!r}, expected {_FORMAT!r}")
-            cache = cls(config, static=meta["static"] == "True")
-            cache.signature = json.loads(meta["signature"])
-            cache.check_config(config)
-            names = set(file.keys())
-            if "layers.0.keys" not in names:
-                raise ValueError(f"{path} lacks layers.0.keys")
-            first = file.get_tensor("layers.0.keys")
-            for index, layer in enumerate(cache.layers):
-                layer._allocate(first.shape[0], layer.memory_size, first.dtype, first.device)
-                for name, buffer in layer.tensors().items():
-                    key = f"layers.{index}.{name}"
-                    if key not in names:
-                        raise ValueError(f"{path} lacks {key}")
-                    loaded = file.get_tensor(key)
-                    if loaded.shape != buffer.shape:
-                        raise ValueError(f"{key} in {path} is {tuple(loaded.shape)}, expected {tuple(buffer.shape)}")
-                    buffer.copy_(loaded)
-                layer._count(int(meta["seen"]))
-                layer._drop_empty_slots()
+        state = read_state(path)
+        cache = cls(config, static=state.static)
+        cache.signature = state.signature
+        cache.check_config(config)
+        left = set(state.tensors)
+        for index, layer in enumerate(cache.layers):
+            prefix = f"layers.{index}"
+            rows, dtype = memory_of(path, f"{prefix}.keys", state.tensors)
+            # Keys of the right shape are as large as the file says; of another shape nothing is allocated.
+            _, key_width, _ = layer.shapes
+            check_buffer(path, f"{prefix}.keys", state.tensors[f"{prefix}.keys"], (rows, layer.memory_size, key_width), dtype)
+            layer._allocate(rows, layer.memory_size, dtype, torch.device(device))
+            for name, buffer in layer.tensors().items():
+                key = f"{prefix}.{name}"
+                if key not in left:
+                    raise ValueError(f"{path} lacks {key}")
+                left.remove(key)
+                check_buffer(path, key, state.tensors[key], tuple(buffer.shape), buffer.dtype)
+                buffer.copy_(state.tensors[key])
+            check_counts(path, prefix, state.tensors, state.seen)
+            layer._count(state.seen)
+            layer._drop_empty_slots()
+        if left:
+            raise ValueError(f"{path} holds what no cache of this model has: {', '.join(sorted(left))}")
+        if len({layer.batch_size for layer in cache.layers}) > 1:
+            raise ValueError(f"{path} holds layers of different numbers of rows")
         # The file does not say.
         cache.restarted = True
         return cache

@@ -1,8 +1,10 @@
 """Classification example: runs that end in time, random variants of rows, short recipes, several tasks at once and the
 page of results."""
 
+import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import tarfile
@@ -341,3 +343,98 @@ def test_launcher_refuses_what_it_cannot_run(tmp_path, arguments, message):
     with pytest.raises(ValueError, match=message):
         module("run_tasks").main([*arguments, "--output_dir", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
+
+
+def write_archive(path, summary, files=()):
+    with tarfile.open(path, "w:gz") as tar:
+        for name, data in [("summary.json", summary), *files]:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+RESULTS = {
+    "test_accuracy": 0.5, "validation_accuracy": 0.5, "steps": 2, "best_step": 1, "minutes": 0.1, "parameters": 10,
+    "tokens_per_second": 5.0, "activation_rate_by_layer": [0.5], "device": "a CPU", "command": "python train.py",
+    "rows": {"train": 1, "validation": 1, "test": 1}, "versions": {"torch": "2", "transformers": "5"},
+}  # fmt: skip
+
+
+def test_a_report_reads_archives_of_anybody(tmp_path):
+    report, page = module("report"), tmp_path / "docs/page.md"
+    page.parent.mkdir()
+    picture = b"\x89PNG\r\n\x1a\n rest"
+
+    def make(task="text", files=(("text/activations.png", picture),), **changes):
+        summary = json.dumps([{"task": task, "results": {**RESULTS, **changes}}]).encode()
+        return write_archive(tmp_path / "a.tar.gz", summary, files)
+
+    report.main([str(make()), "--page", str(page)])
+    before = {path: path.read_bytes() for path in page.parent.rglob("*") if path.is_file()}
+    assert before[page.parent / "images/classification/text_activations.png"] == picture
+    cases = [
+        (dict(task="/tmp/x"), "task='/tmp/x' is none of text"), (dict(task="../text"), "is none of"),
+        (dict(task=5), "task=5 is none of"), (dict(task=["text"]), "is none of"),
+        (dict(files=[("text/activations.png", b"<script>")]), "is no PNG picture"),
+        (dict(device="<script>"), "where a plain line should be"), (dict(command="a\n# b"), "where a plain line should be"),
+        (dict(steps="2"), "where a number should be"), (dict(activation_rate_by_layer=[None]), "a number should be"),
+        (dict(minutes=float("nan")), "a number should be"), (dict(rows=[]), "are not what train.py writes"),
+    ]  # fmt: skip
+    for changes, message in cases:
+        with pytest.raises(ValueError, match=message):
+            report.main([str(make(**changes)), "--page", str(page)])
+    for summary in (b"{}", b"[1]", b"[" * 100_000, b"\xff", b'[{"results": {}}]'):
+        with pytest.raises(ValueError, match="summary.json"):
+            report.main([str(write_archive(tmp_path / "b.tar.gz", summary)), "--page", str(page)])
+    whole = make().read_bytes()
+    for damaged in (whole[:50], b"no archive", b"", whole[:30] + b"\0\0\0\0" + whole[34:]):
+        (tmp_path / "c.tar.gz").write_bytes(damaged)
+        with pytest.raises(ValueError, match="c.tar.gz' cannot be read"):
+            report.main([str(tmp_path / "c.tar.gz"), "--page", str(page)])
+    assert {path: path.read_bytes() for path in page.parent.rglob("*") if path.is_file()} == before
+
+
+def test_a_stopped_task_saves_a_checkpoint_and_no_results(tmp_path):
+    settings = {**write_reviews(tmp_path), "max_steps": 6, "eval_steps": 100, "save_total_limit": 1}
+    train, output = module("train"), tmp_path / "run"
+
+    class Stop(train.TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    usual = train.RouterCallback.attach
+    try:
+        train.RouterCallback.attach = lambda trainer: trainer.add_callback(Stop())
+        assert run("lra-text", output, **settings) == {}
+    finally:
+        train.RouterCallback.attach = usual
+    assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-4"]
+    assert not (output / "results.json").exists() and not (output / "best").exists()
+    results = run("lra-text", output, resume_from_checkpoint="latest", **settings)
+    whole = run("lra-text", tmp_path / "whole", **settings)
+    assert results["steps"] == 6
+    torch.testing.assert_close(
+        *(load_file(path / "best/model.safetensors") for path in (output, tmp_path / "whole")), rtol=0, atol=0
+    )
+    for name in ("trainer_state.json", "rng_state.pth"):
+        (output / "checkpoint-6" / name).write_bytes(b"")
+        with pytest.raises(ValueError, match="checkpoint-6"):
+            run("lra-text", output, resume_from_checkpoint="latest", **settings)
+        run("lra-text", output, overwrite_output_dir=True, **settings)
+    assert results["confusion_matrix"] == whole["confusion_matrix"]
+
+
+def test_every_number_has_a_range(tmp_path):
+    train, reviews = module("train"), write_reviews(tmp_path)
+    numbers = {
+        name for name, field in train.ClassificationArguments.__dataclass_fields__.items()
+        if field.type in (int, float, int | None, float | None)
+    }  # fmt: skip
+    assert numbers - set(train.RANGES) == {"max_minutes"}
+    for name in sorted(numbers):
+        for value in (-1, "nan") if name not in ("max_length",) else (0,):
+            with pytest.raises((ValueError, SystemExit)):
+                run("lra-text", tmp_path / "run", **{**reviews, name: value})
+    assert not (tmp_path / "run").exists()

@@ -276,13 +276,13 @@ def test_a_kill_at_any_moment_loses_no_more_than_the_steps_since_the_last_checkp
     began = time.monotonic()
     subprocess.run(command(tmp_path / "timed"), env=ENVIRONMENT, check=True, capture_output=True)
     length = time.monotonic() - began
-    for attempt in range(12):
+    for attempt in range(6):
         output = tmp_path / f"run{attempt}"
         process = subprocess.Popen(
             command(output), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         # Steps and saves fill the last part of a run; the first is Python's imports.
-        time.sleep(length * (0.55 + 0.45 * attempt / 12))
+        time.sleep(length * (0.55 + 0.45 * attempt / 6))
         process.kill()
         process.wait()
         for name in ("best", "final"):

@@ -7,9 +7,16 @@ last one counts.
 """
 
 import argparse
-import json
+import lzma
+import math
+import sys
 import tarfile
+import zlib
 from pathlib import Path
+
+# The examples share this module, which lies one folder up.
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+from safe_files import decode_text, parse_json, replacing, write_json, write_text  # noqa: E402
 
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 PICTURES = ("confusion_matrix.png", "activations.png")
@@ -19,25 +26,91 @@ TITLES = {
 }  # fmt: skip
 
 
+# A picture of a task has some 100 kB, a summary less; an archive may say it holds anything.
+LARGEST_FILE = 32 << 20
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
 def read(paths: list[Path]) -> tuple[dict[str, dict], dict[str, dict[str, bytes]]]:
-    """Results and pictures by task. Raises ValueError where a file holds no summary, or no task that ended well."""
+    """Results and pictures by task. Raises ValueError where a file holds no summary, a task that there is not, or none that
+    ended well: tasks name files, so that only known ones are taken."""
     results, pictures = {}, {}
     for path in paths:
-        with tarfile.open(path) as tar:
-            names = tar.getnames()
-            if "summary.json" not in names:
-                raise ValueError(f"{str(path)!r} has no summary.json: it is none that run_tasks.py collected")
-            for entry in json.loads(tar.extractfile("summary.json").read()):
-                if "results" not in entry:
-                    continue
-                task = entry["task"]
-                results[task] = entry["results"]
-                pictures[task] = {
-                    name: tar.extractfile(f"{task}/{name}").read() for name in PICTURES if f"{task}/{name}" in names
-                }
+        try:
+            with tarfile.open(path) as tar:
+                members = {member.name: member for member in tar if member.isfile()}
+                if "summary.json" not in members:
+                    raise ValueError("it has no summary.json: it is none that run_tasks.py collected")
+                for entry in _summary(_contents(tar, members["summary.json"])):
+                    if "results" not in entry:
+                        continue
+                    task = entry["task"]
+                    results[task] = _checked(entry["results"], task)
+                    pictures[task] = {
+                        name: _picture(tar, members[f"{task}/{name}"])
+                        for name in PICTURES
+                        if f"{task}/{name}" in members
+                    }
+        # A damaged archive fails in its readers' own ways.
+        except (ValueError, OSError, EOFError, tarfile.TarError, lzma.LZMAError, zlib.error) as error:
+            raise ValueError(f"{str(path)!r} cannot be read: {error}") from error
     if not results:
         raise ValueError("no task ended well in " + ", ".join(map(str, paths)))
     return results, pictures
+
+
+def _contents(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    if member.size > LARGEST_FILE:
+        raise ValueError(f"{member.name!r} has {member.size} bytes, more than {LARGEST_FILE}")
+    return tar.extractfile(member).read()
+
+
+def _picture(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    data = _contents(tar, member)
+    if not data.startswith(PNG):
+        raise ValueError(f"{member.name!r} is no PNG picture")
+    return data
+
+
+def _summary(data: bytes) -> list[dict]:
+    """The entries of a summary, each of a known task."""
+    summary = parse_json(decode_text(data, "summary.json"), "summary.json")
+    if not isinstance(summary, list) or not all(isinstance(entry, dict) for entry in summary):
+        raise ValueError("summary.json must be a list of objects, one a task")
+    for entry in summary:
+        if not isinstance(entry.get("task"), str) or entry["task"] not in TITLES:
+            raise ValueError(f"summary.json: task={entry.get('task')!r} is none of {', '.join(TITLES)}")
+    return summary
+
+
+def _checked(found: object, task: str) -> dict:
+    """Results that the table can be made of: numbers are numbers, and no text breaks out of its line."""
+    numbers = (
+        "test_accuracy",
+        "validation_accuracy",
+        "steps",
+        "best_step",
+        "minutes",
+        "tokens_per_second",
+        "parameters",
+    )
+    try:
+        values = [found[name] for name in numbers] + [found["rows"][name] for name in ("train", "validation", "test")]
+        values += list(found["activation_rate_by_layer"])
+        command, device = found["command"], found["device"]
+        plain = [device, found["versions"]["torch"], found["versions"]["transformers"]]
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"summary.json: the results of task {task!r} are not what train.py writes: {error!r}"
+        ) from error
+    for value in values:
+        if type(value) not in (int, float) or not math.isfinite(value):
+            raise ValueError(f"summary.json: the results of task {task!r} hold {value!r} where a number should be")
+    for text in [command, *plain]:
+        # The command stands in a block of code, which only the end of its line ends.
+        if not isinstance(text, str) or not text.isprintable() or (text is not command and set(text) & set("<>|`[")):
+            raise ValueError(f"summary.json: the results of task {task!r} hold {text!r} where a plain line should be")
+    return found
 
 
 def table(results: dict[str, dict], folder: str) -> str:
@@ -86,9 +159,10 @@ def write_page(page: Path, results: dict[str, dict], pictures: dict[str, dict[st
     folder.mkdir(parents=True, exist_ok=True)
     for task, named in pictures.items():
         for name, data in named.items():
-            (folder / f"{task}_{name}").write_bytes(data)
-    page.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    page.write_text(f"{head}{BEGIN}\n\n{table(results, 'images/classification')}\n\n{END}{tail}", encoding="utf-8")
+            with replacing(folder / f"{task}_{name}") as partial:
+                partial.write_bytes(data)
+    write_json(page.with_suffix(".json"), results, indent=1)
+    write_text(page, f"{head}{BEGIN}\n\n{table(results, 'images/classification')}\n\n{END}{tail}")
 
 
 def main(argv: list[str] | None = None) -> None:
