@@ -1,6 +1,8 @@
 """Reading the published checkpoints: a torch file of options and weights becomes a folder for `from_pretrained`."""
 
+import copy
 import logging
+import zipfile
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +23,17 @@ from .byte_dictionary import (
     byte_permutation,
     read_byte_dictionary,
 )
-from .errors import HubUploadError
+from .errors import HubUploadError, shown
 from .folders import check_output, staged_folder
 from .published_options import PublishedModel, read_options
-from .published_weights import check_weights, translate_weights
+from .published_weights import (
+    all_layers,
+    check_finite,
+    check_plain,
+    check_weights,
+    layer_count,
+    translate_weights,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -73,19 +82,23 @@ def convert_checkpoint(
     model_class = getattr(modeling_seqboat, MODEL_CLASSES[described.kind], None)
     if model_class is None:
         raise HubUploadError(f"this version of modeling_seqboat has no {MODEL_CLASSES[described.kind]}.")
+    check_plain(published, checkpoint.stat().st_size)
     weights, origin = translate_weights(
         published,
         norm_type=described.fields.get("norm_type", "layernorm"),
         always_active=described.fields.get("router_type") == "always",
     )
+    _check_counts(described, weights)
     _check_output_matrix(weights, described.fields)
     tokenizer, permutation = _byte_order(weights, symbols)
     config = _config_of(described, weights, permutation, tokenizer)
-    # On the meta device neither time nor memory goes into weights that are replaced at once.
-    with torch.device("meta"):
-        model = model_class(config)
-    tied = set(getattr(model, "_tied_weights_keys", None) or ()) if config.tie_word_embeddings else set()
-    check_weights(weights, origin, model.state_dict(), tied)
+    tied = set(getattr(model_class, "_tied_weights_keys", None) or ()) if config.tie_word_embeddings else set()
+    expected = all_layers(_meta_model(model_class, config, layers=1).state_dict(), config.num_hidden_layers)
+    check_weights(weights, origin, expected, tied)
+    check_finite(weights, origin)
+    model = _meta_model(model_class, config)
+    # Of their own: a weight may be a part of another's numbers.
+    weights = {name: tensor.contiguous().clone() for name, tensor in weights.items()}
     model.load_state_dict(weights, strict=False, assign=True)
     model.tie_weights()
     if described.kind == "language_model":
@@ -98,6 +111,32 @@ def convert_checkpoint(
     return Conversion(output, model_class.__name__, count, described.warnings)
 
 
+def _meta_model(model_class: type, config: SeqBoatConfig, layers: int | None = None) -> torch.nn.Module:
+    """A model without numbers, of `layers` layers or as many as its config says."""
+    config = copy.deepcopy(config)
+    if layers is not None:
+        config.num_hidden_layers = layers
+    # On the meta device neither time nor memory goes into weights that are replaced at once.
+    try:
+        with torch.device("meta"):
+            return model_class(config)
+    # Sizes whose product no number holds.
+    except (RuntimeError, TypeError, OverflowError) as error:
+        raise HubUploadError(f"the checkpoint's options make no model: {error}") from error
+
+
+def _check_counts(described: PublishedModel, weights: dict[str, torch.Tensor]) -> None:
+    """Refuse options that say more layers or other classes than there are, before as many are built."""
+    layers, found = described.fields.get("num_hidden_layers"), layer_count(weights)
+    if not isinstance(layers, int) or layers > found:
+        raise HubUploadError(f"the checkpoint's options say {shown(layers)} layers, its weights are of {found}.")
+    classes, last = described.fields.get("num_labels"), weights.get("classifier.out_proj.weight")
+    if classes is not None and last is not None and (last.ndim == 0 or classes != last.shape[0]):
+        raise HubUploadError(
+            f"the checkpoint's options say {shown(classes)} classes, its weights have the shape {tuple(last.shape)}."
+        )
+
+
 def load_published(path: Path) -> tuple[Namespace, dict[str, torch.Tensor]]:
     """The options and weights of a published checkpoint. No code of the file is run.
 
@@ -106,6 +145,7 @@ def load_published(path: Path) -> tuple[Namespace, dict[str, torch.Tensor]]:
     """
     if not path.is_file():
         raise HubUploadError(f"the checkpoint {path} does not exist or is not a file.")
+    _check_archive(path)
     try:
         with torch.serialization.safe_globals([Namespace]):
             loaded = torch.load(path, map_location="cpu", weights_only=True)
@@ -116,13 +156,30 @@ def load_published(path: Path) -> tuple[Namespace, dict[str, torch.Tensor]]:
             f"the checkpoint {path} cannot be read as a published SeqBoat checkpoint (a torch file of plain tensors "
             f"and options, loaded with weights_only=True): {reason[0]}"
         ) from error
-    found = sorted(map(str, loaded)) if isinstance(loaded, dict) else type(loaded).__name__
+    found = type(loaded).__name__
+    if isinstance(loaded, dict):
+        found = ", ".join(sorted(shown(name) for name in loaded)[:20]) or "nothing"
     if not isinstance(loaded, dict) or not isinstance(loaded.get("args"), Namespace):
         raise HubUploadError(f"the checkpoint {path} has no options under 'args'; it holds {found}.")
     model = loaded.get("model")
     if not isinstance(model, dict) or not model or not all(isinstance(t, torch.Tensor) for t in model.values()):
         raise HubUploadError(f"the checkpoint {path} has no weights under 'model'; it holds {found}.")
+    for name in model:
+        if not isinstance(name, str):
+            raise HubUploadError(f"the checkpoint {path} has a weight without a name: {shown(name)}.")
     return loaded["args"], model
+
+
+def _check_archive(path: Path) -> None:
+    """torch writes what it stores as it is: an archive that unpacks to more than its size is no file of torch's."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+    # An older format, or damaged: for torch.load to say.
+    except Exception:
+        return
+    if unpacked > path.stat().st_size:
+        raise HubUploadError(f"the checkpoint {path} unpacks to {unpacked:,} bytes, more than the file has.")
 
 
 def _check_output_matrix(weights: dict[str, torch.Tensor], fields: dict[str, Any]) -> None:
@@ -169,6 +226,8 @@ def _config_of(
         else:
             fields |= {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     dtypes = {tensor.dtype for tensor in weights.values() if tensor.is_floating_point()}
+    if not dtypes:
+        raise HubUploadError("the checkpoint has no weights of floating point numbers.")
     # Where dtypes are mixed, the widest is the one that loses nothing on loading.
     fields["dtype"] = max(dtypes, key=lambda dtype: torch.finfo(dtype).bits)
     try:

@@ -2,9 +2,10 @@
 
 import re
 from collections.abc import Iterable
+from typing import Any
 
 # User and organisation tokens of the Hub.
-TOKEN_PATTERN = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{20,}")
+TOKEN_PATTERN = re.compile(r"(?:hf|api_org)_[A-Za-z0-9]{20,}")
 REDACTED = "<token>"
 
 
@@ -18,3 +19,12 @@ def redact(text: str, tokens: Iterable[str | None] = ()) -> str:
         if token:
             text = text.replace(token, REDACTED)
     return TOKEN_PATTERN.sub(REDACTED, text)
+
+
+def shown(value: Any) -> str:
+    """A value of a file for an error: plain ones as they are, cut short, of others the type alone."""
+    if isinstance(value, (bool, float, type(None))) or (isinstance(value, int) and abs(value) < 10**30):
+        return repr(value)
+    if isinstance(value, str):
+        return repr(value[:200])
+    return f"<{type(value).__name__}>"

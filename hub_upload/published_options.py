@@ -11,7 +11,7 @@ from typing import Any
 
 from modeling_seqboat.configuration_seqboat import FIELD_CHECKS, SeqBoatConfig
 
-from .errors import HubUploadError
+from .errors import HubUploadError, shown
 
 LANGUAGE_MODEL_PREFIX = "slag_lm"
 ENCODER_PREFIXES = ("slag_lra", "slag_sc")
@@ -45,6 +45,8 @@ _NOT_FROM_PRESETS = (
 )
 # Options added late in the published code: checkpoints may lack them whatever their task.
 _OPTIONAL = ("act_bias", "hidden_dropout", "activation_dropout", "attention_dropout", "add_apos")
+
+LARGEST_NUMBER = 2**31
 
 # Option -> field where the value is taken as it stands.
 _LANGUAGE_MODEL_FIELDS = {
@@ -117,7 +119,16 @@ class _Options(Mapping):
         self._values = vars(args)
 
     def __getitem__(self, name: str) -> Any:
-        return self._values[name]
+        value = self._values[name]
+        # Pickles hold tensors, lists that are nested without end, and numbers that fill a disk when written out.
+        if not (value is None or isinstance(value, (bool, int, float, str))):
+            self.refuse(name, "it must be a number, a text, True, False or None")
+        if isinstance(value, (int, float)) and not -LARGEST_NUMBER <= value <= LARGEST_NUMBER:
+            self.refuse(name, f"numbers from -{LARGEST_NUMBER} to {LARGEST_NUMBER} are taken")
+        return value
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._values
 
     def __iter__(self):
         return iter(self._values)
@@ -127,13 +138,19 @@ class _Options(Mapping):
 
     def refuse(self, name: str, reason: str) -> None:
         raise HubUploadError(
-            f"the checkpoint's option {name}={self._values.get(name)!r} cannot be converted: {reason}."
+            f"the checkpoint's option {name}={shown(self._values.get(name))} cannot be converted: {reason}."
         )
 
     def choose(self, name: str, choices: Mapping[str, str]) -> str:
         if self[name] not in choices:
             self.refuse(name, "known values are " + ", ".join(map(repr, choices)))
         return choices[self[name]]
+
+    def number(self, name: str) -> float | None:
+        value = self.get(name)
+        if value is not None and (isinstance(value, (bool, str))):
+            self.refuse(name, "a number is needed")
+        return value
 
 
 def read_options(args: Namespace) -> PublishedModel:
@@ -148,7 +165,7 @@ def read_options(args: Namespace) -> PublishedModel:
     kind = _kind_of(arch)
     if kind is None:
         raise HubUploadError(
-            f"the checkpoint's arch={arch!r} is not a published SeqBoat model; known names begin with "
+            f"the checkpoint's arch={shown(arch)} is not a published SeqBoat model; known names begin with "
             f"{LANGUAGE_MODEL_PREFIX}, {' or '.join(ENCODER_PREFIXES)}."
         )
     _refuse_what_cannot_be_expressed(options, kind)
@@ -157,9 +174,11 @@ def read_options(args: Namespace) -> PublishedModel:
     for option, name in names.items():
         if options.get(option) is not None:
             fields[name] = options[option]
+    prefix = "decoder" if kind == "language_model" else "encoder"
+    options.number(f"{prefix}_ffn_embed_dim")
     fields["intermediate_size"] = max(0, fields.get("intermediate_size", 0))
     if "truncation_length" in options:
-        length = options["truncation_length"]
+        length = options.number("truncation_length")
         fields["ssm_truncation"] = length if length is not None and length > 0 else None
     _translate_common(options, fields, names)
     if kind == "language_model":
@@ -202,7 +221,7 @@ def _refuse_what_cannot_be_expressed(options: _Options, kind: str) -> None:
     prefix = "decoder" if kind == "language_model" else "encoder"
     width = options.get(f"{prefix}_embed_dim")
     chunk = "decoder_chunk_size" if kind == "language_model" else "chunk_size"
-    if options.get(chunk) is not None and options[chunk] <= 0:
+    if options.number(chunk) is not None and options[chunk] <= 0:
         options.refuse(chunk, "a window of at least 1 is needed")
     if options.get("layer_type", "slag") not in ("slag", None):
         options.refuse("layer_type", "only 'slag' layers are SeqBoat layers")

@@ -7,9 +7,14 @@ import re
 
 import torch
 
-from .errors import HubUploadError
+from .errors import HubUploadError, shown
 
 ROUTER_ROWS = 2
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+MOST_PROBLEMS = 40
+# Batch norm counts its batches.
+_INTEGERS = re.compile(r".*\.num_batches_tracked|decoder\.version|.*\.inv_freq")
+_OWN_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 # Buffers of the published code that carry no weights.
 _DROPPED = re.compile(r"decoder\.version|.*\.inv_freq")
@@ -46,7 +51,7 @@ def translate_weights(
     """Rename and split the weights of a published checkpoint.
 
     `hx_proj` (2 + D, D) holds the two router logits first; they become `router`, the rest `hidden_proj`. Values and
-    dtypes are left alone.
+    dtypes are left alone, and nothing is copied: shapes are yet to be compared.
 
     Returns:
         The weights under this package's names, and for each of these the published name it came from.
@@ -59,7 +64,7 @@ def translate_weights(
     unknown = []
 
     def put(name: str, tensor: torch.Tensor, source: str) -> None:
-        weights[name], origin[name] = tensor.contiguous().clone(), source
+        weights[name], origin[name] = tensor, source
 
     for source, tensor in published.items():
         if _DROPPED.fullmatch(source):
@@ -67,7 +72,7 @@ def translate_weights(
         layer = _LAYER.fullmatch(source)
         if layer and layer[2] in ("hx_proj.weight", "hx_proj.bias"):
             prefix, kind = f"model.layers.{layer[1]}", layer[2].removeprefix("hx_proj.")
-            if not always_active:
+            if not always_active and tensor.ndim > 0:
                 put(f"{prefix}.router.{kind}", tensor[:ROUTER_ROWS], source)
                 tensor = tensor[ROUTER_ROWS:]
             put(f"{prefix}.hidden_proj.{kind}", tensor, source)
@@ -107,6 +112,54 @@ def _norm_name(name: str, norm_type: str) -> str:
     return "weight" if norm_type == "scalenorm" and name in ("scalar", "weight") else name
 
 
+def check_plain(published: dict[str, torch.Tensor], size: int) -> None:
+    """Refuse what is no plain weight, before anything is computed from it.
+
+    Args:
+        published: the weights of a checkpoint.
+        size: of its file in bytes. A tensor may claim to be larger than what is stored of it.
+
+    Raises HubUploadError naming a weight that is sparse, on no device, or not made of floating point numbers.
+    """
+    claimed = 0
+    for name, tensor in published.items():
+        if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
+            raise HubUploadError(
+                f"the checkpoint's weight {shown(name)} is no plain tensor: {tensor.layout}, {tensor.device}."
+            )
+        if tensor.dtype not in FLOATS and not _INTEGERS.fullmatch(name):
+            known = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATS)
+            raise HubUploadError(f"the checkpoint's weight {shown(name)} is {tensor.dtype}; weights are {known}.")
+        claimed += tensor.numel() * tensor.element_size()
+    # An output matrix may share its numbers with the embedding.
+    if claimed > 2 * size + (1 << 20):
+        raise HubUploadError(f"the checkpoint's weights claim {claimed:,} bytes, but its file has {size:,}.")
+
+
+def layer_count(weights: dict[str, torch.Tensor]) -> int:
+    """Layers that converted weights have anything of."""
+    return len({match[1] for match in map(_OWN_LAYER.match, weights) if match})
+
+
+def all_layers(one_layer: dict[str, torch.Tensor], count: int) -> dict[str, torch.Tensor]:
+    """The state dict of a model of `count` equal layers, from that of a model of one; of tensors only shapes matter."""
+    expected = {}
+    for name, tensor in one_layer.items():
+        if name.startswith("model.layers.0."):
+            rest = name.removeprefix("model.layers.0.")
+            expected |= {f"model.layers.{layer}.{rest}": tensor for layer in range(count)}
+        else:
+            expected[name] = tensor
+    return expected
+
+
+def check_finite(weights: dict[str, torch.Tensor], origin: dict[str, str]) -> None:
+    """Raises HubUploadError naming the weights that hold NaN or infinity."""
+    wrong = [origin[name] for name, tensor in weights.items() if not torch.isfinite(tensor).all()]
+    if wrong:
+        raise HubUploadError("the checkpoint's weights are not finite:\n  " + "\n  ".join(wrong))
+
+
 def check_weights(
     weights: dict[str, torch.Tensor], origin: dict[str, str], expected: dict[str, torch.Tensor], tied: set[str]
 ) -> None:
@@ -130,5 +183,7 @@ def check_weights(
                 f"wrong shape: {origin.get(name, name)} gives {tuple(weights[name].shape)} for {name}, which the "
                 f"options make {tuple(expected[name].shape)}"
             )
+    if len(problems) > MOST_PROBLEMS:
+        problems[MOST_PROBLEMS:] = [f"and {len(problems) - MOST_PROBLEMS} more"]
     if problems:
         raise HubUploadError("the checkpoint's weights do not fit its options:\n  " + "\n  ".join(problems))
