@@ -15,6 +15,20 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 _NAMED = {b"\n": "newline", b"\t": "tab", b" ": "space"}
 
 
+def visible(text: str) -> str:
+    """The text with what cannot be seen, or turns the text around it (bidirectional controls), by its number: names of
+    files and of tokens may hold anything, and file names bytes that are no UTF-8 too."""
+    return "".join(character if character.isprintable() else _number(character) for character in text)
+
+
+def _number(character: str) -> str:
+    number = ord(character)
+    if 0xDC80 <= number <= 0xDCFF:
+        # Python's stand-in for a byte of a file name.
+        return f"\\x{number - 0xDC00:02X}"
+    return f"U+{number:04X}"
+
+
 @dataclass
 class Token:
     """One token: its bytes, or its name where it stands for no text."""
@@ -26,7 +40,7 @@ class Token:
     def label(self) -> str:
         """Short and printable: the name, the text, or bytes in hexadecimal."""
         if self.special is not None:
-            return self.special
+            return visible(self.special)
         if self.text in _NAMED:
             return _NAMED[self.text]
         try:
@@ -73,7 +87,7 @@ def _character(character: str) -> str:
     if character.isprintable():
         return escape(character)
     number = ord(character)
-    return f"<b>{number:02X}</b>" if number < 0x80 else f"<b>U+{number:04X}</b>"
+    return f"<b>{number:02X}</b>" if number < 0x80 else f"<b>{_number(character)}</b>"
 
 
 def cells_of(tokens: Sequence[Token]) -> list[Cell]:
@@ -86,7 +100,7 @@ def cells_of(tokens: Sequence[Token]) -> list[Cell]:
             continue
         cells.extend(_text_cells(tokens, start, end))
         if end < len(tokens):
-            cells.append(Cell(end, end, f"<b>{escape(tokens[end].special)}</b>"))
+            cells.append(Cell(end, end, f"<b>{escape(visible(tokens[end].special))}</b>"))
         start = end + 1
     return cells
 

@@ -8,7 +8,7 @@ The page opens in any browser, needs no network, and works with the keyboard alo
 """
 
 import argparse
-import json
+import math
 import os
 import re
 import sys
@@ -16,8 +16,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from activation_cells import Token, tokens_of
+from activation_cells import Token, tokens_of, visible
 from activation_page import ActivationMap, build_page, write_png
+from safe_files import read_json_object, replacing, write_text
 from text_data import load_tokenizer
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, PreTrainedTokenizerBase
@@ -36,7 +37,8 @@ def load_config(name: str) -> SeqBoatConfig:
         raise ValueError(f"{name!r} holds no config.json; name a folder that save_pretrained has written")
     try:
         config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
+    # A config of any content fails in as many ways.
+    except Exception as error:
         raise ValueError(f"there is no model {name!r}: neither a folder nor found on the Hub ({error})") from error
     if not isinstance(config, SeqBoatConfig):
         raise ValueError(f"{name!r} is a {config.model_type!r}, not a SeqBoat")
@@ -103,11 +105,11 @@ def map_text(name: str, config: SeqBoatConfig, source: str, data: bytes, limit: 
     """Raises ValueError where model and tokenizer do not fit."""
     try:
         tokenizer = load_tokenizer(name)
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise ValueError(f"{name!r} has no tokenizer: {error}") from error
     ids, tokens = text_tokens(tokenizer, data)
     if len(ids) > limit:
-        print(f"{source} has {len(ids):,} tokens; the first {limit:,} are shown (--max-tokens)")
+        print(f"{visible(source)} has {len(ids):,} tokens; the first {limit:,} are shown (--max-tokens)")
         source += f", the first {limit:,} of {len(ids):,} tokens"
         ids, tokens = ids[:limit], tokens[:limit]
     if not ids:
@@ -123,29 +125,56 @@ def map_text(name: str, config: SeqBoatConfig, source: str, data: bytes, limit: 
 
 
 def picture_settings(name: str) -> dict:
-    """What the model's image processor says of size and normalisation, if it has one."""
+    """What the model's image processor says of size, mean and standard deviation, if it has one: `size` (height, width),
+    `mean`, `std`. Raises ValueError for a file that says something else."""
     file = Path(name) / "preprocessor_config.json"
-    return json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    if not file.is_file():
+        return {}
+    found, settings = read_json_object(file), {}
+    size = found.get("size")
+    if isinstance(size, dict) and {"height", "width"} <= set(size):
+        settings["size"] = size["height"], size["width"]
+        if not all(type(side) is int and side > 0 for side in settings["size"]):
+            raise ValueError(f"{str(file)!r}: size={size!r} must hold whole numbers above 0")
+    for key, least in (("mean", -math.inf), ("std", 0.0)):
+        values = found.get(f"image_{key}")
+        if values is not None:
+            one = values[0] if isinstance(values, list) and values else values
+            if type(one) not in (int, float) or not math.isfinite(one) or one <= least:
+                raise ValueError(
+                    f"{str(file)!r}: image_{key}={values!r:.80} must hold a number" + " above 0" * (least == 0)
+                )
+            settings[key] = one
+    return settings
 
 
 def read_pixels(path: str, size: tuple[int, int] | None, limit: int) -> np.ndarray:
     """(H, W) uint8 of a picture file, made grey. Raises ValueError for what is no picture or has too many pixels."""
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     if not Path(path).is_file():
         raise ValueError(f"the model reads pixels: name a picture file, got {path!r}")
+
+    def check(height: int, width: int) -> None:
+        if height * width > limit:
+            raise ValueError(
+                f"{path!r} has {height} x {width} pixels, more than {limit:,}: make it smaller by --size "
+                "HEIGHTxWIDTH, as the model was trained, or raise --max-tokens"
+            )
+
+    if size is not None:
+        check(*size)
     try:
         with Image.open(path) as image:
-            grey = image.convert("L")
-    except (UnidentifiedImageError, OSError) as error:
+            shape = image.height, image.width
+            grey = image.convert("L") if size is not None or shape[0] * shape[1] <= limit else None
+    # Damaged pictures fail in their readers' own ways; one that claims to be huge is an error of PIL's own.
+    except Exception as error:
         raise ValueError(f"{path!r} is not a picture: {error}") from error
+    if grey is None:
+        check(*shape)
     if size is not None:
         grey = grey.resize((size[1], size[0]))
-    if grey.width * grey.height > limit:
-        raise ValueError(
-            f"{path!r} has {grey.height} x {grey.width} pixels, more than {limit:,}: make it smaller by --size "
-            "HEIGHTxWIDTH, as the model was trained, or raise --max-tokens"
-        )
     return np.asarray(grey)
 
 
@@ -154,11 +183,9 @@ def map_picture(name: str, config: SeqBoatConfig, arguments: argparse.Namespace)
     if any("Audio" in architecture for architecture in config.architectures or ()):
         raise ValueError(f"{name!r} reads recordings, which are not shown: give a model of texts or pictures")
     settings = picture_settings(name)
-    size = arguments.size
-    if size is None and {"height", "width"} <= set(settings.get("size") or {}):
-        size = settings["size"]["height"], settings["size"]["width"]
+    size = arguments.size if arguments.size is not None else settings.get("size")
     mean, std = (
-        given if given is not None else settings.get(f"image_{key}", [0.5])[0]
+        given if given is not None else settings.get(key, 0.5)
         for key, given in (("mean", arguments.mean), ("std", arguments.std))
     )
     pixels = read_pixels(arguments.source, size, arguments.max_tokens)
@@ -191,6 +218,16 @@ def _above_zero(text: str) -> float:
     return value
 
 
+def _finite(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number")
+    return value
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", metavar="MODEL", help="folder or Hub name of a SeqBoat")
@@ -200,7 +237,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--text", action="store_true", help="TEXT-OR-FILE is the text, whatever it looks like")
     parser.add_argument("--max-tokens", type=_positive, default=4_096, help="show this many tokens (default 4096)")
     parser.add_argument("--size", type=_size, help="HEIGHTxWIDTH to which a picture is resized")
-    parser.add_argument("--mean", type=float, help="of pixels from 0 to 1, by default the image processor's, else 0.5")
+    parser.add_argument(
+        "--mean", type=_finite, help="of pixels from 0 to 1, by default the image processor's, else 0.5"
+    )
     parser.add_argument("--std", type=_above_zero, help="likewise")
     return parser
 
@@ -232,14 +271,16 @@ def main(arguments: list[str] | None = None) -> None:
     except ValueError as error:
         parser.error(str(error))
     arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / PAGE).write_text(build_page(shown), encoding="utf-8")
-    write_png(shown, arguments.output / PICTURE)
+    page = build_page(shown)
+    with replacing(arguments.output / PICTURE) as partial:
+        write_png(shown, partial)
+    write_text(arguments.output / PAGE, page)
     report = shown.report
     print("layer  activated  span  context")
     for layer, (rate, span, context) in enumerate(zip(report.rates, report.spans, report.contexts, strict=True)):
         print(f"{layer:5}  {rate:9.1%}  {span:4.0f}  {context:7.0f}")
     print(f"FLOPs saved against attention that is always on: {report.share_saved:.1%}")
-    print(f"wrote {arguments.output / PAGE} and {arguments.output / PICTURE}")
+    print(visible(f"wrote {arguments.output / PAGE} and {arguments.output / PICTURE}"))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from activation_cells import Token, cells_of
+from activation_cells import Token, cells_of, visible
 from torch import Tensor
 
 from modeling_seqboat.analysis_seqboat import ActivationReport
@@ -50,9 +50,8 @@ def build_page(shown: ActivationMap) -> str:
     """The page as one string: nothing in it refers to another file or to the network."""
     data = json.dumps(_data(shown), ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
     parts = {
-        "title": escape(f"Activation map: {shown.source}"),
-        "model": escape(shown.model),
-        "source": escape(shown.source),
+        "title": escape(f"Activation map: {visible(shown.source)}"),
+        "model": escape(visible(shown.model)),
         "last": str(len(shown.confidence) - 1),
         "body": _text(shown.tokens) if shown.pixels is None else _picture(shown.pixels),
         "unit": _unit(shown),

@@ -63,22 +63,37 @@ def read_config(folder: Path) -> tuple[SeqBoatConfig, type[PreTrainedModel]]:
     try:
         values = json.loads(config_file.read_text(encoding="utf-8"))
         model_type = values.get("model_type")
-    except (ValueError, AttributeError) as error:
+    # A text nested too deeply is a RecursionError.
+    except (ValueError, AttributeError, RecursionError) as error:
         raise HubUploadError(f"{config_file} is not a JSON object: {error}") from error
     if model_type != "seqboat":
         raise HubUploadError(
-            f"{config_file} has model_type={model_type!r}; only 'seqboat' models can be published here."
+            f"{config_file} has model_type={model_type!r:.200}; only 'seqboat' models can be published here."
         )
     names = values.get("architectures") or []
     known = {cls.__name__: cls for auto, cls in auto_classes().items() if auto != "AutoConfig"}
-    if len(names) != 1 or names[0] not in known:
-        raise HubUploadError(f"{config_file} has architectures={names!r}; expected one of {sorted(known)}.")
+    if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str) or names[0] not in known:
+        raise HubUploadError(f"{config_file} has architectures={names!r:.200}; expected one of {sorted(known)}.")
     if not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
         raise HubUploadError(f"the model folder {folder} has no weights (model.safetensors).")
+    _check_shards(folder)
     try:
         return SeqBoatConfig.from_pretrained(folder), known[names[0]]
-    except ValueError as error:
+    # transformers takes any value for the fields that are not this package's, and fails in as many ways.
+    except Exception as error:
         raise HubUploadError(f"{config_file} is not valid: {error}") from error
+
+
+def _check_shards(folder: Path) -> None:
+    """Raises HubUploadError where an index of weights names a file that is not in the folder."""
+    for index in (*folder.glob("*.safetensors.index.json"), *folder.glob("*.bin.index.json")):
+        try:
+            shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise HubUploadError(f"{index} is no index of weights: {error!r}") from error
+        for shard in shards:
+            if not isinstance(shard, str) or Path(shard).name != shard:
+                raise HubUploadError(f"{index} names {shard!r:.200}, which is no file of the folder.")
 
 
 def build_folder(

@@ -4,7 +4,6 @@ Nothing is estimated here: a value that no source states is None or absent, and 
 """
 
 import json
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from huggingface_hub import EvalResult
 
 from .errors import HubUploadError
 from .long_context import checked_long_context
+from .markdown import code_block, escaped, one_line
 
 EVALUATION_FILE = "evaluation.json"
 RECORD_FILE = "training_record.json"
@@ -52,6 +52,7 @@ RECORD_LABELS = {
 }
 # Names in the log of `examples/train_lm.py` -> names in Trainer's.
 _TRAINER_NAMES = {"train/loss": "loss", "train/learning_rate": "learning_rate"}
+LARGEST = 1e300
 _VALIDATION = "validation/bits_per_byte"
 # Measurements of the evaluation run that say nothing about the model.
 _NOT_RESULTS = re.compile(r"eval_(runtime|samples_per_second|steps_per_second|model_preparation_time)|epoch|step")
@@ -174,16 +175,17 @@ def _trainer_state(model: Path) -> Path | None:
         return model / STATE_FILE
     found = {}
     for file in model.glob(f"checkpoint-*/{STATE_FILE}"):
-        number = file.parent.name.removeprefix("checkpoint-")
-        if number.isdigit():
-            found[int(number)] = file
+        number = re.fullmatch(r"checkpoint-([0-9]+)", file.parent.name)
+        if number:
+            found[int(number[1])] = file
     return found[max(found)] if found else None
 
 
 def _read_object(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        value = json.loads(path.read_bytes().decode("utf-8-sig"))
+    # A text nested too deeply is a RecursionError.
+    except (OSError, ValueError, RecursionError) as error:
         raise HubUploadError(f"{path} is not a JSON file: {error}") from error
     if not isinstance(value, dict):
         raise HubUploadError(f"{path} must hold a JSON object, not a {type(value).__name__}.")
@@ -192,11 +194,20 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 def _state_of_metrics(path: Path, folder: str) -> dict[str, Any]:
     """The log of `examples/train_lm.py` in the form of Trainer's state, up to the step whose weights `folder` holds."""
-    try:
-        entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        entries = sorted((entry for entry in entries if _is_number(entry["step"])), key=lambda entry: entry["step"])
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise HubUploadError(f"{path} is not a log of JSON objects with a 'step': {error!r}") from error
+    entries = []
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            if not _is_number(entry["step"]):
+                raise ValueError(f"step={entry['step']!r:.80}")
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise HubUploadError(
+                f"{path} is not a log of JSON objects with a 'step': line {number}: {error!r}"
+            ) from error
+        entries.append(entry)
+    entries.sort(key=lambda entry: entry["step"])
     validated = [entry for entry in entries if _is_number(entry.get(_VALIDATION))]
     if folder == "best" and validated:
         last = min(validated, key=lambda entry: (entry[_VALIDATION], entry["step"]))["step"]
@@ -211,7 +222,8 @@ def _state_of_metrics(path: Path, folder: str) -> dict[str, Any]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    # Compared, for no float holds some whole numbers of JSON; NaN compares with nothing.
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -LARGEST < value < LARGEST
 
 
 def _read_state(state: dict[str, Any], sources: Sources, layers: int) -> None:
@@ -225,7 +237,8 @@ def _read_state(state: dict[str, Any], sources: Sources, layers: int) -> None:
     ):
         if _is_number(state.get(key)) and state[key] > 0:
             sources.procedure[label] = format_number(state[key])
-    history = [entry for entry in state.get("log_history") or [] if isinstance(entry, dict)]
+    history = state.get("log_history")
+    history = [entry for entry in history if isinstance(entry, dict)] if isinstance(history, list) else []
     rates = [entry["learning_rate"] for entry in history if _is_number(entry.get("learning_rate"))]
     if rates:
         sources.procedure["Highest logged learning rate"] = format_number(max(rates))
@@ -263,22 +276,22 @@ def _read_record(record: dict[str, Any], path: Path, sources: Sources) -> None:
     command = record.get("command")
     if command is not None and not (isinstance(command, str) and command.strip()):
         raise HubUploadError(f"{path}: command={command!r} must be a text.")
-    sources.command = command
+    sources.command = command and one_line(command)
     ignored = sorted(set(record) - set(RECORD_LABELS) - {"command"})
     if ignored:
-        sources.remarks.append(f"{path.name}: not printed in the card: {', '.join(ignored)}.")
+        sources.remarks.append(f"{path.name}: not printed in the card: {one_line(', '.join(ignored))}.")
     for key, label in RECORD_LABELS.items():
         value = record.get(key)
         if value is None:
             continue
-        if isinstance(value, list) and value:
-            sources.procedure[label] = ", ".join(format_number(v) if _is_number(v) else str(v) for v in value)
+        if isinstance(value, list) and value and all(_is_number(v) or isinstance(v, str) for v in value):
+            sources.procedure[label] = ", ".join(format_number(v) if _is_number(v) else one_line(v) for v in value)
         elif _is_number(value):
             sources.procedure[label] = str(value) if key == "seed" else format_number(value)
         elif isinstance(value, str) and value.strip():
-            sources.procedure[label] = value.strip()
+            sources.procedure[label] = one_line(value)
         else:
-            raise HubUploadError(f"{path}: {key}={value!r} must be a number, a text or a list of them.")
+            raise HubUploadError(f"{path}: {key}={value!r:.200} must be a number, a text or a list of them.")
 
 
 def _read_evaluation(evaluation: dict[str, Any], path: Path, sources: Sources, layers: int) -> None:
@@ -290,7 +303,7 @@ def _read_evaluation(evaluation: dict[str, Any], path: Path, sources: Sources, l
             or not all(_is_number(r) and 0 <= r <= 1 for r in rates)
         ):
             raise HubUploadError(
-                f"{path}: activation_rates={rates!r} must be a list of {layers} numbers from 0 to 1, one a layer."
+                f"{path}: activation_rates={rates!r:.200} must be a list of {layers} numbers from 0 to 1, one a layer."
             )
         # Of several evaluations the first one's stand in the card.
         if not sources.results:
@@ -320,44 +333,62 @@ def _protocol(evaluation: dict[str, Any], path: Path) -> list[str]:
     try:
         scored, size, context, dtype = (protocol[key] for key in ("scored_tokens", "bytes", "context", "dtype"))
         stride = protocol.get("stride")
+        if not isinstance(dtype, str) or not all(
+            value is None or (_is_number(value) and float(value).is_integer())
+            for value in (scored, size, context, stride)
+        ):
+            raise ValueError("numbers of tokens and bytes, and the name of a dtype, are needed")
         seen = "everything before it" if context is None else f"up to {context - 1:,} tokens before it"
         if stride is not None and scored >= context:
             seen = f"{context - stride:,} to {context - 1:,} tokens before it (fewer in the first {context:,} tokens)"
-        words = f"{scored:,} tokens of {size:,} bytes scored once each, with {seen} as context, in {dtype}"
-    except (TypeError, KeyError, ValueError) as error:
-        raise HubUploadError(f"{path}: protocol={protocol!r} is not what examples/evaluate_lm.py writes.") from error
-    names = {entry["dataset"]["name"] for entry in evaluation["results"]}
+        words = f"{scored:,} tokens of {size:,} bytes scored once each, with {seen} as context, in {escaped(dtype)}"
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
+        raise HubUploadError(
+            f"{path}: protocol={protocol!r:.200} is not what examples/evaluate_lm.py writes."
+        ) from error
+    names = {escaped(entry["dataset"]["name"]) for entry in evaluation["results"]}
     command = evaluation.get("command")
-    shown = f":\n\n```\n{command}\n```" if isinstance(command, str) else "."
-    return [f"{', '.join(sorted(names))}: {words}{shown}"]
+    block = f":\n\n{code_block(one_line(command))}" if isinstance(command, str) else "."
+    return [f"{', '.join(sorted(names))}: {words}{block}"]
 
 
 def _eval_results(entry: Any, where: str) -> list[EvalResult]:
     try:
         dataset, metrics = entry["dataset"], entry["metrics"]
-        task, dataset_name = entry["task"], dataset["name"]
+        task, _ = entry["task"], dataset["name"]
     except (TypeError, KeyError) as error:
         raise HubUploadError(
             f"{where} must hold 'task' (a Hub task such as 'text-generation'), 'dataset' (an object with 'name') and "
             f"'metrics' (a list of objects with 'type' and 'value'); missing: {error}."
         ) from error
+    if not isinstance(dataset, dict) or not isinstance(metrics, list):
+        raise HubUploadError(f"{where}: 'dataset' must be an object and 'metrics' a list.")
+    texts = {"task": task} | {key: dataset.get(key) for key in ("name", "type", "config", "split", "revision")}
+    for key, text in texts.items():
+        if not (isinstance(text, str) and one_line(text)) and (text is not None or key in ("task", "name")):
+            raise HubUploadError(f"{where}: {key}={text!r:.200} must be a text.")
+    texts = {key: text and one_line(text) for key, text in texts.items()}
     found = []
     for metric in metrics:
         if (
             not isinstance(metric, dict)
-            or not isinstance(metric.get("type"), str)
+            or not (isinstance(metric.get("type"), str) and one_line(metric["type"]))
+            or not isinstance(metric.get("name"), (str, type(None)))
             or not _is_number(metric.get("value"))
         ):
-            raise HubUploadError(f"{where}: metric {metric!r} must hold a text 'type' and a finite number 'value'.")
+            raise HubUploadError(
+                f"{where}: metric {metric!r:.200} must hold a text 'type', a finite number 'value', and may hold a text 'name'."
+            )
+        name = metric.get("name")
         found.append(
             EvalResult(
-                task_type=task,
-                dataset_type=dataset.get("type", dataset_name),
-                dataset_name=dataset_name,
-                dataset_config=dataset.get("config"),
-                dataset_split=dataset.get("split"),
-                metric_type=metric["type"],
-                metric_name=metric.get("name"),
+                task_type=texts["task"],
+                dataset_type=texts["type"] or texts["name"],
+                dataset_name=texts["name"],
+                dataset_config=texts["config"],
+                dataset_split=texts["split"],
+                metric_type=one_line(metric["type"]),
+                metric_name=name and one_line(name),
                 metric_value=metric["value"],
             )
         )

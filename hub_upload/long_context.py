@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import HubUploadError
+from .markdown import code_block, escaped, one_line
 
 _QUALITY = (
     ("context_bytes", "context (bytes)", "{:,}"),
@@ -24,8 +25,11 @@ def checked_long_context(measured: Any, path: Path) -> dict[str, Any]:
     try:
         for kind, columns in (("quality", _QUALITY), ("generation", _GENERATION)):
             _rows(measured[kind], columns)
+        if not (isinstance(measured["quality"], list) and isinstance(measured["generation"], list)):
+            raise TypeError("quality and generation must be lists")
         for row in measured["generation"]:
             row["sample"].strip()
+            row["prompt_bytes"] + 0
         measured["protocol"].strip()
         measured["command"].strip()
         measured["hardware"].strip()
@@ -40,14 +44,15 @@ def long_context_section(measured: dict[str, Any] | None) -> str:
     """Tables and a sample, or nothing where nothing was measured."""
     if measured is None:
         return ""
-    parts = [f"## Long context\n\n{measured['protocol']}\n\n```\n{measured['command']}\n```"]
+    parts = [f"## Long context\n\n{escaped(measured['protocol'])}\n\n{code_block(one_line(measured['command']))}"]
     parts.append(_table(measured["quality"], _QUALITY))
     if measured["generation"]:
         longest = max(measured["generation"], key=lambda row: row["prompt_bytes"])
-        parts.append(f"Generation, on {measured['hardware']}:")
+        parts.append(f"Generation, on {escaped(measured['hardware'])}:")
         parts.append(_table(measured["generation"], _GENERATION))
-        # Four backticks, for the text may hold three.
-        parts.append(f"After {longest['prompt_bytes']:,} bytes it wrote:\n\n````text\n{longest['sample']}\n````")
+        parts.append(
+            f"After {longest['prompt_bytes']:,} bytes it wrote:\n\n{code_block(longest['sample'], 'text', least=4)}"
+        )
     return "\n\n".join(parts)
 
 

@@ -1,9 +1,12 @@
 """The model card: written from the config and what the sources state; what is not known is left out."""
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from modeling_seqboat.configuration_seqboat import LEARNED_ROUTERS, SeqBoatConfig
 from modeling_seqboat.generation_seqboat import NEWEST_TESTED, OLDEST_TESTED
@@ -13,6 +16,7 @@ from .activation_plot import write_activation_plot
 from .card_sources import Sources, format_number, read_sources
 from .errors import HubUploadError
 from .long_context import long_context_section
+from .markdown import code_block, escaped, one_line
 
 PAPER = "https://arxiv.org/abs/2306.11197"
 CITATION = """@inproceedings{ren2023seqboat,
@@ -83,8 +87,10 @@ def write_card(folder: Path, model: Path, published: Published, options: CardOpt
     Returns:
         Remarks for the user.
 
-    Raises HubUploadError when a source or the finished card cannot be read.
+    Raises HubUploadError when a source, an option or the finished card cannot be read, or the card that was written is
+    not read as it was meant.
     """
+    check_options(options)
     if options.card is not None:
         return _copy_card(folder, options.card)
     config, model_class = published.config, published.model_class
@@ -118,8 +124,50 @@ def write_card(folder: Path, model: Path, published: Published, options: CardOpt
         if part
     )
     metadata = _metadata(config, model_class, sources, options)
-    ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{body}\n").save(folder / "README.md")
+    path = folder / "README.md"
+    ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{body}\n").save(path)
+    read = _read_card(path.read_text(encoding="utf-8"), path)
+    if read.data.to_dict() != metadata.to_dict() or read.text.strip() != body.strip():
+        raise HubUploadError("the model card that was written is not read as it was meant; nothing is published.")
     return remarks
+
+
+def _read_card(text: str, path: Path) -> ModelCard:
+    try:
+        return ModelCard(text, ignore_metadata_errors=False)
+    # Errors of YAML and of what the Hub's library makes of it.
+    except Exception as error:
+        raise HubUploadError(f"the metadata of the card {path} cannot be read: {error}") from error
+
+
+def check_options(options: CardOptions) -> None:
+    """Raises HubUploadError for what the user says of a model, if it is none of the texts that a card is made of."""
+    for flag, values in (
+        ("--license", [options.license]),
+        ("--data-license", [options.data_license]),
+        ("--language", options.languages),
+        ("--dataset", options.datasets),
+        ("--tag", options.tags),
+        ("--base-model", [options.base_model]),
+        ("--repo-id", [options.repo_id]),
+    ):
+        for value in values:
+            if value is not None and (not value.strip() or one_line(value) != value.strip()):
+                raise HubUploadError(f"{flag} {value!r} must be a text of one line, of characters that can be seen.")
+    for flag, values in (("--license", [options.license]), ("--language", options.languages)):
+        for value in values:
+            if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", value) is None:
+                raise HubUploadError(f"{flag} {value!r} must be an identifier of the Hub, such as mit or en.")
+    if options.base_model is not None:
+        try:
+            validate_repo_id(options.base_model)
+        except HFValidationError as error:
+            raise HubUploadError(f"--base-model {options.base_model!r} is no id of the Hub: {error}") from None
+    # It stands in the code of the examples.
+    if options.repo_id is not None and not all(c.isalnum() or c in "._-/ ~" for c in options.repo_id):
+        raise HubUploadError(
+            f"--repo-id {options.repo_id!r} must be NAME/REPO or a folder: letters, digits and . _ - / alone."
+        )
 
 
 def _copy_card(folder: Path, card: Path) -> list[str]:
@@ -127,6 +175,7 @@ def _copy_card(folder: Path, card: Path) -> list[str]:
         text = card.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise HubUploadError(f"the card {card} cannot be read: {error}") from error
+    _read_card(text, card)
     (folder / "README.md").write_text(text, encoding="utf-8")
     return [] if text.startswith("---\n") else [f"the card {card} has no metadata block at its beginning."]
 
@@ -233,7 +282,7 @@ def _usage(published: Published, options: CardOptions) -> str:
 
 
 def _table(rows: dict[str, str]) -> str:
-    return "| | |\n| --- | --- |\n" + "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    return "| | |\n| --- | --- |\n" + "\n".join(f"| {name} | {escaped(value)} |" for name, value in rows.items())
 
 
 def _shape(config: SeqBoatConfig) -> str:
@@ -269,13 +318,13 @@ def _training(config: SeqBoatConfig, sources: Sources, options: CardOptions) -> 
             procedure[label] = format_number(getattr(config, name))
     parts = []
     if options.datasets:
-        parts.append("Data: " + ", ".join(options.datasets) + ".")
+        parts.append("Data: " + ", ".join(map(escaped, options.datasets)) + ".")
     if options.data_license:
-        parts.append(f"Licence of the data: {options.data_license}.")
+        parts.append(f"Licence of the data: {escaped(options.data_license)}.")
     if procedure:
         parts.append(_table(procedure))
     if sources.command:
-        parts.append(f"```\n{sources.command}\n```")
+        parts.append(code_block(sources.command))
     return "## Training\n\n" + "\n\n".join(parts) if parts else ""
 
 
@@ -285,11 +334,12 @@ def _results(sources: Sources) -> str:
         for result in sources.results:
             metric = result.metric_name or result.metric_type
             value = format_number(result.metric_value)
-            lines.append(f"| {result.dataset_name} | {result.dataset_split or ''} | {metric} | {value} |")
+            cells = (result.dataset_name, result.dataset_split or "", metric, value)
+            lines.append(f"| {' | '.join(map(escaped, cells))} |")
         notes = "".join(f"\n\n{note}" for note in sources.protocols)
         return "## Results\n\n" + "\n".join(lines) + notes
     if sources.plain_results:
-        rows = {name: format_number(value) for name, value in sources.plain_results.items()}
+        rows = {escaped(name): format_number(value) for name, value in sources.plain_results.items()}
         return f"## Results\n\nThe last evaluation of the training run:\n\n{_table(rows)}"
     return ""
 

@@ -115,6 +115,8 @@ _NOT_NEGATIVE = _real("a finite number of at least 0", lambda value: value >= 0)
 _PROBABILITY = _real("a number from 0 up to, but not including, 1", lambda value: 0 <= value < 1)
 _ACTIVATION = _one_of(*sorted(ACT2FN))
 
+_MOST_LABELS = 1_000_000
+
 FIELD_CHECKS: dict[str, Check] = {
     "bidirectional": _boolean,
     "input_type": _one_of("tokens", "values"),
@@ -477,8 +479,22 @@ class SeqBoatConfig(PreTrainedConfig):
         Raises ValueError on a value that a field does not take, on fields that contradict each other and on the
         dictionary of another architecture.
         """
+        if not isinstance(config_dict, Mapping):
+            raise ValueError(f"SeqBoatConfig: a config is a dictionary of fields, got a {type(config_dict).__name__}")
         overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in FIELD_CHECKS}
-        return super().from_dict({**config_dict, **overrides}, **kwargs)
+        classes = config_dict.get("num_labels")
+        if classes is not None and not (_is_integer(classes) and 0 <= classes <= _MOST_LABELS):
+            # A name is made for each.
+            _refuse("num_labels", classes, f"an integer from 0 to {_MOST_LABELS}")
+        for name in ("dtype", "torch_dtype"):
+            # Taken unseen, it would fail only when the config is shown or saved.
+            if isinstance(config_dict.get(name), (bool, numbers.Number, list, dict)):
+                _refuse(name, config_dict[name], "the name of a dtype, such as float32")
+        try:
+            return super().from_dict({**config_dict, **overrides}, **kwargs)
+        # transformers reads its own fields unseen: `dtype`, `id2label` and the like of a config.json of any content.
+        except (TypeError, AttributeError, KeyError, OverflowError, RecursionError) as error:
+            raise ValueError(f"SeqBoatConfig: these are no values of a config: {error!r}") from error
 
     @classmethod
     def preset_names(cls) -> list[str]:

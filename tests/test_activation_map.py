@@ -2,7 +2,9 @@
 
 import base64
 import json
+import os
 import re
+import shutil
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -343,3 +345,38 @@ def test_browser_colours_activated_pixels(browser, written):
     browser.press("Tab", "Tab", "Tab", "Home", "ArrowDown", "ArrowRight")
     assert "row 1, column 1" in browser.script("document.getElementById('detail').textContent")
     assert browser.errors == []
+
+
+HIDDEN = ("\u202e", "\u2066", "\u200f", "\u200b", "\ufeff", "\x1b", "\udcff")
+
+
+def test_names_show_what_cannot_be_seen(tmp_path, models, capsys):
+    """Bidirectional controls and bytes that are no UTF-8, in the names of the file, the model and a special token."""
+    model = tmp_path / "mod\u202eel"
+    shutil.copytree(models["text"], model)
+    text = os.fsencode(tmp_path) + b"/a\xe2\x80\xae\xff<b>.txt"
+    Path(os.fsdecode(text)).write_text("hello\u202e\u2066", "utf-8")
+    output = tmp_path / "out"
+    activation_map.main([str(model), os.fsdecode(text), "--output", str(output), "--max-tokens", "8"])
+    page = (output / "activation_map.html").read_text("utf-8")
+    assert not any(character in page for character in HIDDEN) and "aU+202E\\xFF&lt;b&gt;.txt" in page
+    assert "modU+202Eel" in page and "aU+202E" in capsys.readouterr().out
+    tokens = [Token(b"", f"<|{character}|>") for character in HIDDEN]
+    shown = "".join(token.label for token in tokens) + "".join(cell.html for cell in cells_of(tokens))
+    assert not any(character in shown for character in HIDDEN) and "&lt;|U+202E|&gt;" in shown
+
+
+def test_a_page_is_replaced_whole_or_left_alone(tmp_path, models, monkeypatch):
+    argv = [models["text"], "some text", "--output", str(tmp_path / "out"), "--overwrite"]
+    activation_map.main(argv)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+
+    def fails(*arguments):
+        raise OSError("disk full")
+
+    for name in ("write_png", "build_page"):
+        with monkeypatch.context() as patch:
+            patch.setattr(activation_map, name, fails)
+            with pytest.raises(OSError, match="disk full"):
+                activation_map.main(argv)
+        assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before

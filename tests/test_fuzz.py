@@ -189,7 +189,7 @@ def test_published_checkpoints(tmp_path):
         else:
             options, model = dict(args), dict(weights)
             for _ in range(rng.choice((1, 1, 2))):
-                name = rng.choice(sorted(model))
+                name = rng.choice(sorted(model, key=str))
                 if kind == 1:
                     options[rng.choice(sorted(options))] = rng.choice(OPTIONS)
                 elif rng.random() < 0.2:
@@ -217,7 +217,12 @@ def test_configs(tmp_path):
     rng = random.Random(2)
     SeqBoatForCausalLM(SeqBoatConfig.from_preset("tiny")).save_pretrained(tmp_path)
     path = tmp_path / "config.json"
-    data = path.read_bytes()
+    values = json.loads(path.read_bytes()) | {
+        "num_labels": 3,
+        "id2label": {"0": "a", "1": "b", "2": "c"},
+        "problem_type": None,
+    }
+    data = json.dumps(values).encode()
     for number in range(COUNT):
         if number % 2:
             path.write_bytes(damaged(data, rng))
@@ -295,13 +300,17 @@ def test_json_lines_and_recipes(tmp_path, examples):
     recipe = b"preset: tiny\nlearning_rate: 1.0e-3\nmax_steps: 5\noutput_dir: out\ntrain_file: x\n"
     jsonl, log, yaml_file = tmp_path / "a.jsonl", tmp_path / "metrics.jsonl", tmp_path / "r.yaml"
 
+    def mutated(values):
+        found = altered(values, rng)
+        return found if isinstance(found, list) else values
+
     def lines(values):
         return "\n".join(json.dumps(value, ensure_ascii=rng.random() < 0.5) for value in values).encode(
             "utf-8", "replace"
         )
 
     for number in range(COUNT):
-        data = lines(rows) if number % 2 else lines(altered(rows, rng) or rows)
+        data = lines(rows if number % 2 else mutated(rows))
         jsonl.write_bytes(damaged(data, rng) if number % 2 else data)
         try:
             for conversation in instructions.read_instructions(str(jsonl), "prompt", "completion"):
@@ -309,7 +318,7 @@ def test_json_lines_and_recipes(tmp_path, examples):
         except ValueError as error:
             assert "a.jsonl" in str(error)
         entries = [{**entry, "step": step} for step in (1, 2, 3)]
-        data = lines(entries if number % 2 else altered(entries, rng) or entries)
+        data = lines(entries if number % 2 else mutated(entries))
         log.write_bytes((damaged(data, rng) if number % 2 else data) + b"\n")
         try:
             run = plots.read_run(f"a={log}")
