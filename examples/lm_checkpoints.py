@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import load
 from lm_arguments import TrainArguments
 from run_folder import PARTIAL, RunFolder, read_manifest, weights_only
+from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from transformers import PreTrainedConfig
 
@@ -109,6 +110,9 @@ class Saver:
                 state = {name: kept.state_dict() for name, kept in self.states.items()}
                 self.folder.seal(stage, step, self.accelerator.num_processes, state)
                 self.folder.keep_newest(self.a.save_total_limit)
+        # torch and safetensors put a full disk into words of their own, which name no file.
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise OSError(f"checkpoint-{step} cannot be written to {str(self.folder.path)!r}: {error}") from error
         finally:
             if self.accelerator.is_main_process:
                 shutil.rmtree(stage, ignore_errors=True)
@@ -120,9 +124,12 @@ class Saver:
         state = self.accelerator.get_state_dict(model)
         if self.accelerator.is_main_process:
             unwrapped = self.accelerator.unwrap_model(model, keep_torch_compile=False)
-            with self.folder.replacing(name) as stage:
-                unwrapped.save_pretrained(stage, state_dict=state)
-                self.tokenizer.save_pretrained(stage)
+            try:
+                with self.folder.replacing(name) as stage:
+                    unwrapped.save_pretrained(stage, state_dict=state)
+                    self.tokenizer.save_pretrained(stage)
+            except (OSError, RuntimeError, SafetensorError) as error:
+                raise OSError(f"{name} cannot be written to {str(self.folder.path)!r}: {error}") from error
         self.accelerator.wait_for_everyone()
 
 

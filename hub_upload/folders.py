@@ -9,7 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from .errors import HubUploadError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def check_output(output: Path, overwrite: bool, *, keep: Path | None = None) -> None:
@@ -58,7 +62,13 @@ def staged_folder(output: Path, overwrite: bool = False, *, keep: Path | None = 
         umask = os.umask(0)
         os.umask(umask)
         stage.chmod(0o777 & ~umask)
-        yield stage
+        try:
+            yield stage
+        # safetensors and torch put the system's error into words of their own; none names the place.
+        except (OSError, SafetensorError, RuntimeError) as error:
+            if getattr(error, "errno", None) not in _FULL and "No space left" not in str(error):
+                raise
+            raise HubUploadError(f"there is no space left for {output}; nothing of it is kept: {error}") from error
         check_output(output, overwrite, keep=keep)
         put_in_place(stage, output)
     finally:

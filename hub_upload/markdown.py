@@ -2,9 +2,8 @@
 
 import re
 
-# What begins markup within a line of Markdown, or ends a cell of a table.
-_MARKUP = re.compile(r"([\\`\[\]|])")
-_HTML = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
+# What begins markup within a line of Markdown, or ends a cell of a table; as entities they are shown as they are.
+_MARKUP = {character: f"&#{ord(character)};" for character in "\\`[]|"} | {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 
 
 def one_line(text: str) -> str:
@@ -14,8 +13,7 @@ def one_line(text: str) -> str:
 
 def escaped(text: str) -> str:
     """The text as Markdown shows it, in a paragraph or a cell of a table."""
-    text = _MARKUP.sub(r"\\\1", one_line(text))
-    return "".join(_HTML.get(character, character) for character in text)
+    return "".join(_MARKUP.get(character, character) for character in one_line(text))
 
 
 def code_block(text: str, language: str = "", least: int = 3) -> str:

@@ -1,5 +1,6 @@
 """Building and verifying a Hub folder: what is in it, what is refused, and that it works where the package is not."""
 
+import copy
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from small_models import small_lm
 from transformers import AutoTokenizer
@@ -611,3 +613,96 @@ def test_text_generation_pipeline_runs_on_a_built_folder(built, tmp_path):
         timeout=240,
     )
     assert result.returncode == 0, result.stderr
+
+
+HOSTILE = (
+    "x\n---\n# Owned",
+    "<img src=x onerror=alert(1)>",
+    "a](javascript:alert(1))",
+    "a | b |\n| c",
+    "\u202etxt",
+    "`" * 9 + "x",
+)
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+@pytest.mark.parametrize(
+    "option", ["license", "data_license", "base_model", "repo_id", "datasets", "tags", "languages"]
+)
+def test_a_card_holds_no_markup_of_an_option(option, text, copied, tmp_path):
+    value = [text] if option in ("datasets", "tags", "languages") else text
+    try:
+        build_folder(copied, tmp_path / "out", card=CardOptions(**{option: value}))
+    except HubUploadError as error:
+        assert f"--{option.rstrip('s').replace('_', '-')}" in str(error) and not (tmp_path / "out").exists()
+        return
+    card = ModelCard.load(tmp_path / "out/README.md")
+    assert option in ("data_license", "datasets", "tags")
+    for forbidden in ("<img", "\n# Owned", "](java", "\u202e"):
+        assert forbidden not in card.text
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_a_card_holds_no_markup_of_a_record(text, copied, tmp_path):
+    evaluation = copy.deepcopy(EVALUATION)
+    evaluation["results"][0]["dataset"] = {"name": text, "type": text, "split": text}
+    evaluation["results"][0]["metrics"][0]["name"] = text
+    evaluation["protocol"] = {"scored_tokens": 9, "bytes": 9, "context": None, "dtype": text}
+    evaluation["command"] = text
+    (copied / "evaluation.json").write_text(json.dumps(evaluation))
+    (copied / "training_record.json").write_text(
+        json.dumps({"dataset": text, "hardware": text, "betas": [text], "command": text})
+    )
+    build_folder(copied, tmp_path / "out")
+    card = ModelCard.load(tmp_path / "out/README.md")
+    body = "".join(card.text.split("```")[::2])
+    for forbidden in ("<img", "\n# Owned", "[a](", "](java", "\n| c"):
+        assert forbidden not in body, forbidden
+    assert "\u202e" not in card.text
+    rows = [line for line in card.text.splitlines() if line.startswith("|")]
+    assert {line.count("|") for line in rows} <= {3, 5}
+    assert card.data.to_dict()["model-index"][0]["results"][0]["dataset"]["name"] == " ".join(
+        "".join(c if c.isprintable() else " " for c in text).split()
+    )
+
+
+@pytest.mark.parametrize("name", ["evaluation.json", "training_record.json", "trainer_state.json"])
+@pytest.mark.parametrize("content", ["[" * 100_000, "\xff", "[1]", "null", '{"results": [{"task": "t"'])
+def test_files_beside_a_model_are_named_when_they_are_broken(name, content, copied, tmp_path):
+    (copied / name).write_bytes(content.encode("latin-1"))
+    assert name in refused(copied, tmp_path)
+
+
+def test_a_finished_card_must_have_metadata_that_can_be_read(copied, tmp_path):
+    (tmp_path / "card.md").write_text("---\nlicense: [mit\n---\n\n# Mine\n")
+    assert "card.md cannot be read" in refused(copied, tmp_path, card=CardOptions(card=tmp_path / "card.md"))
+
+
+def test_an_index_names_files_of_the_folder_alone(copied, tmp_path):
+    secret = tmp_path / "secret.safetensors"
+    shutil.copyfile(copied / "model.safetensors", secret)
+    names = load_file(secret)
+    (copied / "model.safetensors").rename(copied / "model-00001-of-00001.safetensors")
+    index = copied / "model.safetensors.index.json"
+    for shard in ("../secret.safetensors", str(secret), 5):
+        index.write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(names, shard)}))
+        assert "which is no file of the folder" in refused(copied, tmp_path)
+    index.write_text("[" * 100_000)
+    assert "is no index of weights" in refused(copied, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(28, "No space left on device"), SafetensorError("IO error: No space left on device (os error 28)")],
+)
+def test_a_full_disk_is_reported_with_the_place(error, tmp_path):
+    with pytest.raises(HubUploadError, match="no space left for .*out"), staged_folder(tmp_path / "out") as stage:
+        (stage / "half").write_text("x")
+        raise error
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_token_behind_a_letter_is_one(copied, tmp_path):
+    assert FAKE_TOKEN not in redact(f"keyx{FAKE_TOKEN} 5{FAKE_TOKEN}")
+    (copied / "chat_template.jinja").write_text(f"x{FAKE_TOKEN}")
+    assert "access token" in refused(copied, tmp_path)

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import zipfile
 from argparse import Namespace
 from pathlib import Path
 
@@ -404,3 +405,78 @@ def test_foreign_dictionaries_are_refused(text, tmp_path):
     file.write_text(text, encoding="utf-8")
     with pytest.raises(HubUploadError, match="dict.txt"):
         read_byte_dictionary(file)
+
+
+GAMMA = "decoder.layers.0.slag_layer.gamma"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("decoder_hidden_dim", 10**30), ("decoder_hidden_dim", 10**400), ("decoder_embed_dim", -5), ("decoder_layers", 10**6),
+        ("decoder_layers", 2.5), ("decoder_layers", True), ("truncation_length", "x"), ("truncation_length", float("nan")),
+        ("decoder_chunk_size", [1]), ("decoder_chunk_size", "1"), ("normalization_type", [1]), ("rel_pos_bias", {}),
+        ("decoder_ffn_embed_dim", float("nan")), ("decoder_ffn_embed_dim", "x"), ("dropout", float("inf")),
+        ("use_p", torch.zeros(2)), ("arch", torch.zeros(2)), ("arch", [1]), ("activation_fn", ["silu"]),
+        ("max_target_positions", 10**18), ("share_decoder_input_output_embed", "yes"),
+    ],
+)  # fmt: skip
+def test_options_of_any_kind_are_refused_by_name(name, value, write, tmp_path):
+    assert name in refused(write({name: value}), tmp_path) or name in ("decoder_layers", "decoder_embed_dim", "dropout",
+        "activation_fn", "share_decoder_input_output_embed")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda old: torch.zeros(1).expand(10**6, 10**6), "claim"),
+        (lambda old: old.to_sparse(), "no plain tensor"),
+        (lambda old: old.to("meta"), "no plain tensor"),
+        (lambda old: old.to(torch.int32), "is torch.int32"),
+        (lambda old: old.to(torch.complex64), "is torch.complex64"),
+        (lambda old: old.to(torch.float8_e4m3fn), "is torch.float8_e4m3fn"),
+        (lambda old: torch.full_like(old, float("nan")), "not finite"),
+        (lambda old: torch.full_like(old, float("-inf")), "not finite"),
+        (lambda old: old.new_zeros(()), "wrong shape"),
+        (lambda old: old[:0], "wrong shape"),
+    ],
+)
+def test_weights_of_any_kind_are_refused_by_name(make, words, write, tmp_path):
+    for name in (GAMMA, "decoder.layers.1.slag_layer.hx_proj.weight"):
+        said = refused(write(edit=lambda model, name=name: model.update({name: make(model[name])})), tmp_path)
+        assert words in said and (name in said or words == "claim")
+
+
+def test_names_and_entries_of_any_kind_are_refused(write, tmp_path):
+    assert "a weight without a name: 1" in refused(
+        write(edit=lambda model: model.update({1: torch.zeros(1)})), tmp_path
+    )
+    huge = {"decoder.layers.99999999999999999999.slag_layer.gamma": torch.zeros(2, 8)}
+    assert "left over" in refused(write(edit=lambda model: model.update(huge)), tmp_path)
+    bomb = ()
+    for _ in range(60):
+        bomb = (bomb, bomb)
+    torch.save({1: bomb, "args": [bomb]}, tmp_path / "bomb.pt")
+    assert "no options under 'args'; it holds 'args', 1" in refused(tmp_path / "bomb.pt", tmp_path)
+    assert "use_p=<list>" in refused(write({"use_p": [bomb]}), tmp_path)
+
+
+def test_an_archive_that_unpacks_to_more_than_it_has_is_not_read(tmp_path):
+    packed = tmp_path / "packed.pt"
+    with (
+        zipfile.ZipFile(GOLDENS / "lm_rotary.pt") as source,
+        zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as target,
+    ):
+        for entry in source.infolist():
+            target.writestr(entry.filename, source.read(entry))
+        target.writestr("lm_rotary/data/999", bytes(1 << 22))
+    assert "unpacks to" in refused(packed, tmp_path)
+
+
+def test_tied_and_shared_numbers_are_converted_apart(write, tmp_path):
+    def share(model):
+        model["decoder.layers.0.slag_layer.move.delta"] = model["decoder.layers.0.slag_layer.move.alpha"]
+
+    convert_checkpoint(write(edit=share), tmp_path / "out")
+    loaded = load_file(tmp_path / "out/model.safetensors")
+    assert torch.equal(loaded["model.layers.0.ssm.delta"], loaded["model.layers.0.ssm.alpha"])
