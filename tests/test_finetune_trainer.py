@@ -9,7 +9,7 @@ import pytest
 import torch
 from example_scripts import imported
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorWithFlattening
+from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorWithFlattening, TrainingArguments
 
 from modeling_seqboat import SeqBoatConfig, SeqBoatForCausalLM, build_byte_tokenizer
 
@@ -134,6 +134,56 @@ def test_bad_input_is_refused_before_training(tmp_path, example, model):
         assert not list((tmp_path / "run").glob("checkpoint-*"))
     with pytest.raises(FileNotFoundError, match="there is no recipe"):
         example.main([str(tmp_path / "none.yaml")])
+
+
+def test_numbers_out_of_range_are_refused_by_name(tmp_path, example, model):
+    own = {
+        name for name, field in example.FinetuneArguments.__dataclass_fields__.items()
+        if name not in TrainingArguments.__dataclass_fields__ and field.type in (int, float, int | None, float | None)
+    }  # fmt: skip
+    assert own <= set(example.RANGES)
+    cases = {name: -1 for name in example.RANGES} | {
+        "save_total_limit": 0,
+        "per_device_eval_batch_size": 0,
+        "max_steps": -2,
+    }
+    for name, value in cases.items():
+        with pytest.raises(ValueError, match=name):
+            run(example, tmp_path / "run", model, **{name: value})
+    for name in ("learning_rate", "weight_decay", "max_grad_norm", "router_learning_rate"):
+        with pytest.raises(ValueError, match=f"{name} must be at least 0, got nan"):
+            run(example, tmp_path / "run", model, **{name: "nan"})
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"\xff\n", "line 1 of .* is no UTF-8"), (b'{"question": "a", "answer": "b"}\n[1]\n', "line 2 of .* it holds a list"),
+        (b"5\n", "line 1 of .* must hold a JSON object, it holds a int"), (b"[" * 50_000, "line 1 of .* is no JSON"),
+        (b'{"question": 5, "answer": "b"}\n', "line 1 of .*: 'question' must be a text, got 5"),
+        (b'{"question": null, "answer": "b"}\n', "must be a text, got None"),
+        (b'{"messages": "x"}\n', "line 1 of .*'messages' must be a list"), (b'{"messages": [1]}\n', "a message must hold"),
+        (b'{"messages": [{"role": "user", "content": null}]}\n', "line 1 of .* a message must hold"),
+    ],
+)  # fmt: skip
+def test_instructions_of_anybody_are_refused_with_file_and_line(content, words, tmp_path, example):
+    file = tmp_path / "set.jsonl"
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=words) as caught:
+        sys.modules["instruction_data"].read_instructions(str(file), "question", "answer")
+    assert "set.jsonl" in str(caught.value)
+
+
+def test_lines_end_at_line_feeds_alone(tmp_path, example):
+    """U+2028, U+2029 and U+0085 may stand in JSON as they are; a byte order mark and CRLF do no harm."""
+    texts = ["a\u2028b", "c\u2029d", "e\u0085f", "g\x0b", "h\x0c\x1c"]
+    rows = [json.dumps({"question": text, "answer": text}, ensure_ascii=False) for text in texts]
+    file = tmp_path / "set.jsonl"
+    for start, end in ((b"", b"\n"), (b"\xef\xbb\xbf", b"\r\n")):
+        file.write_bytes(start + end.join(row.encode() for row in rows))
+        read = sys.modules["instruction_data"].read_instructions(str(file), "question", "answer")
+        assert [conversation[0]["content"] for conversation in read] == texts
 
 
 def test_tokenizer_of_another_model_is_refused(tmp_path, example):

@@ -2,6 +2,8 @@
 EMA stay untouched."""
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -190,3 +192,41 @@ def test_bad_input_is_refused_before_training(tmp_path, example, monkeypatch):
         with pytest.raises(error, match=message):
             example.main([part for name, value in settings.items() for part in (f"--{name}", str(value))])
         assert not (tmp_path / "run").exists()
+
+
+def test_numbers_out_of_range_are_refused_by_name(tmp_path, example):
+    kinds = example.LoraArguments.__dataclass_fields__
+    numbers = {name for name, field in kinds.items() if field.type in (int, float, int | None, float | None)}
+    assert numbers == set(example.RANGES)
+    for name in sorted(numbers):
+        with pytest.raises(ValueError, match=f"{name} must"):
+            example.main(
+                ["--model", "m", "--train_file", "t", "--output_dir", str(tmp_path / "run"), f"--{name}", "-1"]
+            )
+    for content, words in (
+        ("[1]", "must hold a JSON object"),
+        ("{", "is no JSON"),
+        ('{"r": "x", "zz": 1}', "no config of PEFT"),
+    ):
+        (tmp_path / "peft.json").write_text(content)
+        with pytest.raises(ValueError, match=f"peft.json.*{words}"):
+            example.lora_config(example.LoraArguments("m", "t", "o", peft_config=str(tmp_path / "peft.json")))
+
+
+def test_a_stopped_training_keeps_its_adapter(tmp_path, example, monkeypatch):
+    make_model().save_pretrained(tmp_path / "model")
+    usual = example.RunTrainer.training_step
+
+    def interrupted(self, *args, **kwargs):
+        if self.state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return usual(self, *args, **kwargs)
+
+    monkeypatch.setattr(example.RunTrainer, "training_step", interrupted)
+    report = example.main([
+        "--model", str(tmp_path / "model"), "--train_file", str(ROOT / "examples/data/tinyshakespeare.txt"),
+        "--max_bytes", "4000", "--sequence_length", "64", "--max_steps", "10", "--batch_size", "2", "--use_cpu", "True",
+        "--output_dir", str(tmp_path / "adapter"),
+    ])  # fmt: skip
+    assert report["steps"] == 3
+    PeftModel.from_pretrained(SeqBoatForCausalLM.from_pretrained(tmp_path / "model"), tmp_path / "adapter")

@@ -9,6 +9,7 @@ import lzma
 import os
 import signal
 import sys
+import typing
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -321,6 +322,28 @@ def test_bad_input_is_refused_before_training(tmp_path, examples):
         run(examples, output)
 
 
+def test_every_number_has_a_range(tmp_path, examples):
+    ranges = sys.modules["lm_arguments"].RANGES
+    kinds = typing.get_type_hints(examples.TrainArguments)
+    numbers = {name for name, kind in kinds.items() if kind in (int, float, int | None, float | None)}
+    assert numbers == set(ranges)
+    for name in sorted(numbers):
+        whole = kinds[name] in (int, int | None)
+        for value in (-1, -(10**12)) if whole else (-0.5, "nan"):
+            with pytest.raises(ValueError, match=f"{name} must .*, got -?{str(value).strip('-')}"):
+                run(examples, tmp_path / "run", **{name: value})
+    for name in ("batch_size", "eval_batch_size", "save_total_limit", "eval_tokens", "max_bytes", "max_grad_norm"):
+        with pytest.raises(ValueError, match=f"{name} must .*, got 0"):
+            run(examples, tmp_path / "run", **{name: 0})
+    for name in ("learning_rate", "weight_decay", "final_rate", "beta1", "max_minutes"):
+        with pytest.raises(ValueError, match=f"{name} must .*, got inf"):
+            run(examples, tmp_path / "run", **{name: "inf"})
+    for overrides in ("[1]", "{", "5", '"a"', "null", "[" * 50_000, '{"hidden_size": -1}'):
+        with pytest.raises(ValueError, match="config_overrides|hidden_size"):
+            run(examples, tmp_path / "run", config_overrides=overrides)
+    assert not (tmp_path / "run").exists()
+
+
 def test_launch_with_fsdp_on_the_cpu_is_refused(tmp_path, examples, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ValueError, match="this launch asks for FSDP, but Accelerate shards on accelerators only"):
@@ -441,6 +464,41 @@ def test_flags_override_a_recipe_and_unknown_keys_are_named(tmp_path, examples):
         recipes.parse_arguments(examples.TrainArguments, [str(recipe)])
     with pytest.raises(FileNotFoundError, match="there is no recipe"):
         recipes.parse_arguments(examples.TrainArguments, [str(tmp_path / "none.yaml")])
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"preset: [tiny\n", "line 2"), (b"a: b: c\n", "line 1"), (b"preset: \xff\n", "line 1 of .* is no UTF-8"),
+        (b"- preset\n", "must be a mapping"), (b"preset: {a: 1}\n", "preset must be a text or a number, got a dict"),
+        (b"preset: [[1]]\n", "preset must be a text or a number"), (b"[" * 5000, "is no YAML"), (b"a: 2020-99-99\n", "is no"),
+        (b"a: &a [1]\nb: &b [*a, *a]\npreset: [*b, *b]\n", "is no argument|must be a text"), (b"5: 6\n", "5 is no argument"),
+    ],
+)  # fmt: skip
+def test_recipes_of_anybody_are_refused_with_the_file(content, words, tmp_path, examples):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_bytes(content)
+    with pytest.raises(ValueError, match=words) as caught:
+        sys.modules["recipes"].parse_arguments(examples.TrainArguments, [str(recipe)])
+    assert "r.yaml" in str(caught.value)
+
+
+def test_damaged_text_files_and_tokenizers_are_named(tmp_path, examples):
+    text_data = sys.modules["text_data"]
+    content = bytes(range(200)) * 200
+    (tmp_path / "a.gz").write_bytes(gzip.compress(content))
+    (tmp_path / "a.xz").write_bytes(lzma.compress(content))
+    for name in ("a.gz", "a.xz"):
+        whole = (tmp_path / name).read_bytes()
+        for damaged in (whole[:-20], whole[:30], whole[:25] + b"\0" * 8 + whole[33:], b"no such file"):
+            (tmp_path / name).write_bytes(damaged)
+            with pytest.raises(ValueError, match=f"{name}' is damaged"):
+                text_data.read_text_file(str(tmp_path / name))
+    text_data.build_byte_tokenizer().save_pretrained(tmp_path / "model")
+    for content in ("{", "[" * 50_000, "{}"):
+        (tmp_path / "model/tokenizer.json").write_text(content)
+        with pytest.raises(ValueError, match="the tokenizer of .*model' cannot be loaded .*tokenizer.json"):
+            text_data.load_tokenizer(str(tmp_path / "model"))
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
