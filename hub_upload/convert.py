@@ -130,10 +130,11 @@ def _check_counts(described: PublishedModel, weights: dict[str, torch.Tensor]) -
     layers, found = described.fields.get("num_hidden_layers"), layer_count(weights)
     if not isinstance(layers, int) or layers > found:
         raise HubUploadError(f"the checkpoint's options say {shown(layers)} layers, its weights are of {found}.")
-    classes, last = described.fields.get("num_labels"), weights.get("classifier.out_proj.weight")
-    if classes is not None and last is not None and (last.ndim == 0 or classes != last.shape[0]):
+    classes, last = described.fields.get("num_labels"), weights.get("classifier.output.weight")
+    if described.kind == "encoder" and (last is None or last.ndim == 0 or classes != last.shape[0]):
+        found = "none" if last is None else f"the shape {tuple(last.shape)}"
         raise HubUploadError(
-            f"the checkpoint's options say {shown(classes)} classes, its weights have the shape {tuple(last.shape)}."
+            f"the checkpoint's options say {shown(classes)} classes, sentence_projection_layer.weight has {found}."
         )
 
 

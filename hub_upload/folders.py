@@ -68,7 +68,7 @@ def staged_folder(output: Path, overwrite: bool = False, *, keep: Path | None = 
         except (OSError, SafetensorError, RuntimeError) as error:
             if getattr(error, "errno", None) not in _FULL and "No space left" not in str(error):
                 raise
-            raise HubUploadError(f"there is no space left for {output}; nothing of it is kept: {error}") from error
+            raise OSError(f"{output} cannot be written, and nothing of it is kept: {error}") from error
         check_output(output, overwrite, keep=keep)
         put_in_place(stage, output)
     finally:

@@ -696,7 +696,10 @@ def test_an_index_names_files_of_the_folder_alone(copied, tmp_path):
     [OSError(28, "No space left on device"), SafetensorError("IO error: No space left on device (os error 28)")],
 )
 def test_a_full_disk_is_reported_with_the_place(error, tmp_path):
-    with pytest.raises(HubUploadError, match="no space left for .*out"), staged_folder(tmp_path / "out") as stage:
+    with (
+        pytest.raises(OSError, match="out cannot be written.*No space left"),
+        staged_folder(tmp_path / "out") as stage,
+    ):
         (stage / "half").write_text("x")
         raise error
     assert not list(tmp_path.iterdir())
