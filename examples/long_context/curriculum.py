@@ -18,6 +18,7 @@ class CurriculumArguments:
     window: int = field(default=20, metadata={"help": "steps that an accuracy is averaged over"})
     grow: float = field(default=1.3, metadata={"help": "factor by which texts grow"})
     shrink: float = field(default=0.8, metadata={"help": "factor by which the budget falls"})
+    follow: float = field(default=1.5, metadata={"help": "the budget falls no further while the rate is above this times it"})
     fill: float = field(default=0.5, metadata={"help": "texts grow while a layer keeps at most this share of its memory"})
     spare: float = field(default=1.5, metadata={"help": "last budget, in tokens that the task needs"})
 
@@ -55,8 +56,9 @@ class Curriculum:
         self.length, self.budget, self.phase, self.done = a.start_length, 1.0, DENSE, False
         self._recent: deque[float] = deque(maxlen=a.window)
 
-    def record(self, accuracy: float, kept: float) -> str | None:
-        """Takes note of a step: the share of right answers, and activated tokens of a text in the busiest layer.
+    def record(self, accuracy: float, kept: float, rate: float) -> str | None:
+        """Takes note of a step: the share of right answers, activated tokens of a text in the busiest layer, and the share
+        of tokens that all layers together activate.
 
         Returns what was changed (`open`, `grow`, `lower`, `raise`, `done`) or None. After a change a whole window has to
         pass again.
@@ -68,14 +70,14 @@ class Curriculum:
         mean = sum(recent) / len(recent)
         change = None
         if mean >= a.good:
-            change = self._next(kept)
+            change = self._next(kept, rate)
         elif mean < a.bad and self.phase == ROUTED and self.budget < 1:
             self.budget, change = min(1.0, self.budget / a.shrink), "raise"
         if change is not None:
             recent.clear()
         return change
 
-    def _next(self, kept: float) -> str:
+    def _next(self, kept: float, rate: float) -> str | None:
         a = self.a
         if self.routed and self.phase == DENSE:
             self.phase = ROUTED
@@ -85,6 +87,9 @@ class Curriculum:
             self.length = min(a.stop_length, max(self.length + 1, int(self.length * a.grow)))
             return "grow"
         if self.routed and self.budget * self.length > a.spare * self.needed:
+            if rate > a.follow * self.budget:
+                # The routers have not followed yet.
+                return None
             self.budget *= a.shrink
             return "lower"
         self.done = True

@@ -62,13 +62,21 @@ class RouterWatch:
         return (surplus * chance).mean()
 
     def pull(self, budget: float) -> Tensor:
-        """log(rate / budget)^2, where the rate is the expected share of tokens that all layers together activate.
+        """A two-sided pull of the share of tokens that all layers together activate to a budget, which they share as
+        they like. Its force is |log(share / budget)|: as strong from 2 to 1 % as from 80 to 40 %.
 
-        The logarithm pulls as hard from 2 % to 1 % as from 80 to 40 %, and from below as from above. Layers share one
-        budget as they like.
+        Above the budget every open token is pushed by the same force, however sure its router is: the gradient of the
+        share itself would vanish where routers are sure, and a layer that is open everywhere would stay so. Below it the
+        share's own gradient opens the tokens that routers are least sure of.
         """
-        rate = torch.stack([torch.sigmoid(logits).mean() for logits in self.logits]).mean()
-        return torch.log(rate.clamp_min(1e-6) / budget).square()
+        rate = self.rate()
+        force = torch.log(rate.clamp_min(1e-6) / budget).detach()
+        closing = torch.stack([F.softplus(logits).mean() for logits in self.logits]).mean()
+        return force.clamp_min(0) * closing + force.clamp_max(0) * torch.log(rate.clamp_min(1e-6))
+
+    def rate(self) -> Tensor:
+        """The expected share of tokens that all layers together activate, with its gradient."""
+        return torch.stack([torch.sigmoid(logits).mean() for logits in self.logits]).mean()
 
     def __enter__(self) -> "RouterWatch":
         return self

@@ -193,9 +193,10 @@ class Training:
             raise RuntimeError(f"step {self.step}: the gradient is not finite")
         self.optimizer.step()
         self.step += 1
-        counts.add(batch, right.cpu(), float(losses.mean()), self.watch.active)
-        kept = max(self.watch.kept(), default=0.0)
-        change = curriculum.record(float(right.float().mean()), kept)
+        counts.add(batch, right.cpu(), losses.mean().item(), self.watch.active)
+        kept = self.watch.kept()
+        rate = sum(kept) / max(1, len(kept)) / curriculum.length
+        change = curriculum.record(float(right.float().mean()), max(kept, default=0.0), rate)
         if change == "open":
             release_routers(model)
         if change == "done":
@@ -243,13 +244,8 @@ class Training:
 
 
 def write_model(training: Training, folder: Path) -> None:
-    """A model folder, with the task beside the weights. Weights are those of inference: routers draw nothing there."""
-    model = training.model
-    if isinstance(model, SeqBoatForCausalLM):
-        model.save_pretrained(folder)
-    else:
-        # Mistral's and Llama's own folders need no tokenizer here: ids are bytes.
-        model.save_pretrained(folder)
+    """A model folder, with the task beside the weights."""
+    training.model.save_pretrained(folder)
     task = {name: getattr(training.a, name) for name in TaskArguments.__dataclass_fields__}
     # Where the data lay is nobody's business.
     task["data"] = None if task["data"] is None else Path(task["data"]).name
