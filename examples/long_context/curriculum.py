@@ -20,7 +20,7 @@ class CurriculumArguments:
     shrink: float = field(default=0.8, metadata={"help": "factor by which the budget falls"})
     follow: float = field(default=1.5, metadata={"help": "the budget falls no further while the rate is above this times it"})
     fill: float = field(default=0.5, metadata={"help": "texts grow while a layer keeps at most this share of its memory"})
-    spare: float = field(default=1.5, metadata={"help": "last budget, in tokens that the task needs"})
+    spare: float = field(default=1.25, metadata={"help": "last budget, in tokens that one layer has to keep for the task"})
 
     def check(self) -> None:
         """Raises ValueError for values that no run can use."""
@@ -44,7 +44,7 @@ class Curriculum:
     model without learned routers has longer texts each time that its accuracy is `good`.
 
     Args:
-        memory_size: W; needed: tokens of a text that are worth keeping, for the last budget.
+        memory_size: W; needed: tokens of a text that are worth keeping, as an average over layers, for the last budget.
 
     Attributes:
         length, budget: of the next step; the budget is a share in (0, 1]. phase: `dense` or `routed`.
@@ -86,7 +86,7 @@ class Curriculum:
         if fits and self.length < a.stop_length:
             self.length = min(a.stop_length, max(self.length + 1, int(self.length * a.grow)))
             return "grow"
-        if self.routed and self.budget * self.length > a.spare * self.needed:
+        if self.routed and (not fits or self.budget * self.length > a.spare * self.needed):
             if rate > a.follow * self.budget:
                 # The routers have not followed yet.
                 return None

@@ -164,7 +164,8 @@ class MixedTask:
     group_names = GROUPS
     vocabulary = 264
     chance = property(lambda self: 0.1)
-    pairs = property(lambda self: self.facts + self.clips + self.pictures)
+    # Eight tokens a piece and a question: more than a label needs, less than a picture has.
+    needed = property(lambda self: 8 * (self.facts + self.clips + self.pictures + 3 * self.queries))
 
     def __post_init__(self):
         for name, rows in (("clips", self.pieces.clips), ("pictures", self.pieces.pictures)):

@@ -119,7 +119,6 @@ class CopyTask:
 
     chance = property(lambda self: 1 / self.values)
     needed = property(lambda self: 2 * self.items + 1)
-    pairs = property(lambda self: self.items)
     vocabulary = 264
     kinds = KINDS
     group_names = ("copy",)
@@ -165,7 +164,6 @@ class NeedleTask:
 
     chance = property(lambda self: 10.0**-self.digits)
     needed = property(lambda self: (self.facts + self.queries) * (2 + self.name_size + self.digits))
-    pairs = property(lambda self: self.facts)
     vocabulary = 264
     kinds = KINDS
     group_names = ("fact",)

@@ -149,7 +149,7 @@ class Training:
         self.device = torch.device("cuda" if torch.cuda.is_available() and not a.cpu else "cpu")
         self.model = build_model(a, self.task.vocabulary).to(self.device)
         self.watch = RouterWatch(self.model)
-        self.curriculum = Curriculum(a, self.watch.learned, a.memory_size, self.task.needed)
+        self.curriculum = Curriculum(a, self.watch.learned, a.memory_size, self.task.needed / a.layers)
         if self.watch.learned:
             open_routers(self.model, a.router_start)
         # A transformer's parameters decay as a whole; SeqBoat's by the library's rule.

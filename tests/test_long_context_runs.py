@@ -1,0 +1,346 @@
+"""Long-context example: curriculum, credit for kept tokens, training, evaluation through the cache, queue of runs."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from example_scripts import EXAMPLES, imported
+
+from modeling_seqboat import SeqBoatConfig, SeqBoatForCausalLM
+
+MODULES = (
+    "recall_tasks", "mixed_stream", "recall_models", "reading", "curriculum", "routing", "evaluate_recall", "recipes",
+    "text_data",
+)  # fmt: skip
+RECIPES = EXAMPLES.parent / "configuration" / "recipes" / "long_context"
+TINY = ["--hidden_size", "16", "--memory_size", "8", "--pairs", "2", "--queries", "2", "--cpu", "True"]
+
+
+@pytest.fixture(autouse=True)
+def folder(monkeypatch):
+    """The scripts import each other as scripts do, from their own folder."""
+    monkeypatch.syspath_prepend(str(EXAMPLES / "long_context"))
+
+
+@pytest.fixture
+def train(monkeypatch):
+    yield from imported(monkeypatch, "train_recall", *MODULES)
+
+
+@pytest.fixture
+def queue(monkeypatch):
+    yield from imported(monkeypatch, "run_queue", "recipes")
+
+
+def modules(train):
+    """The scripts' modules that `train` has imported."""
+    import curriculum
+    import evaluate_recall
+    import reading
+    import recall_models
+    import recall_tasks
+    import routing
+
+    return SimpleNamespace(
+        curriculum=curriculum, evaluate=evaluate_recall, reading=reading, models=recall_models, tasks=recall_tasks,
+        routing=routing,
+    )  # fmt: skip
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def curriculum(train, routed=True, **settings):
+    c = modules(train).curriculum
+    values = {"start_length": 40, "stop_length": 100, "window": 2, "good": 0.9, "bad": 0.5, "grow": 2.0, "shrink": 0.5}
+    return c.Curriculum(c.CurriculumArguments(**(values | settings)), routed, memory_size=64, needed=20)
+
+
+def test_the_budget_falls_and_texts_grow_on_accuracy_alone(train):
+    c = curriculum(train)
+    assert [c.record(0.2, 40, 1.0) for _ in range(50)] == [None] * 50 and c.phase == "dense"
+    c.record(1.0, 40, 1.0)
+    assert c.record(1.0, 40, 1.0) == "open" and c.budget == 1
+    assert [c.record(1.0, 40, 1.0) for _ in range(2)] == [None, "lower"] and c.budget == 0.5
+    # The routers have not followed: a window of right answers is not enough.
+    assert [c.record(1.0, 40, 0.9) for _ in range(4)] == [None] * 4
+    # A wrong window takes the step back.
+    c.record(0.1, 40, 0.9)
+    assert c.record(0.1, 40, 0.9) == "raise" and c.budget == 1
+    # What fits into half of the memory lets texts grow, up to the last length.
+    assert [c.record(1.0, 32, 0.5) for _ in range(4)] == [None, "grow", None, "grow"] and c.length == 100
+    assert [c.record(1.0, 10, 0.1) for _ in range(10)].count("lower") == 2 and c.done
+
+
+def test_a_model_without_routers_only_has_longer_texts(train):
+    c = curriculum(train, routed=False)
+    assert [c.record(1.0, 40, 1.0) for _ in range(6)] == [None, "grow", None, "grow", None, "done"]
+    assert c.budget == 1 and c.phase == "dense"
+
+
+def test_a_curriculum_goes_on_from_its_state(train):
+    c, other = curriculum(train), curriculum(train)
+    for _ in range(5):
+        c.record(1.0, 40, 1.0)
+    other.load_state_dict(json.loads(json.dumps(c.state_dict())))
+    for _ in range(9):
+        assert c.record(0.95, 20, 0.3) == other.record(0.95, 20, 0.3)
+    assert (c.length, c.budget, c.phase) == (other.length, other.budget, other.phase)
+
+
+def small_model(router_type="gumbel_straight_through"):
+    torch.manual_seed(0)
+    config = SeqBoatConfig(
+        vocab_size=264, hidden_size=16, num_hidden_layers=2, v_head_dim=16, qk_head_dim=8, state_size=2, memory_size=8,
+        position_embedding_type="none", router_type=router_type,
+    )  # fmt: skip
+    return SeqBoatForCausalLM(config)
+
+
+def test_credit_makes_the_decisions_of_a_text_answered_worse_less_likely(train):
+    model = small_model().train()
+    ids = torch.randint(0, 264, (2, 12), generator=torch.Generator().manual_seed(1))
+    with modules(train).routing.RouterWatch(model) as watch:
+        model(input_ids=ids)
+        logits, active = watch.logits[1], watch.active[1]
+        logits.retain_grad()
+        watch.credit(torch.tensor([3.0, 1.0])).backward()
+    probability = torch.sigmoid(logits.detach())
+    # d/du of log p(decision) is decision - p; surplus losses are +1 and -1, averaged over two texts.
+    expected = (active.float() - probability) * torch.tensor([[0.5], [-0.5]])
+    torch.testing.assert_close(logits.grad, expected)
+    assert active.any() and not active.all()
+
+
+def test_the_pull_closes_sure_routers_above_the_budget_and_opens_below_it(train):
+    model = small_model().train()
+    routing = modules(train).routing
+    ids = torch.randint(0, 264, (2, 12))
+    with torch.no_grad():
+        model.model.layers[0].router.bias.copy_(torch.tensor([-20.0, 20.0]))
+    with routing.RouterWatch(model) as watch:
+        for budget, sign in ((0.1, 1), (0.99, -1)):
+            model(input_ids=ids)
+            for logits in watch.logits:
+                logits.retain_grad()
+            rate = watch.rate().item()
+            assert 0.6 < rate < 0.9
+            watch.pull(budget).backward()
+            assert all((sign * logits.grad >= 0).all() for logits in watch.logits)
+            if sign > 0:
+                # The open layer has the full force although its share no longer depends on its logits.
+                force = torch.log(torch.tensor(rate / budget)) / (2 * 24)
+                torch.testing.assert_close(watch.logits[0].grad, force.expand(2, 12), rtol=1e-3, atol=1e-6)
+
+
+def test_dense_training_attends_everywhere_until_the_routers_are_released(train):
+    model, routing = small_model().train(), modules(train).routing
+    routing.open_routers(model, -6.0)
+    ids = torch.randint(0, 264, (2, 12))
+    with routing.RouterWatch(model) as watch:
+        model(input_ids=ids)
+        assert watch.kept() == [12, 12]
+        routing.release_routers(model)
+        model(input_ids=ids)
+        assert max(watch.kept()) < 6
+
+
+@pytest.mark.parametrize("kind", ["routed", "always", "never", "mistral", "llama"])
+def test_reading_in_chunks_scores_as_one_forward_does(train, kind):
+    m = modules(train)
+    torch.manual_seed(0)
+    shape = m.models.ModelArguments(model=kind, hidden_size=16, memory_size=8, router_type="tempered_softmax")
+    model = m.models.build_model(shape, 264).eval()
+    task = m.tasks.RecallTask(pairs=3, queries=2)
+    batch = m.tasks.batch_of(lambda number: m.tasks.example_of(task, 61, 0, number), range(2))
+    reading = m.reading.read_texts(model, batch, len(task.kinds), chunk_size=7)
+    tokens, answers = torch.from_numpy(batch.tokens), torch.from_numpy(batch.answers)
+    with torch.no_grad():
+        logits = model(input_ids=tokens[:, :-1]).logits
+    rows = torch.arange(2)[:, None]
+    chosen, target = logits[rows, answers[:, :, 0] - 1], tokens[rows, answers[:, :, 0]]
+    bits = torch.nn.functional.cross_entropy(chosen.transpose(1, 2), target, reduction="none") / 0.6931471805599453
+    torch.testing.assert_close(reading.bits, bits.double(), rtol=1e-4, atol=1e-4)
+    assert torch.equal(reading.right, chosen.argmax(-1) == target)
+    assert int(reading.tokens.sum()) == 120
+
+
+def test_a_span_is_the_distance_to_the_key_weighed_most(train):
+    m, model = modules(train), small_model("always").eval()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            # Weights that differ by more than rounding.
+            layer.attention.in_proj.weight.mul_(30)
+            layer.attention.qk_scale.fill_(1.0)
+    task = m.tasks.RecallTask(pairs=3, queries=2)
+    batch = m.tasks.batch_of(lambda number: m.tasks.example_of(task, 40, 0, number), range(3))
+    reading = m.reading.read_texts(model, batch, len(task.kinds), chunk_size=5)
+    assert reading.spans.shape == (2, 6) and reading.spans.max() <= 8
+    # By the definition: scores of the last layer of one forward, over the window.
+    seen = {}
+    attention = model.model.layers[1].attention
+    handle = attention.register_forward_pre_hook(lambda module, args: seen.update(x=args[1]))
+    with torch.no_grad():
+        model(input_ids=torch.from_numpy(batch.tokens[:, :-1]), use_cache=False)
+        q, k, _, _ = attention.project(seen["x"], None, None)
+    handle.remove()
+    expected = []
+    for row in range(3):
+        for column in batch.answers[row, :, 0] - 1:
+            window = k[row, max(0, column - 8) : column + 1] @ q[row, column]
+            expected.append(float(len(window) - 1 - window.argmax()))
+    assert reading.spans[1].tolist() == expected
+
+
+def test_spans_are_missing_where_no_layer_attends(train):
+    m = modules(train)
+    task = m.tasks.RecallTask(pairs=2, queries=2)
+    batch = m.tasks.batch_of(lambda number: m.tasks.example_of(task, 30, 0, number), range(2))
+    reading = m.reading.read_texts(small_model("never"), batch, len(task.kinds))
+    assert reading.spans.shape == (2, 4) and reading.spans.isnan().all()
+    assert reading.activated.sum() == 0
+
+
+def test_constant_memory_whatever_the_length(train):
+    m, task = modules(train), modules(train).tasks.RecallTask(pairs=2, queries=2)
+    sizes = []
+    for length in (64, 3000):
+        batch = m.tasks.batch_of(lambda number, length=length: m.tasks.example_of(task, length, 0, number), range(1))
+        sizes.append(m.reading.read_texts(small_model("always"), batch, len(task.kinds), chunk_size=256).cache_bytes)
+    assert sizes[0] == sizes[1]
+
+
+@pytest.mark.parametrize("kind", ["always", "never", "mistral", "llama"])
+def test_models_that_are_compared_are_of_one_size(train, kind):
+    m = modules(train).models
+    for width in (32, 64):
+        counts = [
+            m.parameter_count(m.build_model(m.ModelArguments(model=k, hidden_size=width), 264)) for k in ("routed", kind)
+        ]
+        assert counts[1] == pytest.approx(counts[0], rel=0.02)
+
+
+EASY = [*TINY, "--start_length", "20", "--stop_length", "30", "--batch_size", "4", "--good", "0.01", "--bad", "0.0",
+        "--window", "1", "--eval_texts", "2", "--logging_steps", "4", "--eval_steps", "10", "--save_steps", "4"]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "task", [[], ["--task", "copy"], ["--task", "needle", "--start_length", "60", "--stop_length", "70"]]
+)
+def test_a_run_logs_what_is_asked_of_it_and_its_model_is_evaluated(train, tmp_path, task):
+    run = tmp_path / "run"
+    result = train.main([*EASY, "--max_steps", "12", "--output_dir", str(run), *task])
+    log = lines(run / "metrics.jsonl")
+    trained = next(line for line in log if "by_distance" in line)
+    assert {"step", "seconds", "length", "budget", "phase", "loss", "accuracy", "activation_rates"} <= set(trained)
+    assert set(trained["rates_by_kind"]) >= {"noise", "value", "query"}
+    assert all(len(rates) == 2 for rates in trained["rates_by_kind"].values())
+    assert any("validation" in line and len(line["validation"]["spans"]) == 2 for line in log)
+    assert json.loads((run / "result.json").read_text())["steps"] == result["steps"] == 12
+    evaluate = modules(train).evaluate
+    arguments = ["--models", str(run / "final"), "--lengths", "100", "300", "--texts", "2", "--cpu", "True"]
+    arguments += ["--output_dir", str(tmp_path / "results"), "--chunk_size", "64"]
+    results = evaluate.main(arguments)
+    assert [r["length"] for r in results] == [100, 300] and all(r["answers"] >= 4 for r in results)
+    assert results[0]["cache_bytes"] == results[1]["cache_bytes"]
+    page = (tmp_path / "results" / "results.md").read_text()
+    assert f"{100 * results[1]['accuracy']:.1f} ({results[1]['answers']})" in page
+    assert (tmp_path / "results" / "accuracy.png").stat().st_size > 1000
+    # What is there is not computed again.
+    before = (tmp_path / "results" / "results.jsonl").read_text()
+    evaluate.main(arguments)
+    assert (tmp_path / "results" / "results.jsonl").read_text() == before
+
+
+def test_an_interrupted_run_ends_as_one_that_was_not(train, tmp_path):
+    whole = train.main([*EASY, "--max_steps", "12", "--output_dir", str(tmp_path / "whole")])
+    part = ["--output_dir", str(tmp_path / "part"), "--resume", "True"]
+    train.main([*EASY, "--max_steps", "8", *part])
+    again = train.main([*EASY, "--max_steps", "12", *part])
+    assert {k: v for k, v in whole.items() if k != "seconds"} == {k: v for k, v in again.items() if k != "seconds"}
+    with pytest.raises(ValueError, match="of another run: pull is 0.1 there and 0.2 here"):
+        train.main([*EASY, "--max_steps", "12", "--pull", "0.2", *part])
+
+
+def test_a_model_trains_on_mixed_streams(train, tmp_path):
+    from test_long_context_tasks import write_data
+
+    arguments = [*EASY, "--task", "mixed", "--data", str(write_data(tmp_path / "data")), "--clips", "0"]
+    arguments += ["--pictures", "2", "--queries", "1", "--start_length", "100", "--stop_length", "120"]
+    result = train.main([*arguments, "--max_steps", "4", "--text_loss", "0.5", "--output_dir", str(tmp_path / "run")])
+    assert set(result["by_group"]) == {"fact", "picture"}
+    saved = json.loads((tmp_path / "run" / "final" / "recall.json").read_text())
+    assert saved["data"] == "data", "no other folders are published"
+
+
+def test_runs_that_cannot_be_are_refused_before_they_start(train, tmp_path):
+    for arguments, message in (
+        (["--model", "mamba"], "model must be one of routed, always, never, mistral, llama, got 'mamba'"),
+        (["--task", "sums"], "task must be one of recall, copy, needle, mixed, got 'sums'"),
+        (["--task", "mixed"], "task mixed needs data"),
+        (["--router_type", "tempered_softmax"], "credit 1.0 is for routers that draw"),
+        (["--good", "0.5", "--bad", "0.6"], "bad 0.6 must be below good 0.5"),
+        (["--start_length", "9"], "do not fit"),
+        (["--eval_steps", "0"], "eval_steps must be at least 1, got 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train.main([*TINY, *arguments, "--output_dir", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(FileNotFoundError, match="there is no model"):
+        modules(train).evaluate.main(["--models", str(tmp_path / "none"), "--output_dir", str(tmp_path / "r")])
+
+
+@pytest.mark.parametrize("recipe", sorted(path.stem for path in RECIPES.glob("*.yaml") if not path.stem.startswith("plan")))
+def test_recipes_are_arguments_that_a_run_accepts(train, recipe):
+    arguments = train.parse_arguments(train.TrainArguments, [str(RECIPES / f"{recipe}.yaml"), "--output_dir", "x"])
+    train.check_arguments(arguments)
+    assert arguments.hidden_size % 8 == 0
+
+
+@pytest.mark.parametrize("plan", sorted(path.name for path in RECIPES.glob("plan*.yaml")))
+def test_plans_name_recipes_and_arguments_that_exist(queue, train, plan, tmp_path):
+    runs = queue.read_plan(str(RECIPES / plan), [], [])
+    assert runs
+    for run in runs:
+        words = queue.command(run, tmp_path / run.name, "0")[2:]
+        train.check_arguments(train.parse_arguments(train.TrainArguments, words))
+
+
+def write_plan(folder, entries):
+    (folder / "r.yaml").write_text(yaml.safe_dump(dict(zip((w[2:] for w in EASY[::2]), EASY[1::2], strict=True))))
+    (folder / "plan.yaml").write_text(yaml.safe_dump(entries))
+    return str(folder / "plan.yaml")
+
+
+def test_a_queue_runs_what_is_not_there_yet_and_goes_on_after_a_failure(queue, tmp_path):
+    plan = write_plan(
+        tmp_path,
+        [
+            {"name": "there", "recipe": "r.yaml"},
+            {"name": "wrong", "recipe": "r.yaml", "good": 7},
+            {"name": "right", "recipe": "r.yaml", "minutes": 5, "max_steps": 2},
+        ],
+    )
+    output = tmp_path / "out"
+    (output / "there" / "final").mkdir(parents=True)
+    outcomes = queue.main([plan, "--output_dir", str(output), "--gpus", "cpu"])
+    assert outcomes == {"there": "there already", "wrong": "failed", "right": "done"}
+    assert "good 7.0" in (output / "wrong" / "run.log").read_text()
+    assert (output / "right" / "final" / "recall.json").is_file()
+    assert [line["run"] for line in lines(output / "queue.jsonl")] == ["there", "wrong", "right"]
+
+
+def test_plans_with_mistakes_are_refused_before_anything_runs(queue, tmp_path):
+    for entries, message in (
+        ({"name": "a"}, "must be a list"),
+        ([{"name": "a", "recipe": "r.yaml"}] * 2, "occur twice"),
+        ([{"name": "a", "recipe": "none.yaml"}], "run 'a': there is no recipe"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            queue.main([write_plan(tmp_path, entries), "--output_dir", str(tmp_path / "out")])
+    with pytest.raises(ValueError, match="set must be name=value, got 'data'"):
+        queue.main([write_plan(tmp_path, [{"name": "a", "recipe": "r.yaml"}]), "--output_dir", "x", "--set", "data"])
+    assert not (tmp_path / "out").exists()
