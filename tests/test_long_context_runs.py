@@ -218,7 +218,8 @@ def test_models_that_are_compared_are_of_one_size(train, kind):
     m = modules(train).models
     for width in (32, 64):
         counts = [
-            m.parameter_count(m.build_model(m.ModelArguments(model=k, hidden_size=width), 264)) for k in ("routed", kind)
+            m.parameter_count(m.build_model(m.ModelArguments(model=k, hidden_size=width), 264))
+            for k in ("routed", kind)
         ]
         assert counts[1] == pytest.approx(counts[0], rel=0.02)
 
@@ -293,7 +294,9 @@ def test_runs_that_cannot_be_are_refused_before_they_start(train, tmp_path):
         modules(train).evaluate.main(["--models", str(tmp_path / "none"), "--output_dir", str(tmp_path / "r")])
 
 
-@pytest.mark.parametrize("recipe", sorted(path.stem for path in RECIPES.glob("*.yaml") if not path.stem.startswith("plan")))
+@pytest.mark.parametrize(
+    "recipe", sorted(path.stem for path in RECIPES.glob("*.yaml") if not path.stem.startswith("plan"))
+)
 def test_recipes_are_arguments_that_a_run_accepts(train, recipe):
     arguments = train.parse_arguments(train.TrainArguments, [str(RECIPES / f"{recipe}.yaml"), "--output_dir", "x"])
     train.check_arguments(arguments)

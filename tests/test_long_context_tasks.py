@@ -64,7 +64,9 @@ def test_an_answer_stands_where_its_distance_says(tasks, number):
         for answer, distance in zip(e.answers, e.distances, strict=True):
             last = answer[0] - 1 - distance
             found = e.tokens[last - width + 1 : last + 1]
-            assert np.array_equal(found, e.tokens[answer]) and set(e.kinds[last - width + 1 : last + 1]) == {tasks.VALUE}
+            assert np.array_equal(found, e.tokens[answer]) and set(e.kinds[last - width + 1 : last + 1]) == {
+                tasks.VALUE
+            }
             assert set(e.kinds[answer]) == {tasks.QUERY}
 
 

@@ -11,16 +11,24 @@ DENSE, ROUTED = "dense", "routed"
 
 @dataclass
 class CurriculumArguments:
-    start_length: int = field(default=40, metadata={"help": "of the first texts; at most memory_size for attention to see all"})
+    start_length: int = field(
+        default=40, metadata={"help": "of the first texts; at most memory_size for attention to see all"}
+    )
     stop_length: int = field(default=4096, metadata={"help": "texts grow up to this"})
     good: float = field(default=0.97, metadata={"help": "accuracy at which texts grow or the budget falls"})
     bad: float = field(default=0.8, metadata={"help": "accuracy below which the budget rises again"})
     window: int = field(default=20, metadata={"help": "steps that an accuracy is averaged over"})
     grow: float = field(default=1.3, metadata={"help": "factor by which texts grow"})
     shrink: float = field(default=0.8, metadata={"help": "factor by which the budget falls"})
-    follow: float = field(default=1.5, metadata={"help": "the budget falls no further while the rate is above this times it"})
-    fill: float = field(default=0.5, metadata={"help": "texts grow while a layer keeps at most this share of its memory"})
-    spare: float = field(default=1.25, metadata={"help": "last budget, in tokens that one layer has to keep for the task"})
+    follow: float = field(
+        default=1.5, metadata={"help": "the budget falls no further while the rate is above this times it"}
+    )
+    fill: float = field(
+        default=0.5, metadata={"help": "texts grow while a layer keeps at most this share of its memory"}
+    )
+    spare: float = field(
+        default=1.25, metadata={"help": "last budget, in tokens that one layer has to keep for the task"}
+    )
 
     def check(self) -> None:
         """Raises ValueError for values that no run can use."""
@@ -97,7 +105,10 @@ class Curriculum:
 
     def state_dict(self) -> dict:
         names = ("length", "budget", "phase", "done")
-        return {name: getattr(self, name) for name in names} | {"recent": list(self._recent), "settings": asdict(self.a)}
+        return {name: getattr(self, name) for name in names} | {
+            "recent": list(self._recent),
+            "settings": asdict(self.a),
+        }
 
     def load_state_dict(self, state: dict) -> None:
         for name in ("length", "budget", "phase", "done"):

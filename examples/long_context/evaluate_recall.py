@@ -91,7 +91,9 @@ def summary(task, readings: list[Reading], batches: list) -> dict:
         "accuracy": float(right.mean()),
         "answers": int(right.size),
         "bits_per_answer": float(torch.cat([r.bits for r in readings]).mean()),
-        "by_distance": {key: [float(np.mean(hits)), len(hits)] for key, hits in sorted(buckets.items(), key=_as_number)},
+        "by_distance": {
+            key: [float(np.mean(hits)), len(hits)] for key, hits in sorted(buckets.items(), key=_as_number)
+        },
         "by_group": {
             name: float(right[groups == place].mean())
             for place, name in enumerate(task.group_names)
@@ -187,7 +189,11 @@ def _by_distance(results: list[dict], buckets: list[int]) -> list[list[str]]:
     for model in dict.fromkeys(r["model"] for r in results):
         cells = []
         for bucket in buckets:
-            found = [r["by_distance"][str(bucket)] for r in results if r["model"] == model and str(bucket) in r["by_distance"]]
+            found = [
+                r["by_distance"][str(bucket)]
+                for r in results
+                if r["model"] == model and str(bucket) in r["by_distance"]
+            ]
             count = sum(n for _, n in found)
             cells.append(f"{100 * sum(share * n for share, n in found) / count:.1f} ({count})" if count else "")
         rows.append([model, *cells])

@@ -193,7 +193,9 @@ class MixedTask:
         used = sum(len(block.tokens) for block in blocks)
         room = length - tail - used
         if room < 0:
-            raise ValueError(f"a stream of {length} tokens is too short for {used + tail} of clips, pictures and facts")
+            raise ValueError(
+                f"a stream of {length} tokens is too short for {used + tail} of clips, pictures and facts"
+            )
         order = generator.permutation(len(blocks))
         cuts = spread(generator, len(blocks), 0, room)
         first = int(generator.integers(0, len(self.pieces.text)))
@@ -280,7 +282,9 @@ def main(argv: list[str] | None = None) -> Example:
     shares = np.bincount(example.kinds, minlength=len(KINDS)) / a.length
     print(f"{a.length:,} tokens: " + ", ".join(f"{100 * s:.1f}% {k}" for k, s in zip(KINDS, shares, strict=True)))
     for answer, distance, group in zip(example.answers, example.distances, example.groups, strict=True):
-        print(f"{GROUPS[group]}: {bytes(int(t) % 256 for t in example.tokens[answer])!r} from {distance:,} tokens before")
+        print(
+            f"{GROUPS[group]}: {bytes(int(t) % 256 for t in example.tokens[answer])!r} from {distance:,} tokens before"
+        )
     return example
 
 

@@ -34,7 +34,9 @@ class TaskArguments:
     task: str = field(default="recall", metadata={"help": "recall, copy, needle or mixed"})
     pairs: int = field(default=6, metadata={"help": "pairs, facts or items of a text"})
     queries: int = field(default=4, metadata={"help": "questions of a text; mixed: of each kind"})
-    within: float = field(default=1.0, metadata={"help": "recall: pairs lie in this share of the text, at its beginning"})
+    within: float = field(
+        default=1.0, metadata={"help": "recall: pairs lie in this share of the text, at its beginning"}
+    )
     data: str | None = field(
         default=None, metadata={"help": "needle: a text file, default the excerpt of enwik8; mixed: a folder"}
     )
@@ -104,9 +106,7 @@ def build_model(a: ModelArguments, vocabulary: int) -> nn.Module:
     )  # fmt: skip
     if a.model == "mistral":
         shape["sliding_window"] = a.memory_size
-    kind, config = (
-        (MistralForCausalLM, MistralConfig) if a.model == "mistral" else (LlamaForCausalLM, LlamaConfig)
-    )
+    kind, config = (MistralForCausalLM, MistralConfig) if a.model == "mistral" else (LlamaForCausalLM, LlamaConfig)
     with torch.device("meta"):
         goal = parameter_count(SeqBoatForCausalLM(seqboat_config(a, vocabulary)))
         missing = goal - parameter_count(kind(config(**shape)))

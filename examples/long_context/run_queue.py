@@ -60,7 +60,8 @@ def read_plan(path: str, only: list[str], defaults: list[str]) -> list[Run]:
     unknown = set(only) - set(names)
     if repeated or unknown:
         raise ValueError(
-            f"plan {path!r}: " + (f"{sorted(repeated)} occur twice" if repeated else f"there are no runs {sorted(unknown)}")
+            f"plan {path!r}: "
+            + (f"{sorted(repeated)} occur twice" if repeated else f"there are no runs {sorted(unknown)}")
         )
     wrong = [text for text in defaults if "=" not in text]
     if wrong:

@@ -46,18 +46,24 @@ VALIDATION_SEED = 2**31
 class TrainArguments(CurriculumArguments, ModelArguments, TaskArguments):
     output_dir: str = field(default="", metadata={"help": "must be new or empty, unless resuming"})
     batch_size: int = field(default=32, metadata={"help": "texts a step"})
-    max_batch_tokens: int = field(default=2**20, metadata={"help": "fewer texts a step where they are longer; at least 2"})
+    max_batch_tokens: int = field(
+        default=2**20, metadata={"help": "fewer texts a step where they are longer; at least 2"}
+    )
     learning_rate: float = field(default=4e-3)
     router_learning_rate: float = field(default=4e-3)
     beta2: float = field(default=0.98)
     weight_decay: float = field(default=0.01)
     warmup_steps: int = field(default=50)
     max_grad_norm: float = field(default=1.0)
-    router_start: float = field(default=4.0, metadata={"help": "difference of the routers' logits when they take over"})
+    router_start: float = field(
+        default=4.0, metadata={"help": "difference of the routers' logits when they take over"}
+    )
     credit: float = field(default=1.0, metadata={"help": "weight of the credit for kept tokens, 0 for none"})
     pull: float = field(default=0.1, metadata={"help": "weight of the pull to the budget"})
     text_loss: float = field(default=0.0, metadata={"help": "weight of the cross entropy of all tokens"})
-    settle_steps: int = field(default=200, metadata={"help": "steps after the last goal is reached, the rate run down"})
+    settle_steps: int = field(
+        default=200, metadata={"help": "steps after the last goal is reached, the rate run down"}
+    )
     max_steps: int = field(default=20_000)
     max_minutes: float = field(default=math.inf, metadata={"help": "end after this much training time of all calls"})
     logging_steps: int = field(default=50)
@@ -134,7 +140,8 @@ class Counts:
             "by_distance": {str(key): float(np.mean(self.hits[key])) for key in sorted(self.hits)},
             "activation_rates": [float(layer.sum() / self.tokens.sum()) for layer in self.activated],
             "rates_by_kind": {
-                self.kinds[place]: [float(layer[place] / self.tokens[place]) for layer in self.activated] for place in seen
+                self.kinds[place]: [float(layer[place] / self.tokens[place]) for layer in self.activated]
+                for place in seen
             },
         }
 
