@@ -350,11 +350,11 @@ class SeqBoatCacheLayer(CacheLayerMixin):
         else:
             self.seen = self.seen + length
 
-    def _replay(self, columns: _Columns) -> None:
+    def _replay(self, columns: _Columns) -> _Undo:
         with without_autocast(columns.hidden.device):
             history = self.recent_inputs(columns.length)
             state = columns.replay(columns.hidden, columns.real, columns.reset, self.ssm_state, history)
-        self._write(columns, state)
+        return self._write(columns, state)
 
     def _write(self, columns: _Columns, state: Tensor) -> _Undo:
         """Takes the columns in, and returns how to take them out again. No value is read off the device."""
@@ -426,10 +426,10 @@ class SeqBoatCacheLayer(CacheLayerMixin):
 
     @torch.no_grad()
     def crop(self, tokens_to_remove: int) -> None:
-        """Takes the last `-tokens_to_remove` columns back and forgets how to go back further.
+        """Takes the last `-tokens_to_remove` columns back. What was recorded before them can be taken back later on.
 
         Args:
-            tokens_to_remove: 0 or negative; at most the columns fed since the last crop, and at most 1,024.
+            tokens_to_remove: 0 or negative; at most the columns recorded, of which 1,024 are kept.
         """
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes 0 or a negative number of columns, got {tokens_to_remove}")
@@ -446,9 +446,9 @@ class SeqBoatCacheLayer(CacheLayerMixin):
             self._undo(entry)
             self._leave_inference_mode()
             if remove < length:
-                self._replay(entry.columns.part(0, length - remove))
+                # Recorded again: the next crop may reach into it.
+                self._journal.append(self._replay(entry.columns.part(0, length - remove)))
             remove -= min(remove, length)
-        self._journal = []
 
     def _undo(self, entry: _Undo) -> None:
         for name, old in entry.overwritten.items():

@@ -290,6 +290,8 @@ class SeqBoatModel(SeqBoatPreTrainedModel):
         self.final_norm = build_norm(config, config.final_norm_affine) if config.norm_first else None
         self.gradient_checkpointing = False
         self.main_input_name = main_input_name(config)
+        # Set by a RouterBudget, here and at each router.
+        self.rate_is_held = False
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -374,7 +376,7 @@ class SeqBoatModel(SeqBoatPreTrainedModel):
             raise ValueError(f"past_key_values holds {cache.batch_size} rows, the input has {batch}")
         context = build_context(
             config, batch, length, inputs_embeds.device, attention_mask, position_ids, seq_idx, cu_seq_lens_q, cache,
-            inputs_embeds.dtype, self.training, self.layers[0].router.rate_is_held,
+            inputs_embeds.dtype, self.training, self.rate_is_held,
         )  # fmt: skip
         if cache is not None and context.reset is not None:
             cache.restarted = True

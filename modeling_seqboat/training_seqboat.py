@@ -236,7 +236,8 @@ class RouterBudget:
             raise ValueError(f"gain must be above 0, got {gain}")
         if not 0 <= floor < 0.5:
             raise ValueError(f"floor must be from 0 up to, but not including, 0.5, got {floor}")
-        self.config = _model_and_head(model)[0].config
+        self._base = _model_and_head(model)[0]
+        self.config = self._base.config
         if self.config.router_target_rate is None:
             raise ValueError("RouterBudget needs a config with router_target_rate, got None")
         routers = [router for _, router in _routers(model)]
@@ -244,8 +245,8 @@ class RouterBudget:
             raise ValueError("RouterBudget moves the routers' biases, which are frozen or sharded away in this model")
         self.gain, self.floor = gain, floor
         self._counter = _ActivationCounter(model)
-        for router in routers:
-            router.rate_is_held = True
+        for part in (self._base, *routers):
+            part.rate_is_held = True
 
     @torch.no_grad()
     def step(self) -> None:
@@ -271,8 +272,8 @@ class RouterBudget:
 
     def close(self) -> None:
         self._counter.close()
-        for router in self._counter.routers.values():
-            router.rate_is_held = False
+        for part in (self._base, *self._counter.routers.values()):
+            part.rate_is_held = False
 
     def __enter__(self) -> "RouterBudget":
         return self

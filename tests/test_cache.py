@@ -291,11 +291,26 @@ def test_a_crop_too_far_is_an_error_and_changes_nothing():
         cache.crop(3)
     cache.crop(-6)
     assert_same_state(cache, state_of(fed(model, ids[:, :20])))
-    # A crop forgets what was recorded before it.
-    model(ids[:, 20:22], past_key_values=cache)
-    cache.crop(0)
-    with pytest.raises(RuntimeError, match="0 are recorded"):
+    with pytest.raises(RuntimeError, match="cannot take 1 columns back: 0 are recorded"):
         cache.crop(-1)
+
+
+@pytest.mark.parametrize(("position", "truncation"), KINDS)
+@pytest.mark.parametrize("removes", [(2, 3), (0, 4), (5, 6, 4), (1, 1, 1), (7, 9)])
+def test_crops_in_a_row_reach_back_further(position, truncation, removes):
+    model, ids = model_of(position, truncation), random_ids(2, 46)
+    cache = fed(model, ids[:, :30])
+    cache.activate_past_recording()
+    for piece in (ids[:, 30:40], ids[:, 40:41], ids[:, 41:46]):
+        model(piece, past_key_values=cache)
+    left = 46
+    for remove in removes:
+        cache.crop(-remove)
+        left -= remove
+        assert cache.get_seq_length() == left
+        assert_same_state(cache, state_of(fed(model, ids[:, :left])))
+    with pytest.raises(RuntimeError, match=f"{left - 30} are recorded"):
+        cache.crop(-17)
 
 
 def recorded_bytes(cache: SeqBoatCache) -> int:

@@ -17,7 +17,7 @@ from peft import (
 from small_models import SMALL, pad_left, random_ids, small_lm
 from torch import nn
 from torch.nn import functional as F
-from transformers import DynamicCache, Trainer, TrainingArguments
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from modeling_seqboat import (
     SeqBoatCache,
@@ -343,6 +343,25 @@ def test_early_exit_runs_the_first_layers():
     torch.testing.assert_close(early.hidden_states[1], states[1])
     expected = model.generate(ids, max_new_tokens=10, do_sample=False)
     assert torch.equal(model.generate(ids, max_new_tokens=10, do_sample=False, assistant_early_exit=2), expected)
+
+
+def test_a_draft_model_with_another_tokenizer():
+    letters = build_byte_tokenizer()
+    words = letters.train_new_from_iterator(["the quick brown fox jumps over the lazy dog hello world "] * 5, 300)
+    draft = small_lm(vocab_size=264, pad_token_id=256, bos_token_id=257)
+    torch.manual_seed(0)
+    target = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(words), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+            pad_token_id=words.pad_token_id, bos_token_id=words.bos_token_id, eos_token_id=words.eos_token_id,
+        )
+    ).eval()  # fmt: skip
+    prompt = words("hello world", return_tensors="pt")["input_ids"]
+    expected = target.generate(prompt, max_new_tokens=24, do_sample=False)
+    found = target.generate(
+        prompt, max_new_tokens=24, do_sample=False, assistant_model=draft, tokenizer=words, assistant_tokenizer=letters
+    )
+    assert torch.equal(found, expected)
 
 
 # Names that body and head share
