@@ -12,6 +12,7 @@ from transformers.activations import ACT2FN
 from .cache_seqboat import SeqBoatCacheLayer
 from .configuration_seqboat import SeqBoatConfig
 from .context_seqboat import SequenceContext
+from .kernels_seqboat import Ops
 from .ops_attention_seqboat import attention_scale, t5_bias_table
 from .ops_ema_seqboat import without_autocast
 from .ops_layout_seqboat import Packed
@@ -36,6 +37,32 @@ class SeqBoatPositionBias(nn.Module):
 
     def forward(self) -> Tensor:
         return t5_bias_table(self.weight, self.bidirectional) if self.kind == "t5" else self.weight
+
+
+def wants_whole_texts(module: nn.Module) -> bool:
+    """Whether a module in the place of a linear layer has to be given (B, L, D), tokens that are not activated included.
+
+    A linear layer, and LoRA's around one, treats every row of (M, D) for itself. Other adapters may look at texts (their
+    length, which tokens come last, which adapter a row of the batch has), and hooks may be there to see them.
+    """
+    if module._forward_hooks or module._forward_pre_hooks:
+        return True
+    return not isinstance(module, nn.Linear) and not type(module).__module__.startswith("peft.tuners.lora.")
+
+
+def _linear(module: nn.Module, rows: Tensor, ops: Ops) -> Tensor:
+    """`module` on (M, D). It is never given no rows, which quantised layers do not take: one of zeros is computed, and
+    dropped, so that its parameters have a gradient all the same."""
+    if rows.shape[0] == 0:
+        return ops.linear(module, F.pad(rows, (0, 0, 0, 1)))[:0]
+    return ops.linear(module, rows)
+
+
+def _spread(rows: Tensor, packed: Packed, tokens: int, ops: Ops) -> Tensor:
+    """(M, N) -> (R, N), zeros where a token is not activated."""
+    if packed.packed_index is not None:
+        return ops.gather_rows(rows, packed.packed_index, packed.index)
+    return rows.new_zeros(tokens, rows.shape[1]).index_copy(0, packed.index, rows)
 
 
 class SeqBoatAttention(nn.Module):
@@ -74,22 +101,36 @@ class SeqBoatAttention(nn.Module):
             out (M, D), without meaning in rows that are not activated; and what the cache is to keep, keys (M, Z) and
             values (M, V), or None.
         """
-        ops, x = context.ops, x.flatten(0, 1)
+        ops = context.ops
         if packed.skips:
-            return x[:0], None, None
-        if packed.index is not None:
-            x = ops.gather_rows(x, packed.index, packed.packed_index)
-        projected = ops.linear(self.in_proj, x)
+            return x.new_zeros(0, x.shape[2]), None, None
+        projected = self._on_activated(self.in_proj, x, packed, ops)
         keys = values = None
         with without_autocast(x.device):
             if packed.steps:
                 gated = self._step(projected, active[:, 0], packed.index, context, cache)
             else:
                 gated, keys, values = self._over_window(projected, packed, context, cache)
-        out = ops.linear(self.out_proj, gated)
+        if wants_whole_texts(self.out_proj):
+            if packed.index is not None:
+                gated = _spread(gated, packed, active.numel(), ops)
+            out = self._on_activated(self.out_proj, gated.view(*active.shape, -1), packed, ops)
+        else:
+            out = _linear(self.out_proj, gated, ops)
         if self.config.bidirectional:
             out = F.dropout(out, self.config.hidden_dropout, self.training)
         return out, keys, values
+
+    @staticmethod
+    def _on_activated(module: nn.Module, x: Tensor, packed: Packed, ops: Ops) -> Tensor:
+        """(B, L, D) -> (M, N), what `module` makes of the activated tokens."""
+        if wants_whole_texts(module):
+            rows = module(x).flatten(0, 1)
+            return rows if packed.index is None else ops.gather_rows(rows, packed.index, packed.packed_index)
+        rows = x.flatten(0, 1)
+        if packed.index is not None:
+            rows = ops.gather_rows(rows, packed.index, packed.packed_index)
+        return _linear(module, rows, ops)
 
     def _over_window(
         self, projected: Tensor, packed: Packed, context: SequenceContext, cache: SeqBoatCacheLayer | None

@@ -4,6 +4,7 @@ Letters: B batch, L columns of one forward, D channels, N states a channel, W me
 T truncation, M activated tokens of one forward.
 """
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -546,13 +547,40 @@ class SeqBoatCache(Cache):
     # Checked instead of the class: code that came with a checkpoint has a class object of its own.
     is_seqboat_cache = True
 
-    def __init__(self, config: SeqBoatConfig, static: bool = False):
+    def __init__(self, config: SeqBoatConfig | Iterator, static: bool = False):
+        if not isinstance(config, SeqBoatConfig) and isinstance(config, Iterator):
+            self._join(list(config))
+            return
         if config.bidirectional:
             raise ValueError("a bidirectional SeqBoat has no cache: bidirectional must be False, got True")
         super().__init__(layers=[SeqBoatCacheLayer(config, static) for _ in range(config.num_hidden_layers)])
+        self.config = config
         self.signature = _signature(config)
         # Whether a packed segment may have started anew: a layer counts the tokens of a row's last segment only.
         self.restarted = False
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        """The state in tensors with one entry a row, for libraries that join the outputs of several devices
+        (nn.DataParallel): `SeqBoatCache(iterator)` makes a cache of what they joined."""
+        if not self.is_initialized:
+            raise ValueError("an empty cache has no tensors to go through")
+        rows, device = self.batch_size, self.layers[0].ssm_state.device
+        settings = json.dumps([self.config.to_dict(), self.layers[0].static, self.get_seq_length()], default=str)
+        written = torch.tensor(list(settings.encode()), dtype=torch.uint8, device=device)
+        yield (written.expand(rows, -1),)
+        for layer in self.layers:
+            yield tuple(layer.tensors().values())
+
+    def _join(self, parts: list[tuple[Tensor, ...]]) -> None:
+        settings, static, seen = json.loads(bytes(parts[0][0][0].tolist()))
+        self.__init__(SeqBoatConfig.from_dict(settings), static)
+        self.restarted = True
+        for layer, tensors in zip(self.layers, parts[1:], strict=True):
+            state, keys = tensors[0], tensors[1]
+            layer._allocate(state.shape[0], layer.memory_size, keys.dtype, state.device)
+            for buffer, tensor in zip(layer.tensors().values(), tensors, strict=True):
+                buffer.copy_(tensor)
+            layer._count(seen)
 
     def check_config(self, config: SeqBoatConfig) -> None:
         """Raises ValueError unless the cache was made for a model of this shape."""
@@ -637,7 +665,9 @@ class SeqBoatCache(Cache):
             rows, dtype = memory_of(path, f"{prefix}.keys", state.tensors)
             # Keys of the right shape are as large as the file says; of another shape nothing is allocated.
             _, key_width, _ = layer.shapes
-            check_buffer(path, f"{prefix}.keys", state.tensors[f"{prefix}.keys"], (rows, layer.memory_size, key_width), dtype)
+            check_buffer(
+                path, f"{prefix}.keys", state.tensors[f"{prefix}.keys"], (rows, layer.memory_size, key_width), dtype
+            )
             layer._allocate(rows, layer.memory_size, dtype, torch.device(device))
             for name, buffer in layer.tensors().items():
                 key = f"{prefix}.{name}"

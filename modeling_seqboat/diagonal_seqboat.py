@@ -27,6 +27,7 @@ from .kernels_seqboat import op
 from .ops_ema_seqboat import chunk_size_for, toeplitz, without_autocast
 from .ops_layout_seqboat import ScanPlan, build_scan_plan, to_columns, to_slots
 from .ssm_seqboat import Before, Recurrence, Replay
+from .triton_launch_seqboat import first_derivative_only
 
 
 def complex_product(a: Tensor, b: Tensor) -> Tensor:
@@ -99,7 +100,7 @@ class _BorderScan(torch.autograd.Function):
         return borders
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_derivative_only
     def backward(ctx, grad):
         borders, decay, linked = ctx.saved_tensors
         backward_links = None
@@ -140,7 +141,7 @@ class _Recomputed(torch.autograd.Function):
             return function(*tensors)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_derivative_only
     def backward(ctx, *grads):
         needed = ctx.needs_input_grad[1:]
         leaves = [

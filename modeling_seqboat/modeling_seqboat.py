@@ -459,8 +459,9 @@ class SeqBoatModel(SeqBoatPreTrainedModel):
             past_key_values.check_config(config)
             return past_key_values
         if use_cache is None:
-            # A training step that nobody asked a cache of does not pay for one.
-            use_cache = config.use_cache and not self.training
+            # A training step that nobody asked a cache of does not pay for one, nor does a copy of the model that
+            # nn.DataParallel made for one batch, and whose outputs it gathers.
+            use_cache = config.use_cache and not self.training and not getattr(self, "_is_replica", False)
         return SeqBoatCache(config) if use_cache else None
 
     def _check_ids(self, input_ids: Tensor) -> None:
@@ -567,7 +568,7 @@ class SeqBoatForCausalLM(SeqBoatPreTrainedModel, SeqBoatGenerationMixin):
         hidden, logits, loss = outputs.last_hidden_state, None, None
         if not fused:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.lm_head(hidden[:, kept, :])
+            logits = self.lm_head(hidden[:, kept, :].contiguous())
         if has_targets:
             shifted = shift_labels
             if shifted is None:

@@ -19,6 +19,7 @@ from .ops_ema_seqboat import without_autocast
 from .ops_layout_seqboat import MemoryKeys
 from .triton_attention_seqboat import windowed_attention_triton
 from .triton_decode_seqboat import memory_step_compiled, memory_step_triton
+from .triton_launch_seqboat import first_derivative_only
 from .triton_unit_seqboat import gated_unit_triton, project_unit_triton
 
 # Queries of one block share a product with their keys; the block reads W + 128 keys to use W + 1 of them.
@@ -286,7 +287,7 @@ class _WindowedAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_derivative_only
     def backward(ctx, grad_out):
         with without_autocast(grad_out.device):
             return _WindowedAttention._gradients(ctx, grad_out)

@@ -18,6 +18,7 @@ from .kernels_seqboat import Facts, op
 from .ops_layout_seqboat import ScanPlan, build_scan_plan, to_columns, to_slots
 from .triton_decode_seqboat import ema_step_triton
 from .triton_ema_seqboat import ema_parameters_triton, ema_scan_triton
+from .triton_launch_seqboat import first_derivative_only
 
 # Products within a chunk grow with C, traffic of the states falls with it: 64 was the fastest of 32, 64 and 128 on a
 # CPU at D 256, N 16, L 8,192.
@@ -277,7 +278,7 @@ class _ChunkScan(torch.autograd.Function):
         return _ChunkScan._rows(y, x.shape[0], chunks).to(x.dtype), borders[last_chunk, rows]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_derivative_only
     def backward(ctx, grad_y, grad_entry):
         with without_autocast(grad_y.device):
             return _ChunkScan._gradients(ctx, grad_y, grad_entry)

@@ -159,5 +159,5 @@ def norm_residual(
 
 @op("linear", triton=linear_triton)
 def linear(module: nn.Module, x: Tensor) -> Tensor:
-    """`module(x)`: the kernel makes the gradient of its bias."""
-    return module(x)
+    """`module(x)`, x contiguous, which quantised layers rely on; the kernel makes the gradient of its bias."""
+    return module(x.contiguous())

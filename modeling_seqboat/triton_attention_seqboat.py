@@ -36,7 +36,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .triton_launch_seqboat import CHECKS, interpreted, jit, kernel, power_of_two
+from .triton_launch_seqboat import CHECKS, first_derivative_only, interpreted, jit, kernel, power_of_two
 
 try:
     import triton.language as tl
@@ -778,7 +778,7 @@ class _WindowedAttention(torch.autograd.Function):
         return out if gate is None else gated
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_derivative_only
     def backward(ctx, grad):
         if ctx.call.list_size == 0:
             return *(None if t is None else torch.zeros_like(t) for t in ctx.saved_tensors), *[None] * 5

@@ -25,9 +25,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from .triton_launch_seqboat import CHECKS, expect, jit, kernel, power_of_two
+from .triton_launch_seqboat import CHECKS, expect, first_derivative_only, jit, kernel, power_of_two
 
 try:
     import triton.language as tl
@@ -828,7 +827,7 @@ class _EmaScan(torch.autograd.Function):
         return out, final
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx, grad, final_grad):
         x, skip, state, delayed, real, reset, pack, local, span, y = ctx.saved_tensors
         batch, length, width = x.shape
@@ -932,7 +931,7 @@ class _EmaParameters(torch.autograd.Function):
         return out.unbind()
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx, *grads):
         delta, alpha, beta = ctx.saved_tensors
         count, factor = delta.numel(), delta.shape[-2] ** -0.5

@@ -36,6 +36,26 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+def first_derivative_only(backward: Callable) -> Callable:
+    """For the backward of an autograd function that is not differentiable itself.
+
+    torch's `once_differentiable` lets `torch.autograd.grad` with respect to an input pass by what is missing, and gives
+    a wrong number; this one raises RuntimeError.
+    """
+
+    @functools.wraps(backward)
+    def checked(ctx: Any, *grads: Tensor) -> Any:
+        # Under `create_graph=True` alone a backward runs with gradients.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "SeqBoat has first derivatives only: create_graph=True, which asks for a graph of the gradients, is not "
+                "supported by its recurrence and attention"
+            )
+        return backward(ctx, *grads)
+
+    return checked
+
+
 class Kernel:
     """A Triton kernel and its compiled variants, by a key of all that a variant depends on: the compile-time
     arguments, the launch options, types, whether pointers are 16-byte aligned, and the values of integers that do not

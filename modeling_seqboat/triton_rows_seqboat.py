@@ -18,7 +18,17 @@ from torch.nn import functional as F
 from torch.nn.modules import module as hooks
 
 from .ops_layout_seqboat import Packed, lead_with_memory, memory_before
-from .triton_launch_seqboat import CHECKS, expect, interpreted, jit, kernel, power_of_two, program_sums, row_block
+from .triton_launch_seqboat import (
+    CHECKS,
+    expect,
+    first_derivative_only,
+    interpreted,
+    jit,
+    kernel,
+    power_of_two,
+    program_sums,
+    row_block,
+)
 
 try:
     import triton.language as tl
@@ -133,7 +143,7 @@ class _NormResidual(torch.autograd.Function):
         return out, x
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_derivative_only
     def backward(ctx, grad, residual_grad):
         x, weight, bias, mean, scale = ctx.saved_tensors
         width = x.shape[-1]
@@ -283,7 +293,7 @@ class _Route(torch.autograd.Function):
         return confidence, active
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_derivative_only
     def backward(ctx, grad, _):
         x, weight, bias, log_temperature, confidence, margin = ctx.saved_tensors
         width = x.shape[-1]
@@ -436,7 +446,7 @@ class _GatherRows(torch.autograd.Function):
         return _gather(x, index)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_derivative_only
     def backward(ctx, grad):
         (packed_index,) = ctx.saved_tensors
         return _gather(grad if grad.stride(-1) == 1 else grad.contiguous(), packed_index), None, None
@@ -530,7 +540,7 @@ class _ExtractResidual(torch.autograd.Function):
         return result
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_derivative_only
     def backward(ctx, grad):
         hidden, residual, out, confidence, packed_index, seed = ctx.saved_tensors
         count, width = hidden.shape
@@ -618,7 +628,7 @@ class _BiasGradient(torch.autograd.Function):
         return y.view_as(y)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_derivative_only
     def backward(ctx, grad):
         return grad, column_sums(grad).to(ctx.dtype)
 
@@ -638,6 +648,6 @@ def linear_triton(module: nn.Module, x: Tensor) -> Tensor:
         or hooks._global_forward_hooks or hooks._global_forward_pre_hooks
         or hooks._global_backward_hooks or hooks._global_backward_pre_hooks
     ):
-        return module(x)
+        return module(x.contiguous())
     # The bias is added without a gradient, which `_BiasGradient` then gives it.
     return _BiasGradient.apply(F.linear(x, module.weight, bias.detach()), bias)

@@ -19,7 +19,7 @@ from .triton_attention_seqboat import (
     row_sums,
     windowed_attention_triton,
 )
-from .triton_launch_seqboat import CHECKS, jit, kernel, power_of_two, row_block
+from .triton_launch_seqboat import CHECKS, first_derivative_only, jit, kernel, power_of_two, row_block
 from .triton_rows_seqboat import silu_slope
 
 try:
@@ -230,7 +230,7 @@ class _ProjectUnit(torch.autograd.Function):
         return _project(projected, scale, offset, cos, sin, table_rows, width, True)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_derivative_only
     def backward(ctx, *grads):
         projected = ctx.saved_tensors[0]
         grad = torch.empty(projected.shape, dtype=projected.dtype, device=projected.device)
@@ -291,7 +291,7 @@ class _GatedUnit(torch.autograd.Function):
         return gated, k, v
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_derivative_only
     def backward(ctx, grad, *_):
         if ctx.call.list_size == 0:
             return *(None if t is None else torch.zeros_like(t) for t in ctx.saved_tensors), *[None] * 8

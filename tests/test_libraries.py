@@ -364,6 +364,142 @@ def test_a_draft_model_with_another_tokenizer():
     assert torch.equal(found, expected)
 
 
+# Modules in the place of linear layers
+
+
+def wide(model: nn.Module) -> nn.Module:
+    """With adapters that change the logits."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(0, 0.3)
+    return model.eval()
+
+
+def test_rows_of_a_batch_have_an_adapter_each():
+    settings = {"r": 2, "target_modules": ["hidden_proj", "in_proj", "out_proj"]}
+    model = get_peft_model(small_lm(), LoraConfig(**settings))
+    model.add_adapter("other", LoraConfig(**settings))
+    model.base_model.set_adapter(["default", "other"])
+    wide(model)
+    names = ["default", "other", "__base__"]
+    ids = random_ids(3, 20)
+    with torch.no_grad():
+        found = model(input_ids=ids, adapter_names=names).logits
+        for row, name in enumerate(names[:2]):
+            model.set_adapter(name)
+            expected = model(input_ids=ids[row : row + 1]).logits
+            torch.testing.assert_close(found[row : row + 1], expected, rtol=1e-4, atol=1e-4)
+        with model.disable_adapter():
+            torch.testing.assert_close(found[2:], model(input_ids=ids[2:]).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["gralora", "c3a", "hook"])
+def test_what_looks_at_whole_texts_sees_them(kind):
+    import peft
+
+    model, shapes = small_lm(), []
+    if kind == "hook":
+        for layer in model.model.layers:
+            for linear in (layer.attention.in_proj, layer.attention.out_proj):
+                linear.register_forward_hook(lambda module, args, output: shapes.append(args[0].shape[:2]))
+    else:
+        settings = {
+            "gralora": lambda: peft.GraloraConfig(r=4, gralora_k=2, target_modules=["in_proj", "out_proj"]),
+            "c3a": lambda: peft.C3AConfig(block_size=8, target_modules=["out_proj"]),
+        }[kind]()
+        model = wide(get_peft_model(model, settings))
+    with torch.no_grad():
+        whole = model(input_ids=IDS, use_cache=False).logits
+        assert kind != "hook" or set(shapes) == {(2, 20)}
+        cache = SeqBoatCache(model.config)
+        parts = [model(input_ids=part, past_key_values=cache).logits for part in IDS.split([9, 1, 10], dim=1)]
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-4)
+    if kind == "hook":
+        torch.testing.assert_close(small_lm()(IDS).logits, whole, rtol=1e-4, atol=1e-4)
+
+
+def closed(model: nn.Module) -> nn.Module:
+    """With routers that let no token through."""
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.router.bias.copy_(torch.tensor([1e4, -1e4]))
+    return model
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
+def test_no_linear_layer_is_given_no_rows(training):
+    model, rows = closed(small_lm()).train(training), []
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            forward = module.forward
+            module.forward = lambda x, forward=forward: rows.append((x.numel(), x.is_contiguous())) or forward(x)
+    loss = model(IDS, labels=IDS).loss
+    if training:
+        loss.backward()
+        assert all(parameter.grad is not None for parameter in model.parameters())
+    else:
+        model.generate(IDS, max_new_tokens=3, do_sample=False)
+    assert rows and all(count > 0 and contiguous for count, contiguous in rows)
+
+
+def test_dynamic_int8_with_closed_routers():
+    quantization = pytest.importorskip("torchao.quantization")
+    model = closed(small_lm(hidden_size=32, v_head_dim=32))
+    quantization.quantize_(model, quantization.Int8DynamicActivationInt8WeightConfig())
+    assert model.generate(IDS, max_new_tokens=3, do_sample=False).shape == (2, 23)
+
+
+def test_adapters_initialised_from_activations():
+    from peft import EvaConfig, initialize_lora_eva_weights
+
+    model = get_peft_model(
+        small_lm(),
+        LoraConfig(
+            r=2, target_modules=["hidden_proj", "in_proj"], init_lora_weights="eva", eva_config=EvaConfig(rho=1.0),
+            task_type="CAUSAL_LM",
+        ),
+    )  # fmt: skip
+    rows = [random_ids(2, 30, seed=seed) for seed in range(8)]
+    data = [{"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row} for row in rows]
+    initialize_lora_eva_weights(model, data, show_progress_bar=False)
+    model(input_ids=IDS, labels=IDS).loss.backward()
+
+
+def test_caches_of_several_devices_are_joined(monkeypatch):
+    from torch.nn.parallel import scatter_gather
+
+    def joined(device, dim, *parts):
+        return torch.cat([part if part.ndim else part[None] for part in parts])
+
+    # nn.DataParallel with two replicas, but for the copies between devices.
+    monkeypatch.setattr(scatter_gather.Gather, "apply", staticmethod(joined))
+    model = small_lm()
+    outputs = scatter_gather.gather([model(row[None]) for row in IDS], 0)
+    expected = model(IDS)
+    torch.testing.assert_close(outputs.logits, expected.logits, rtol=1e-4, atol=1e-4)
+    new = random_ids(2, 5, seed=4)
+    torch.testing.assert_close(
+        model(new, past_key_values=outputs.past_key_values).logits,
+        model(new, past_key_values=expected.past_key_values).logits,
+        rtol=1e-4,
+        atol=1e-4,
+    )
+    replica = copy.copy(model.model)
+    replica._is_replica = True
+    assert replica(IDS).past_key_values is None and replica(IDS, use_cache=True).past_key_values is not None
+
+
+@pytest.mark.parametrize("ssm_type", ["ema", "s4d"])
+def test_second_derivatives_are_refused(ssm_type):
+    model = small_lm(ssm_type=ssm_type)
+    embeds = model.get_input_embeddings()(IDS).detach().requires_grad_()
+    loss = model(inputs_embeds=embeds, labels=IDS).loss
+    with pytest.raises(RuntimeError, match="first derivatives only"):
+        torch.autograd.grad(loss, embeds, create_graph=True)
+
+
 # Names that body and head share
 
 
