@@ -227,6 +227,9 @@ def segment_starts(
             started_before = cache.layers[0].token_count.to(device)[:, None] > 0
             starts = starts | (known & (before < 0) & (position_ids == 0) & started_before)
         found["position_ids"] = starts
+    for name, given in (("seq_idx", seq_idx), ("cu_seq_lens_q", cu_seq_lens_q)):
+        if given is not None and (given.is_floating_point() or given.is_complex()):
+            raise ValueError(f"{name} must be integers, got dtype {given.dtype}")
     if seq_idx is not None:
         if seq_idx.shape != (batch, length):
             raise ValueError(f"seq_idx must be of shape {(batch, length)}, got {tuple(seq_idx.shape)}")

@@ -20,6 +20,7 @@ from .modeling_seqboat import (
     SeqBoatModel,
     SeqBoatModelOutput,
     SeqBoatPreTrainedModel,
+    expect_class_ids,
     main_input_name,
     refuse_unknown_arguments,
 )
@@ -151,8 +152,13 @@ class SeqBoatPooledClassifier(SeqBoatPreTrainedModel):
 
     def _loss(self, logits: Tensor, labels: Tensor, num_items: Tensor | int | None) -> Tensor:
         counted = {} if num_items is None else {"num_items_in_batch": num_items}
+        classes = self.config.problem_type in (None, "single_label_classification") and self.num_labels > 1
+        if classes and labels.dtype == torch.int64:
+            expect_class_ids("labels", labels, logits.shape[:1], self.num_labels)
+            # At least one, so that a batch without any label has the loss 0 and not NaN.
+            counted = counted or {"num_items_in_batch": (labels != -100).sum().clamp(min=1)}
         loss = self.loss_function(labels=labels, pooled_logits=logits.float(), config=self.config, **counted)
-        if counted and self.config.problem_type != "single_label_classification":
+        if num_items is not None and self.config.problem_type != "single_label_classification":
             # The losses of regression and of several labels at once are means and know no count: under gradient
             # accumulation each has to be weighted by its share of the labels.
             loss = loss * labels.numel() / num_items

@@ -543,6 +543,11 @@ class SeqBoatForCausalLM(SeqBoatPreTrainedModel, SeqBoatGenerationMixin):
             expect_class_ids(name, targets, given.shape[:2], self.config.vocab_size)
             if not isinstance(logits_to_keep, int) or 0 < logits_to_keep < targets.shape[1]:
                 raise ValueError(f"{name} need the logits of every column: logits_to_keep=0, got {logits_to_keep}")
+        if not isinstance(logits_to_keep, int) and getattr(logits_to_keep, "dtype", None) not in (
+            torch.int64,
+            torch.int32,
+        ):
+            raise ValueError(f"logits_to_keep must be an integer or int64 indices of columns, got {logits_to_keep!r}")
         if isinstance(logits_to_keep, int) and logits_to_keep < 0:
             raise ValueError(f"logits_to_keep must be at least 0 (0: all columns), got {logits_to_keep}")
         has_targets = labels is not None or shift_labels is not None

@@ -148,6 +148,14 @@ def _expect_real(name: str, positions: Tensor, real: Tensor | None, shape: tuple
         )
 
 
+def _answer_loss(logits: Tensor, at: Tensor) -> Tensor:
+    """Mean cross entropy of (B, L) logits over the rows whose column `at` (B,) is below L; 0 where there is none."""
+    length = logits.shape[1]
+    at = at.to(logits.device).clamp(max=length)
+    total = F.cross_entropy(logits, at, ignore_index=length, reduction="sum")
+    return total / (at < length).sum().clamp(min=1)
+
+
 class SeqBoatForQuestionAnswering(SeqBoatPreTrainedModel):
     """The first and the last token of a row's answer."""
 
@@ -208,7 +216,9 @@ class SeqBoatForQuestionAnswering(SeqBoatPreTrainedModel):
         if start_positions is not None:
             for name, at in (("start_positions", start_positions), ("end_positions", end_positions)):
                 _expect_real(name, at, real, logits.shape[:2])
-            loss = self.loss_function(start.float(), end.float(), start_positions, end_positions)
+            # The library's mean over no answer at all would be NaN.
+            parts = [_answer_loss(start.float(), start_positions), _answer_loss(end.float(), end_positions)]
+            loss = (parts[0] + parts[1]) / 2
             loss = self._with_router_penalty(loss, outputs.router_penalty, start_positions, None)
         return SeqBoatQuestionAnsweringOutput(
             loss, start, end, outputs.hidden_states, outputs.router_probs, outputs.router_penalty

@@ -367,3 +367,26 @@ def test_image_pipeline_takes_grey_arrays_and_refuses_colours(tmp_path):
     classify.image_processor.do_normalize = False
     with pytest.raises(ValueError, match=r"\(1, 3, 4, 5\).*convert\('L'\)"):
         classify(Image.fromarray(grey[0]))
+
+
+def test_a_batch_without_a_label_has_the_loss_0():
+    """Of an accumulated step one micro-batch may be without; NaN would undo the others. Gradients are finite."""
+    for name, labels in (
+        ("SequenceClassification", {"labels": torch.tensor([-100, -100])}),
+        ("TokenClassification", {"labels": torch.full((2, 5), -100)}),
+        ("MaskedLM", {"labels": torch.full((2, 5), -100)}),
+        ("QuestionAnswering", {"start_positions": torch.tensor([9, 5]), "end_positions": torch.tensor([9, 5])}),
+    ):
+        model = head(name)
+        loss = model(token_ids(2, 5), **labels).loss
+        loss.backward()
+        assert loss == 0, name
+        assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters()), name
+
+
+def test_classes_outside_the_labels_are_refused_by_name():
+    with pytest.raises(ValueError, match="labels must be -100 or lie in 0..2, got 3"):
+        head("SequenceClassification", num_labels=3)(token_ids(2, 5), labels=torch.tensor([0, 3]))
+    logits = head("SequenceClassification", num_labels=3)(token_ids(2, 5), labels=torch.tensor([0, -100]))
+    expected = torch.nn.functional.cross_entropy(logits.logits[:1], torch.tensor([0]))
+    torch.testing.assert_close(logits.loss, expected)

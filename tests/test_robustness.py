@@ -427,3 +427,22 @@ def test_two_threads_generate_with_one_model():
         together = list(pool.map(run, range(8)))
     for case, tokens in enumerate(together):
         assert torch.equal(tokens, alone[case % 4])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"position_ids": torch.arange(5)[None] + 0.5}, "position_ids must be integers"),
+        ({"seq_idx": torch.zeros(1, 5) + 0.5}, "seq_idx must be integers, got dtype torch.float32"),
+        ({"cu_seq_lens_q": torch.tensor([0, 2.5, 5])}, "cu_seq_lens_q must be integers, got dtype torch.float32"),
+        ({"logits_to_keep": -1}, "logits_to_keep must be at least 0"),
+        ({"logits_to_keep": 1.5}, "logits_to_keep must be an integer"),
+        ({"logits_to_keep": torch.tensor([1.5])}, "logits_to_keep must be an integer or int64 indices"),
+        ({"input_ids": torch.ones(1, 5)}, "input_ids must be of dtype int64"),
+        ({"labels": torch.full((1, 5), 10**6)}, "labels must be -100 or lie in"),
+    ],
+)
+def test_numbers_of_another_kind_are_refused_by_name(arguments, words):
+    model = SeqBoatForCausalLM(SeqBoatConfig.from_preset("tiny")).eval()
+    with pytest.raises(ValueError, match=words):
+        model(**{"input_ids": torch.ones(1, 5, dtype=torch.long), **arguments})
