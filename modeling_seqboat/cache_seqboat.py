@@ -141,6 +141,7 @@ class SeqBoatCacheLayer(CacheLayerMixin):
     supports_early_init = False
     # Columns that can be taken back at most: assisted decoding drops the rejected candidates of its last forward.
     rollback_limit = 1024
+    renewed_columns = 16_384
 
     def __init__(self, config: SeqBoatConfig, static: bool = False):
         super().__init__()
@@ -264,7 +265,20 @@ class SeqBoatCacheLayer(CacheLayerMixin):
         if self.static and torch.is_grad_enabled():
             # The graph keeps what the cache is about to overwrite.
             state = state.clone()
-        return Before(state, self.recent_inputs(length), self.steps_in_place(length))
+        window = self.recent_inputs() if self._renews(length) else None
+        return Before(state, self.recent_inputs(length), self.steps_in_place(length), window)
+
+    def _renews(self, length: int) -> bool:
+        """Whether a truncated state is made anew from its inputs before these columns, lest rounding pile up in it: whenever
+        the columns pass a multiple of `renewed_columns`, however they are cut. A static cache, whose number of columns is on
+        the device, does so before each prompt."""
+        if self.truncation is None:
+            return False
+        if isinstance(self.seen, Tensor):
+            return length > 1
+        if torch.compiler.is_compiling():
+            return False
+        return self.seen // self.renewed_columns != (self.seen + length) // self.renewed_columns
 
     def steps_in_place(self, length: int) -> bool:
         """Whether these columns are one that may overwrite the state: a recorded forward keeps what a rollback needs,

@@ -16,7 +16,7 @@ from transformers.activations import ACT2FN
 from .configuration_seqboat import SSM_TYPES, SeqBoatConfig
 from .context_seqboat import SequenceContext
 from .ops_ema_seqboat import ema_scan, without_autocast
-from .ops_layout_seqboat import shift_real_tokens
+from .ops_layout_seqboat import last_real_tokens, shift_real_tokens
 
 # (inputs (B, L, D), real, reset, state, history) -> the state after the last of these columns.
 Replay = Callable[[Tensor, Tensor | None, Tensor | None, Tensor, Tensor | None], Tensor]
@@ -29,11 +29,13 @@ class Before(NamedTuple):
         state: (B, *state_shape(config)) float32.
         history: (B, min(L, T), D), the first of the last T real inputs, oldest first; None without `ssm_truncation`.
         overwrite: whether one column may be computed in place of the state.
+        window: (B, T, D), the last T real inputs, oldest first, where the state is to be made from them anew; else None.
     """
 
     state: Tensor
     history: Tensor | None
     overwrite: bool
+    window: Tensor | None = None
 
 
 class Recurrence(nn.Module):
@@ -89,6 +91,16 @@ def register_recurrence(name: str, kind: type[Recurrence]) -> None:
         SSM_TYPES.append(name)
 
 
+# With a truncated kernel what enters the state leaves it again T tokens later, rounded, and with slow decays the remainders
+# pile up. So after this many columns of one forward the state is made anew from the T inputs that it stands for.
+RENEWED_COLUMNS = 32_768
+
+
+def _ema_state_of(window: Tensor, decay: Tensor, gain: Tensor) -> Tensor:
+    """The state (B, D, N) after the inputs (B, T, D), and after nothing else."""
+    return ema_scan(window, decay, gain, torch.zeros_like(gain), None)[1]
+
+
 def _ema_replay(tables: tuple[Tensor, Tensor], truncation: int | None, x, real, reset, state, history) -> Tensor:
     decay, gain = tables
     delay = {}
@@ -138,7 +150,7 @@ class SeqBoatEMA(Recurrence):
         self, x: Tensor, context: SequenceContext, before: Before | None = None
     ) -> tuple[Tensor, Tensor | None, Replay | None]:
         ops, real, reset, truncation = context.ops, context.real, context.reset, self.truncation
-        state, history, overwrite = before or (None, None, False)
+        state, history, overwrite, window = before or (None, None, False, None)
         with without_autocast(x.device):
             tables = ops.ema_parameters(self.delta, self.alpha, self.beta, self.gamma)
             back = None
@@ -151,8 +163,14 @@ class SeqBoatEMA(Recurrence):
             arguments = {"real": real, "reset": reset, "delayed": delayed, "delay_decay": delay_decay}
             arguments["activation"] = self.fused_activation
             skip = self.omega.to(tables[0].dtype)
+            if window is not None:
+                with torch.no_grad():
+                    renewed = _ema_state_of(window, *tables[:2]).to(state.dtype)
+                    state = state.copy_(renewed) if overwrite else renewed
             if overwrite:
                 y, state = ops.ema_step(x, *tables, skip, state, **arguments)
+            elif truncation is not None and truncation <= RENEWED_COLUMNS < x.shape[1]:
+                y, state = self._in_pieces(x, context, (*tables, skip), state, history, arguments)
             else:
                 # One column is a handful of elementwise operations, which need no kernel.
                 scan = ops.ema_scan if x.shape[1] > 1 else ema_scan
@@ -165,6 +183,32 @@ class SeqBoatEMA(Recurrence):
             if self.fused_activation is None:
                 y = self.activation(y)
         return y, (None if before is None else state), replay
+
+    def _in_pieces(
+        self,
+        x: Tensor,
+        context: SequenceContext,
+        tables: tuple[Tensor, ...],
+        state: Tensor | None,
+        history: Tensor | None,
+        arguments: dict,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The scan of a long row, whose state is made anew every `RENEWED_COLUMNS`; arguments as `ema_scan` takes them."""
+        ys, length = [], x.shape[1]
+        window = x.new_zeros(x.shape[0], self.truncation, x.shape[2]) if history is None else history
+        columns = {name: arguments[name] for name in ("real", "reset", "delayed")}
+        rest = {name: value for name, value in arguments.items() if name not in columns}
+        for first in range(0, length, RENEWED_COLUMNS):
+            cut = slice(first, first + RENEWED_COLUMNS)
+            if first:
+                state = _ema_state_of(window, *tables[:2])
+            part = x[:, cut].contiguous()
+            own = {name: None if value is None else value[:, cut].contiguous() for name, value in columns.items()}
+            scan = context.ops.ema_scan if part.shape[1] > 1 else ema_scan
+            y, state = scan(part, *tables, state=state, need_state=True, **own, **rest)
+            ys.append(y)
+            window = last_real_tokens(part, self.truncation, own["real"], own["reset"], window)
+        return torch.cat(ys, dim=1), state
 
     def _backwards(self, x: Tensor, tables: tuple[Tensor, ...], context: SequenceContext) -> Tensor:
         arguments = {"real": context.real, "reset": context.ends(), "plan": context.reverse_plan}
