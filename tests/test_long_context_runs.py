@@ -132,7 +132,7 @@ def test_the_pull_closes_sure_routers_above_the_budget_and_opens_below_it(train)
             assert all((sign * logits.grad >= 0).all() for logits in watch.logits)
             if sign > 0:
                 # The open layer has the full force although its share no longer depends on its logits.
-                force = torch.log(torch.tensor(rate / budget)) / (2 * 24)
+                force = torch.log(torch.tensor(rate / budget)) / rate / (2 * 24)
                 torch.testing.assert_close(watch.logits[0].grad, force.expand(2, 12), rtol=1e-3, atol=1e-6)
 
 
@@ -211,6 +211,22 @@ def test_constant_memory_whatever_the_length(train):
         batch = m.tasks.batch_of(lambda number, length=length: m.tasks.example_of(task, length, 0, number), range(1))
         sizes.append(m.reading.read_texts(small_model("always"), batch, len(task.kinds), chunk_size=256).cache_bytes)
     assert sizes[0] == sizes[1]
+
+
+def test_the_trained_model_answers_from_a_hundred_thousand_tokens_back(train):
+    m, folder = modules(train), EXAMPLES / "long_context" / "pretrained" / "recall-toy"
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 2e6
+    model = SeqBoatForCausalLM.from_pretrained(folder)
+    arguments = m.evaluate.trained_task(str(folder))
+    arguments.within = 0.1
+    task = m.models.build_task(arguments, "test")
+    batch = m.tasks.batch_of(lambda number: m.tasks.example_of(task, 100_000, 5, number), range(1))
+    reading = m.reading.read_texts(model, batch, len(task.kinds), chunk_size=16_384)
+    assert reading.right.all() and reading.right.numel() == 6
+    assert batch.distances.min() > 85_000 and model.config.memory_size == 64
+    # Nothing but what is asked for is kept, and attention reaches back to it.
+    assert reading.activated[:, m.tasks.NOISE].sum() < 64
+    assert reading.spans.nan_to_num().max(0).values.median() > 85_000
 
 
 @pytest.mark.parametrize("kind", ["always", "never", "mistral", "llama"])

@@ -19,6 +19,9 @@ from modeling_seqboat import SeqBoatForCausalLM
 
 # Added to the logit for skipping, so that no drawn noise keeps a token from attending.
 OPEN = -1e4
+# Tokens are pushed on until the difference of their logits is this far below 0. Sure decisions are what a text of a million
+# tokens needs: one token of noise in a thousand that is kept would fill a memory of 64 sixteen times.
+MARGIN = 4.0
 
 
 class RouterWatch:
@@ -65,13 +68,14 @@ class RouterWatch:
         """A two-sided pull of the share of tokens that all layers together activate to a budget, which they share as
         they like. Its force is |log(share / budget)|: as strong from 2 to 1 % as from 80 to 40 %.
 
-        Above the budget every open token is pushed by the same force, however sure its router is: the gradient of the
-        share itself would vanish where routers are sure, and a layer that is open everywhere would stay so. Below it the
-        share's own gradient opens the tokens that routers are least sure of.
+        Above the budget the open tokens share the force evenly, however sure their router is: the gradient of the
+        logarithm itself would vanish where routers are sure, and a layer that is open everywhere would stay so. Below it
+        that gradient opens the tokens that routers are least sure of.
         """
         rate = self.rate()
-        force = torch.log(rate.clamp_min(1e-6) / budget).detach()
-        closing = torch.stack([F.softplus(logits).mean() for logits in self.logits]).mean()
+        known = rate.detach().clamp_min(1e-6)
+        force = torch.log(known / budget)
+        closing = torch.stack([F.softplus(logits + MARGIN).mean() for logits in self.logits]).mean() / known
         return force.clamp_min(0) * closing + force.clamp_max(0) * torch.log(rate.clamp_min(1e-6))
 
     def rate(self) -> Tensor:

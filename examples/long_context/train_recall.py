@@ -64,6 +64,9 @@ class TrainArguments(CurriculumArguments, ModelArguments, TaskArguments):
     settle_steps: int = field(
         default=200, metadata={"help": "steps after the last goal is reached, the rate run down"}
     )
+    squeeze: float = field(
+        default=0.3, metadata={"help": "factor of the budget in these steps: what nobody misses is closed for good"}
+    )
     max_steps: int = field(default=20_000)
     max_minutes: float = field(default=math.inf, metadata={"help": "end after this much training time of all calls"})
     logging_steps: int = field(default=50)
@@ -83,6 +86,8 @@ def check_arguments(a: TrainArguments) -> None:
     for name in ("batch_size", "max_steps", "logging_steps", "eval_steps", "eval_texts", "save_steps", "settle_steps"):
         if getattr(a, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(a, name)}")
+    if not 0 < a.squeeze <= 1:
+        raise ValueError(f"squeeze must lie in (0, 1], got {a.squeeze}")
     if not a.output_dir:
         raise ValueError("output_dir must be given")
     if not 0 <= a.seed < 2**31:
@@ -190,7 +195,8 @@ class Training:
         if self.watch.learned and curriculum.phase != DENSE:
             if a.credit:
                 total = total + a.credit * self.watch.credit(losses)
-            total = total + a.pull * self.watch.pull(curriculum.budget)
+            squeeze = 1.0 if self.done_at is None else a.squeeze
+            total = total + a.pull * self.watch.pull(squeeze * curriculum.budget)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * self.rate_factor()
         self.optimizer.zero_grad()
