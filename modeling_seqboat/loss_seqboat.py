@@ -65,7 +65,7 @@ def fused_linear_cross_entropy(
         num_items: what the sum over labels is divided by; None for their number here.
 
     Returns:
-        () float32, with gradients for `hidden` and `head`. NaN without a label, as the mean of nothing.
+        () float32, with gradients for `hidden` and `head`. 0 without a label.
     """
     weight, bias = head.weight, head.bias
     hidden = hidden.reshape(-1, hidden.shape[-1]).to(weight.device)
@@ -80,5 +80,5 @@ def fused_linear_cross_entropy(
         hidden = hidden.detach().requires_grad_()
     total = _liger_sum()(weight, hidden, labels, bias)
     if num_items is None:
-        num_items = (labels != -100).sum()
+        num_items = (labels != -100).sum().clamp_min(1)
     return total / (num_items.to(total.device) if isinstance(num_items, Tensor) else num_items)
