@@ -4,6 +4,9 @@ Letters: B batch, L columns, D hidden width, Z query/key width, V value width, W
 rows. Step numbers in comments follow arXiv 2306.11197, section 3.
 """
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -43,11 +46,17 @@ def wants_whole_texts(module: nn.Module) -> bool:
     """Whether a module in the place of a linear layer has to be given (B, L, D), tokens that are not activated included.
 
     A linear layer, and LoRA's around one, treats every row of (M, D) for itself. Other adapters may look at texts (their
-    length, which tokens come last, which adapter a row of the batch has), and hooks may be there to see them.
+    length, which tokens come last), and hooks of PEFT's too (which adapter a row of the batch has, which tokens are to be
+    learned from). Anybody else's hooks see what is computed.
     """
-    if module._forward_hooks or module._forward_pre_hooks:
+    if any(map(_is_of_peft, (*module._forward_hooks.values(), *module._forward_pre_hooks.values()))):
         return True
     return not isinstance(module, nn.Linear) and not type(module).__module__.startswith("peft.tuners.lora.")
+
+
+def _is_of_peft(hook: Callable) -> bool:
+    function = hook.func if isinstance(hook, functools.partial) else hook
+    return (getattr(function, "__module__", None) or type(function).__module__).startswith("peft.")
 
 
 def _linear(module: nn.Module, rows: Tensor, ops: Ops) -> Tensor:
