@@ -182,10 +182,11 @@ def test_a_span_is_the_distance_to_the_key_weighed_most(train):
     # By the definition: scores of the last layer of one forward, over the window.
     seen = {}
     attention = model.model.layers[1].attention
-    handle = attention.register_forward_pre_hook(lambda module, args: seen.update(x=args[1]))
+    handle = attention.register_forward_pre_hook(lambda module, args: seen.update(x=args[0]))
     with torch.no_grad():
         model(input_ids=torch.from_numpy(batch.tokens[:, :-1]), use_cache=False)
-        q, k, _, _ = attention.project(seen["x"], None, None)
+        z = torch.nn.functional.silu(attention.in_proj(seen["x"]))[..., :8]
+        q, k = (z * scale + offset for scale, offset in zip(attention.qk_scale, attention.qk_offset, strict=True))
     handle.remove()
     expected = []
     for row in range(3):

@@ -15,7 +15,7 @@ from recall_tasks import Batch
 from torch import Tensor, nn
 
 from modeling_seqboat import SeqBoatForCausalLM
-from modeling_seqboat.ops_attention_seqboat import memory_attention_step
+from modeling_seqboat.ops_attention_seqboat import apply_rotary, attention_weights
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class SpanWatch:
     """Notes, while a SeqBoat decodes token by token, how far back the key lies that each layer's attention weighs most.
 
     Only where positions enter through queries and keys (`position_embedding_type` rotary or none); `spans` stays empty
-    for other models. Use it as a context manager, or call `close`.
+    for other models. Use it as a context manager.
 
     Attributes:
         noting: whether the next token counts.
@@ -58,48 +58,33 @@ class SpanWatch:
         if isinstance(model, SeqBoatForCausalLM) and model.config.position_embedding_type in ("rotary", "none"):
             for layer in model.model.layers:
                 self.spans.append([])
-                own = (layer.attention, self.spans[-1])
-                self._handles.append(layer.attention.register_forward_pre_hook(self._look(*own)))
-                self._handles.append(layer.register_forward_hook(self._skip(self.spans[-1])))
-        self._looked: set[int] = set()
+                # Before the layer's attention runs, its memory does not hold the token yet.
+                self._handles.append(layer.attention.register_forward_pre_hook(self._look(self.spans[-1])))
 
-    def _look(self, attention: nn.Module, spans: list[Tensor]):
-        def look(module: nn.Module, arguments: tuple) -> None:
+    def _look(self, spans: list[Tensor]):
+        def look(attention: nn.Module, arguments: tuple) -> None:
             if not self.noting:
                 return
-            method, x = arguments[:2]
-            context, cache = arguments[2:4] if method == "step" else arguments[3:5]
-            rows = arguments[4] if method == "step" else arguments[2].nonzero()[:, 0]
-            if rows is None:
-                rows = torch.arange(len(x), device=x.device)
-            cos = sin = None
+            x, active, _, context, cache = arguments
+            rows, config = active[:, 0].nonzero()[:, 0], attention.config
+            z = attention.activation(attention.in_proj(x[rows, 0]))[:, : config.qk_head_dim]
+            q, k = (z * s + o for s, o in zip(attention.qk_scale, attention.qk_offset, strict=True))
             if context.cos is not None:
-                cos, sin = context.cos[rows, 0], context.sin[rows, 0]
-            q, k, _, _ = attention.project(x[rows, 0], cos, sin)
-            memory = cache.keys.shape[1]
-            # Values that are unit vectors give the weights themselves.
-            unit = torch.eye(memory + 1, device=x.device, dtype=torch.float32).expand(len(rows), -1, -1)
-            weights = memory_attention_step(
-                q, k, unit[:, -1], cache.keys[rows], unit[:, :-1], cache.activated_count[rows],
-                activation=attention.config.attention_activation, scale=attention.scale,
-            )  # fmt: skip
+                q, k = (apply_rotary(part, context.cos[rows, 0], context.sin[rows, 0]) for part in (q, k))
+            keys = torch.cat([cache.keys[rows].to(k.dtype), k[:, None]], dim=1)
+            scores = (keys @ q[:, :, None])[:, :, 0].float() * attention.scale
+            size = keys.shape[1] - 1
+            slots = torch.arange(size + 1, device=x.device)
+            # The ring's slots that are filled, and the token itself.
+            visible = (slots < cache.activated_count[rows, None].clamp_max(size)) | (slots == size)
+            weights = attention_weights(scores, visible, config.attention_activation)
             here = context.positions[rows, :1]
             places = torch.cat([cache.positions[rows], here], dim=1)
             span = torch.full((len(x),), torch.nan, dtype=torch.float64, device=x.device)
             span[rows] = (here - places.gather(1, weights.argmax(1, keepdim=True)))[:, 0].double()
             spans.append(span.cpu())
-            self._looked.add(id(spans))
 
         return look
-
-    def _skip(self, spans: list[Tensor]):
-        def skip(module: nn.Module, arguments: tuple, output: tuple) -> None:
-            # A layer in which no row is activated does not call its attention.
-            if self.noting and id(spans) not in self._looked:
-                spans.append(torch.full((len(output[0]),), torch.nan, dtype=torch.float64))
-            self._looked.discard(id(spans))
-
-        return skip
 
     def __enter__(self) -> "SpanWatch":
         return self
