@@ -15,6 +15,7 @@ from recall_tasks import Batch
 from torch import Tensor, nn
 
 from modeling_seqboat import SeqBoatForCausalLM
+from modeling_seqboat.generation_seqboat import CACHE_NAME
 from modeling_seqboat.ops_attention_seqboat import apply_rotary, attention_weights
 
 
@@ -124,7 +125,7 @@ def read_texts(model: nn.Module, batch: Batch, kinds: int, chunk_size: int = 819
         for first, end in zip(borders[:-1], borders[1:], strict=True):
             watch.noting = first in answering and end == first + 1
             chunk = tokens[:, first:end].to(device)
-            output = model(input_ids=chunk, past_key_values=cache, use_cache=True, logits_to_keep=1, **wanted)
+            output = model(input_ids=chunk, use_cache=True, logits_to_keep=1, **{CACHE_NAME: cache}, **wanted)
             if first >= tail:
                 predicted.append(output.logits[:, 0].float().cpu())
             for layer, probs in enumerate(output.router_probs if watches_routers else ()):
