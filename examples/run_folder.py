@@ -18,8 +18,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 from safe_files import read_json_object, write_json
 
@@ -113,6 +111,10 @@ def take_folder(output_dir: str, checkpoint: Path | None = None, overwrite: bool
 
 def take_folder_once(output_dir: str, checkpoint: Path | None = None, overwrite: bool = False) -> RunFolder:
     """`take_folder` by the main one of connected processes; what it refuses is raised in all."""
+    # Here, since scripts that train nothing run without Accelerate.
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+
     folder, message = None, None
     if PartialState().is_main_process:
         try:
