@@ -274,7 +274,8 @@ REFUSED = {
     "both inputs": (dict(input_ids=IDS, inputs_embeds=torch.zeros(2, 6, 16)), "exactly one"),
     "no input": ({}, "exactly one"),
     "positions": (dict(input_ids=IDS, position_ids=torch.arange(5)[None]), "position_ids must be of shape"),
-    "segments": (dict(input_ids=IDS, seq_idx=torch.zeros(2, 5)), "seq_idx must be of shape"),
+    "segments": (dict(input_ids=IDS, seq_idx=torch.zeros(2, 5).long()), "seq_idx must be of shape"),
+    "fractional segments": (dict(input_ids=IDS, seq_idx=torch.zeros(2, 6)), "seq_idx must be integers"),
 }
 
 
