@@ -115,19 +115,11 @@ class TokenBlocks(Dataset):
         return {"input_ids": torch.from_numpy(row.astype(np.int64))}
 
 
-class TokenWindows(Dataset):
+class TokenWindows(TokenBlocks):
     """Rows of `length` consecutive tokens, by their first token: {"input_ids": (length,) int64}.
 
     Raises ValueError if the tokens do not fill one row.
     """
-
-    def __init__(self, tokens: np.ndarray, length: int):
-        if len(tokens) < length:
-            raise ValueError(
-                f"sequence_length {length} is longer than the training data, which has {len(tokens)} tokens"
-            )
-        self.tokens = tokens
-        self.length = length
 
     def __len__(self) -> int:
         return len(self.tokens) - self.length + 1

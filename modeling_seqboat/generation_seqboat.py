@@ -231,7 +231,7 @@ class SeqBoatGenerationMixin(GenerationMixin):
         progress = model_kwargs.pop("prefill_progress", None)
         embeds, cache, mask = (model_kwargs.get(name) for name in ("inputs_embeds", CACHE_NAME, "attention_mask"))
         by_embeds = embeds is not None and is_first_iteration
-        given, first = (embeds, 0) if by_embeds else (input_ids, 0)
+        given, first = embeds if by_embeds else input_ids, 0
         size = generation_config.prefill_chunk_size
         if cache is not None:
             # Ids narrower than the mask are the new ones alone. From 5.18 on a mask of ones is left out, and its width kept.
