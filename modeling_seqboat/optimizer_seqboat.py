@@ -56,7 +56,7 @@ class MuonAdamW(torch.optim.Optimizer):
         groups: parameters, or dictionaries of parameters and their settings.
         lr, betas, eps, weight_decay: AdamW's, where a group has none of its own; `lr` and `weight_decay` also Muon's.
         momentum: Muon's. ns_steps: Newton-Schulz steps.
-        fused: AdamW as one kernel; by default where all parameters are on a GPU.
+        fused: AdamW as one kernel; by default for groups whose parameters are all on a GPU when `step` is called.
 
     Raises:
         ValueError: for a `muon` group with a tensor that is no whole matrix: of another rank, or sharded.
@@ -81,9 +81,7 @@ class MuonAdamW(torch.optim.Optimizer):
             raise ValueError(f"momentum must be from 0 up to, but not including, 1, got {momentum}")
         if ns_steps < 1:
             raise ValueError(f"ns_steps must be at least 1, got {ns_steps}")
-        if fused is None:
-            devices = {p.device.type for group in groups for p in group["params"]}
-            fused = devices == {"cuda"}
+        self._fused = fused
         # It holds the AdamW groups' settings under their names and steps them; the state is kept here.
         stand_in = nn.Parameter(torch.zeros(1))
         self._adamw = torch.optim.AdamW([stand_in], lr, betas, eps, weight_decay, fused=fused)
@@ -107,8 +105,21 @@ class MuonAdamW(torch.optim.Optimizer):
         # Both may be new objects since the last step: loading a checkpoint replaces them.
         self._adamw.state = self.state
         self._adamw.param_groups = [group for group in self.param_groups if not group["muon"]]
+        if self._fused is None:
+            for group in self._adamw.param_groups:
+                self._fuse_on_a_gpu(group)
         self._adamw.step()
         return loss
+
+    def _fuse_on_a_gpu(self, group: dict) -> None:
+        """Not decided when the optimizer is made: Accelerate and Trainer move the model afterwards."""
+        group["fused"] = all(parameter.device.type == "cuda" for parameter in group["params"]) or None
+        if group["fused"]:
+            for parameter in group["params"]:
+                state = self.state[parameter] if parameter in self.state else {}
+                # A checkpoint of steps that were not fused has its count on the CPU.
+                if "step" in state and state["step"].device != parameter.device:
+                    state["step"] = state["step"].to(parameter.device)
 
     def _step_matrices(self, group: dict) -> None:
         # FSDP2 shards parameters after an optimizer was made.

@@ -269,7 +269,7 @@ def test_a_budget_in_a_graph_moves_routers_as_in_an_eager_training():
         groups = parameter_groups(model, 0.1, router_learning_rate=1e-4, muon_learning_rate=1e-3)
         sides.append((model, MuonAdamW(groups, lr=1e-4), RouterBudget(model, gain=0.05)))
     for turn in range(12):
-        ids = ids_of(2, 512, seed=turn)
+        ids = ids_of(2, 2000, seed=turn)
         for model, optimizer, budget in sides:
             if turn == 6:
                 set_rates(model, -30.0)
