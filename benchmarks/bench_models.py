@@ -2,7 +2,7 @@
 
     python benchmarks/bench_models.py --output outputs/benchmark --minutes 6
 
-Measures the training step (forward + backward, no optimiser), decoding, forwards without a cache and prefill in chunks
+Measures whole steps, the training step without an optimiser, decoding, forwards without a cache and prefill in chunks
 with one: SeqBoat launched op by op ("eager"), as a CUDA graph and compiled, a Llama, a Mistral with a sliding window, and
 Mamba-2 and GLA where `mamba_ssm` and `fla` are installed. On a GPU at the enwik8 shape (39.1 M parameters), under bfloat16
 autocast for training and forwards and in bfloat16 for prefill and decoding; without a GPU at a small shape in float32.
@@ -13,10 +13,11 @@ launch, 25 s to compile a model, empty Triton cache):
 
     start     imports, first use of the device                                          25 s
     roofline  copy bandwidth and bfloat16 matmul rate, in the same run                   2 s
+    step      whole steps of 4 x 8,192: forward, backward, clipping, fused AdamW         10 s
     train     4 x 8,192 at 0, 10, 50 and 100 %, 1 x 1,024 to 131,072; the others       110 s
     decode    contexts of 1k to 1M at batch 1, 32k at batch 64; Llama (3 compilations) 110 s
     forward   1 x 8k to 1M without a cache                                              30 s
-    prefill   8k to 1M in chunks of 8,192 with a cache                                  15 s
+    prefill   8k to 1M in chunks of 8,192 with a cache, 1M also in chunks of 131,072     15 s
 
 Rows that a target depends on come first, whatever their part. `--minutes` bounds the whole: a row that would start
 later is skipped, and named in the results. A row that runs out of memory or fails is recorded as such. Every row is in the

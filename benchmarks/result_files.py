@@ -25,9 +25,10 @@ COLORS = {
     "seqboat": "tab:blue", "llama": "tab:orange", "mistral": "tab:green", "mamba2": "tab:red", "gla": "tab:purple"
 }  # fmt: skip
 TITLES = {
+    "step": "Whole step (forward, backward, clipping, AdamW)",
     "train": "Training step (forward + backward)",
     "decode": "Decoding, one token",
-    "forward": "Forward without a cache",
+    "forward": "Forward",
     "prefill": "Prefill in chunks, with a cache",
 }
 
@@ -133,7 +134,7 @@ def _label(row: dict) -> str:
 
 
 def _table(part: str, rows: list[dict]) -> list[str]:
-    heads = {"train": "step", "decode": "token", "forward": "forward", "prefill": "prompt"}
+    heads = {"step": "step", "train": "step", "decode": "token", "forward": "forward", "prefill": "prompt"}
     columns = ["model", "mode", "batch × context" if part == "decode" else "batch × length", "active", heads[part]]
     columns += ["forward"] if part == "train" else []
     columns += ["µs a token"] if part != "decode" else []

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 Rows = list[dict]
 
-GRAPH, COMPILED = "CUDA graph", "compiled"
+GRAPH, COMPILED, DEFAULTS = "CUDA graph", "compiled", "eager, cache by default"
 SHAPE = (4, 8192)
 LENGTHS = (8192, 131072, 1 << 20)
 CONTEXTS = (1024, 32768, 1 << 20)
@@ -29,7 +29,8 @@ def judge(rows: Rows, device: str) -> list[Target]:
     if device != "cuda":
         return _on_cpu(rows)
     return [
-        *_training_step(rows), *_forward(rows), *_memory(rows), *_decoding(rows), *_long_rows(rows), _rates(rows)
+        *_whole_step(rows), *_training_step(rows), *_with_a_cache(rows), *_forward(rows), *_memory(rows),
+        *_decoding(rows), *_long_rows(rows), _rates(rows),
     ]  # fmt: skip
 
 
@@ -57,6 +58,50 @@ def _target(text: str, numbers: list[float | None], show, met) -> Target:
 
 def _spread(*numbers: float) -> float:
     return max(numbers) / min(numbers) - 1
+
+
+def _whole_step(rows: Rows) -> list[Target]:
+    """Forward, backward, clipping and AdamW, over the Llama's launched op by op."""
+    llama = value(rows, "ms", part="step", model="llama", mode="eager")
+    peak = value(rows, "peak_gib", part="step", model="seqboat", mode="eager")
+    targets = []
+    for mode, most in (("eager", 0.65), (GRAPH, 0.36)):
+        ours = value(rows, "ms", part="step", model="seqboat", mode=mode, active=0.5)
+        targets.append(
+            _target(
+                f"whole step, {MODES[mode]}: ≤ {most} of the Llama's", [ours, llama],
+                lambda ours, llama: f"{ours / llama:.2f} ({ours:.1f} against {llama:.1f} ms)",
+                lambda ours, llama, most=most: ours <= most * llama,
+            )
+        )  # fmt: skip
+    return [
+        *targets,
+        _target("whole step, peak memory: ≤ 7 GiB", [peak], lambda gib: f"{gib:.2f} GiB", lambda gib: gib <= 7),
+    ]
+
+
+def _with_a_cache(rows: Rows) -> list[Target]:
+    """What the cache of a forward costs."""
+    defaults, plain = (
+        value(rows, "ms", part="forward", model="seqboat", mode=mode, batch=1, length=LENGTHS[0])
+        for mode in (DEFAULTS, "eager")
+    )
+    chunked = [
+        row["ms"]
+        for row in rows
+        if row.get("part") == "prefill" and row.get("length") == LENGTHS[-1] and row.get("status") == "ok"
+    ]
+    return [
+        _target(
+            "forward of 1 × 8,192 that makes a cache by default: ≤ 1.1 × the same with use_cache=False", [defaults, plain],
+            lambda ours, plain: f"{ours / plain:.2f} × ({ours:.1f} against {plain:.1f} ms)",
+            lambda ours, plain: ours <= 1.1 * plain,
+        ),
+        _target(
+            "prefill of 1,048,576 tokens with a cache: ≤ 600 ms", [min(chunked, default=None)],
+            lambda ms: f"{ms:,.0f} ms", lambda ms: ms <= 600,
+        ),
+    ]  # fmt: skip
 
 
 def _training_step(rows: Rows) -> list[Target]:
@@ -104,7 +149,10 @@ def _forward(rows: Rows) -> list[Target]:
 def _memory(rows: Rows) -> list[Target]:
     lengths = (32768, 131072)
     peaks = [_step(rows, "seqboat", "eager", "peak_gib", shape=(1, length)) for length in lengths]
-    chunked = [value(rows, "peak_gib", part="prefill", model="seqboat", batch=1, length=length) for length in LENGTHS]
+    chunked = [
+        value(rows, "peak_gib", part="prefill", model="seqboat", mode="eager", batch=1, length=length)
+        for length in LENGTHS
+    ]
     return [
         _target(
             "training, 32k → 128k tokens: memory linear (per token at most 10 % more)", peaks,

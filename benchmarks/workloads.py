@@ -7,14 +7,14 @@ import torch
 from competitors import PACKAGES, UNMASKED, build, set_activation_rate
 from measuring import autocast, captured, fixed_streams, median_ms, peak_gib, synchronise, train_step
 from roofline import copy_bytes_per_second, matmul_flops_per_second
-from targets import COMPILED, GRAPH
+from targets import COMPILED, DEFAULTS, GRAPH
 from torch import Tensor, nn
 from transformers import DynamicCache, StaticCache
 
 from modeling_seqboat import SeqBoatCache
 from modeling_seqboat.graphed_step_seqboat import GraphedStep
 
-PARTS = ("roofline", "train", "decode", "forward", "prefill")
+PARTS = ("roofline", "step", "train", "decode", "forward", "prefill")
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,8 @@ class Scale:
         size: of the models, see competitors.SIZES.
         train: (B, L) of the training step; train_lengths: L of further steps at batch 1.
         forward_lengths: L of forwards without a cache; llama_lengths: those that the Llama does too.
-        chunk, prefill_lengths: columns a forward with a cache, and of the whole prompt.
+        chunk, prefill_lengths: columns a forward with a cache, and of the whole prompt; wide_chunk: columns of the forwards
+            in which the longest prompt is read once more.
         contexts: tokens in the state before decoding; wide: (B, context) of a batch.
         graphs: whether CUDA graphs are there to be measured; compile_options: of `torch.compile`, None without it.
         compiled_steps, eager_steps: tokens that one timing of decoding takes.
@@ -38,6 +39,7 @@ class Scale:
     llama_lengths: tuple[int, ...]
     chunk: int
     prefill_lengths: tuple[int, ...]
+    wide_chunk: int
     contexts: tuple[int, ...]
     wide: tuple[int, int]
     repeats: int
@@ -52,15 +54,15 @@ class Scale:
 
 GPU = Scale(
     "enwik8", (4, 8192), (32768, 131072, 8192, 1024), (8192, 131072, 1 << 20, 32768, 1 << 19), (8192, 32768, 131072),
-    8192, (8192, 131072, 1 << 20), (1024, 32768, 1 << 20), (64, 32768), 5, graphs=True,
+    8192, (8192, 131072, 1 << 20), 131072, (1024, 32768, 1 << 20), (64, 32768), 5, graphs=True,
     compile_options={"mode": "reduce-overhead"},
 )  # fmt: skip
 CPU = Scale(
     "small", (2, 2048), (1024, 8192), (2048, 16384, 65536), (2048, 8192), 2048, (2048, 16384, 65536),
-    (1024, 16384, 65536), (8, 16384), 3, eager_steps=64,
+    16384, (1024, 16384, 65536), (8, 16384), 3, eager_steps=64,
 )  # fmt: skip
 TOY = Scale(
-    "toy", (2, 32), (16, 48), (16, 40), (16,), 16, (16, 40), (8, 24, 40), (3, 24), 1, 2, 2,
+    "toy", (2, 32), (16, 48), (16, 40), (16,), 16, (16, 40), 32, (8, 24, 40), (3, 24), 1, 2, 2,
     compile_options={"backend": "eager"},
 )  # fmt: skip
 
@@ -147,10 +149,11 @@ class Workbench:
         return self.states[context]
 
 
-def fill(model: nn.Module, cache, bench: Workbench, length: int) -> None:
-    """Feeds `length` random tokens of one row, chunk by chunk."""
-    for start in range(0, length, bench.scale.chunk):
-        ids = bench.ids(1, min(bench.scale.chunk, length - start))
+def fill(model: nn.Module, cache, bench: Workbench, length: int, chunk: int | None = None) -> None:
+    """Feeds `length` random tokens of one row, `chunk` columns at a time, by default the scale's."""
+    chunk = chunk or bench.scale.chunk
+    for start in range(0, length, chunk):
+        ids = bench.ids(1, min(chunk, length - start))
         model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
 
 
@@ -197,10 +200,33 @@ def measure_training(bench: Workbench, row: Row) -> dict:
     return found
 
 
+def measure_step(bench: Workbench, row: Row) -> dict:
+    """What a user waits for: forward, backward, clipping and a fused AdamW."""
+    device = bench.device
+    model = bench.model(row.model, row.active, bench.scale.train).train()
+    ids = bench.ids(row.batch, row.length)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-6, fused=device.type == "cuda")
+    graphed = GraphedStep(model) if row.mode == GRAPH else None
+
+    def run():
+        if graphed is None:
+            train_step(model, ids)
+        else:
+            with autocast(device):
+                graphed(input_ids=ids, labels=ids)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    peak = peak_gib(lambda: (run(), run()), device)
+    step = median_ms(run, device, row.repeats, row.warmups)
+    return {"ms": step, "tokens_per_s": row.batch * row.length / step * 1e3, "peak_gib": peak}
+
+
 @torch.no_grad()
-def forward(model: nn.Module, ids: Tensor, **options) -> None:
+def forward(model: nn.Module, ids: Tensor, use_cache: bool | None = False, **options) -> None:
     with autocast(ids.device):
-        model(input_ids=ids, use_cache=False, **options)
+        model(input_ids=ids, use_cache=use_cache, **options)
 
 
 def measure_forward(bench: Workbench, row: Row) -> dict:
@@ -209,7 +235,7 @@ def measure_forward(bench: Workbench, row: Row) -> dict:
     ids = bench.ids(row.batch, row.length)
 
     def run():
-        forward(model, ids, logits_to_keep=1)
+        forward(model, ids, use_cache=None if row.mode == DEFAULTS else False, logits_to_keep=1)
 
     if row.mode == GRAPH:
         with fixed_streams(model, run):
@@ -228,9 +254,11 @@ def measure_prefill(bench: Workbench, row: Row) -> dict:
     model = bench.model(row.model, row.active, (1, bench.scale.chunk), half=True).eval()
     caches = []
 
+    chunk = None if row.mode == "eager" else bench.scale.wide_chunk
+
     def run():
         caches[:] = [SeqBoatCache(model.config)]
-        fill(model, caches[0], bench, row.length)
+        fill(model, caches[0], bench, row.length, chunk)
 
     taken = []
     for _ in range(row.warmups):
@@ -312,7 +340,8 @@ def cache_mib(cache) -> float:
 def plan(scale: Scale, parts: list[str]) -> list[Row]:
     """The rows of these parts, the most important first."""
     makers = {
-        "roofline": _roofline, "train": _training, "decode": _decoding, "forward": _forwards, "prefill": _prefills
+        "roofline": _roofline, "step": _steps, "train": _training, "decode": _decoding, "forward": _forwards,
+        "prefill": _prefills,
     }  # fmt: skip
     rows = [row for part in PARTS if part in parts for row in makers[part](scale)]
     return sorted(rows, key=lambda row: row.rank)
@@ -320,6 +349,15 @@ def plan(scale: Scale, parts: list[str]) -> list[Row]:
 
 def _roofline(scale: Scale) -> list[Row]:
     return [Row("roofline", name, "", 0, 0, measure_roofline, rank=0) for name in ("copy", "matmul")]
+
+
+def _steps(scale: Scale) -> list[Row]:
+    kinds = [("seqboat", "eager", 0.5), ("llama", "eager", None)]
+    kinds += [("seqboat", GRAPH, 0.5)] if scale.graphs else []
+    return [
+        Row("step", model, mode, *scale.train, measure_step, active, rank=0, repeats=2 * scale.repeats)
+        for model, mode, active in kinds
+    ]
 
 
 def _training(scale: Scale) -> list[Row]:
@@ -363,11 +401,14 @@ def _decoding(scale: Scale) -> list[Row]:
 def _forwards(scale: Scale) -> list[Row]:
     def row(model: str, mode: str, length: int, active: float | None) -> Row:
         repeats = 1 if length > 1 << 18 else min(3, scale.repeats) if length > 1 << 16 else scale.repeats
-        rank = 1 if mode == modes[0] and model == "seqboat" and length in scale.prefill_lengths else 2
+        wanted = mode == modes[0] and length in scale.prefill_lengths or length == scale.forward_lengths[0]
+        rank = 1 if wanted and model == "seqboat" else 2
         return Row("forward", model, mode, 1, length, measure_forward, active, repeats=repeats, rank=rank)
 
     modes = (GRAPH, "eager") if scale.graphs else ("eager",)
     rows = [row("seqboat", mode, length, 0.5) for mode in modes for length in scale.forward_lengths]
+    # A call that does not say whether it wants a cache gets one.
+    rows.insert(0, row("seqboat", DEFAULTS, scale.forward_lengths[0], 0.5))
     return rows + [row("llama", "eager", length, None) for length in scale.llama_lengths]
 
 
@@ -377,4 +418,5 @@ def _prefills(scale: Scale) -> list[Row]:
         chunks = -(-length // scale.chunk)
         repeats, warmups = (scale.repeats, 1) if chunks == 1 else (1, 0)
         rows.append(Row("prefill", "seqboat", "eager", 1, length, measure_prefill, 0.5, 1, repeats, warmups))
-    return rows
+    wide = f"chunks of {scale.wide_chunk:,}"
+    return [*rows, Row("prefill", "seqboat", wide, 1, scale.prefill_lengths[-1], measure_prefill, 0.5, 0, 2, 1)]
