@@ -521,6 +521,7 @@ class SeqBoatForCausalLM(SeqBoatPreTrainedModel, SeqBoatGenerationMixin):
                 the real token before t); -100, padding and the first token of a segment are ignored.
             shift_labels: (B, L) int64, by keyword only, in place of what is made of `labels`: the target of each column
                 itself, as training with a sequence cut over processes passes them; -100 is ignored.
+            use_cache: as in `SeqBoatModel.forward`, but by default not with labels.
             num_items_in_batch: how many targets all batches have whose gradients are summed; the loss is then the sum
                 over this batch divided by it.
             logits_to_keep: how many of the last columns get logits (0: all), or the (n,) indices of those that do.
@@ -551,6 +552,9 @@ class SeqBoatForCausalLM(SeqBoatPreTrainedModel, SeqBoatGenerationMixin):
         if isinstance(logits_to_keep, int) and logits_to_keep < 0:
             raise ValueError(f"logits_to_keep must be at least 0 (0: all columns), got {logits_to_keep}")
         has_targets = labels is not None or shift_labels is not None
+        if use_cache is None and has_targets:
+            # Whoever scores a text does not go on writing it, and would pay for a state.
+            use_cache = False
         skip_logits = self.training if skip_logits is None else skip_logits
         fused = skip_logits and has_targets and self.config.loss_implementation == "liger"
         if fused:

@@ -64,6 +64,17 @@ def test_generate_and_the_model_make_the_same_kind_of_cache():
     assert_same_state(generated, state_of(fed(model, ids, model.generate(ids, max_new_tokens=2)[:, 9:10])))
 
 
+def test_a_text_that_is_scored_fills_no_cache_unless_one_is_asked_for():
+    model, ids = model_of(), random_ids(2, 9)
+    assert model(ids).past_key_values is not None
+    assert model(ids, labels=ids).past_key_values is None
+    asked = model(ids, labels=ids, use_cache=True).past_key_values
+    assert_same_state(asked, state_of(fed(model, ids)), exact=True)
+    cache = fed(model, ids[:, :4])
+    assert model(ids[:, 4:], labels=ids[:, 4:], past_key_values=cache).past_key_values is cache
+    assert_same_state(cache, state_of(asked))
+
+
 @pytest.mark.parametrize(("position", "truncation"), KINDS)
 @pytest.mark.parametrize("static", [False, True])
 def test_buffers_are_bounded(position, truncation, static):
