@@ -21,6 +21,7 @@ TEST = [
     "hypothesis>=6.100",
     "pytest>=8.2",
     "pytest-timeout>=2.3",
+    "pytest-xdist>=3.6",
     "ruff>=0.9",
     "setuptools>=77",
     "torchao>=0.15",

@@ -52,8 +52,8 @@ def test_no_block_is_longer_than_promised():
     "command",
     [
         'pip install -c constraints.txt -e ".[train]" && python examples/quickstart.py',
-        'pip install -c constraints.txt -e ".[test]" && pytest',
-        'pip install -c constraints-min.txt -e ".[test]" && pytest',
+        'pip install -c constraints.txt -e ".[test]" && pytest -n logical --dist loadfile',
+        'pip install -c constraints-min.txt -e ".[test]" && pytest -n logical --dist loadfile',
     ],
 )
 def test_gives_the_commands(command):
