@@ -24,30 +24,19 @@ from transformers import initialization as init
 from .configuration_seqboat import SeqBoatConfig
 from .context_seqboat import SequenceContext
 from .kernels_seqboat import op
-from .ops_ema_seqboat import chunk_size_for, toeplitz, without_autocast
+from .ops_ema_seqboat import (
+    chunk_size_for,
+    chunked_scan,
+    complex_powers,
+    complex_product,
+    readout,
+    recomputed,
+    scan_borders,
+    toeplitz,
+    without_autocast,
+)
 from .ops_layout_seqboat import ScanPlan, build_scan_plan, to_columns, to_slots
 from .ssm_seqboat import Before, Recurrence, Replay
-from .triton_launch_seqboat import first_derivative_only
-
-
-def complex_product(a: Tensor, b: Tensor) -> Tensor:
-    """(..., 2) x (..., 2) -> (..., 2)."""
-    real = a[..., 0] * b[..., 0] - a[..., 1] * b[..., 1]
-    imaginary = a[..., 0] * b[..., 1] + a[..., 1] * b[..., 0]
-    return torch.stack([real, imaginary], dim=-1)
-
-
-def conjugate(a: Tensor) -> Tensor:
-    """(..., 2) -> (..., 2)."""
-    return torch.stack([a[..., 0], -a[..., 1]], dim=-1)
-
-
-def complex_powers(log_decay: Tensor, exponents: Tensor) -> Tensor:
-    """exp(z * k) for z (..., 2) and k (K,) -> (..., K, 2). With a real part of z of at most 0 no power exceeds 1."""
-    size = torch.exp(log_decay[..., :1] * exponents)
-    # A whole turn less changes nothing and keeps the products with k small, hence exact.
-    angle = torch.remainder(log_decay[..., 1:], 2 * torch.pi) * exponents
-    return torch.stack([size * angle.cos(), size * angle.sin()], dim=-1)
 
 
 def zero_order_hold(log_step: Tensor, log_rate: Tensor, frequency: Tensor) -> tuple[Tensor, Tensor]:
@@ -78,89 +67,27 @@ def zero_order_hold(log_step: Tensor, log_rate: Tensor, frequency: Tensor) -> tu
     return log_decay, step[..., None] * torch.stack([quotient_real, quotient_imaginary], dim=-1)
 
 
-def _scan_in_place(entries: Tensor, decay: Tensor, linked: Tensor | None) -> Tensor:
-    """Solves e[g] = u[g] + (a*e[g-1] where g is linked to its predecessor) in log2(G) steps; overwrites `entries`."""
-    offset = 1
-    while offset < entries.shape[0]:
-        carried = complex_product(entries[:-offset], decay)
-        if linked is not None:
-            carried = carried * linked[offset:].view(*linked[offset:].shape, *[1] * (entries.dim() - 2))
-            # Border g hears from g - 2k if it hears from g - k, and that one from g - 2k.
-            linked = torch.cat([linked[:offset], linked[offset:] & linked[:-offset]])
-        entries[offset:] += carried
-        decay, offset = complex_product(decay, decay), offset * 2
-    return entries
-
-
-class _BorderScan(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, entries: Tensor, decay: Tensor, linked: Tensor | None) -> Tensor:
-        borders = _scan_in_place(entries.clone(), decay, linked)
-        ctx.save_for_backward(borders, decay, linked)
-        return borders
-
-    @staticmethod
-    @first_derivative_only
-    def backward(ctx, grad):
-        borders, decay, linked = ctx.saved_tensors
-        backward_links = None
-        if linked is not None:
-            backward_links = torch.cat([torch.zeros_like(linked[:1]), linked[1:].flip(0)])
-        worth = _scan_in_place(grad.flip(0), conjugate(decay), backward_links).flip(0)
-        read = worth[1:]
-        if linked is not None:
-            read = read * linked[1:].view(*linked[1:].shape, *[1] * (worth.dim() - 2))
-        grad_decay = complex_product(read, conjugate(borders[:-1])).sum((0, 1))
-        return worth, grad_decay, None
-
-
-def scan_borders(entries: Tensor, decay: Tensor, first_chunk: Tensor | None) -> Tensor:
-    """States at chunk borders: e[g] = u[g] + a*e[g-1], and 0 where a segment starts.
-
-    Args:
-        entries: u, (G + 1, B, *S, 2), in u[0] the state before the row and in u[g] what chunk g - 1 adds.
-        decay: a, (*S, 2), of a whole chunk.
-        first_chunk: (B, G + 1) int64 as in `ScanPlan`, or None.
-
-    Returns:
-        (G + 1, B, *S, 2).
-    """
-    linked = None
-    if first_chunk is not None:
-        linked = first_chunk.t() != torch.arange(entries.shape[0], device=entries.device)[:, None]
-        entries = entries.masked_fill(~linked.view(*linked.shape, *[1] * (entries.dim() - 2)), 0)
-    return _BorderScan.apply(entries, decay, linked)
-
-
-class _Recomputed(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, function: Callable, *tensors: Tensor | None):
-        ctx.function = function
-        ctx.save_for_backward(*tensors)
-        with torch.no_grad():
-            return function(*tensors)
-
-    @staticmethod
-    @first_derivative_only
-    def backward(ctx, *grads):
-        needed = ctx.needs_input_grad[1:]
-        leaves = [
-            None if tensor is None else tensor.detach().requires_grad_(need)
-            for tensor, need in zip(ctx.saved_tensors, needed, strict=True)
-        ]
-        with torch.enable_grad(), without_autocast(leaves[0].device):
-            outputs = ctx.function(*leaves)
-            wanted = [leaf for leaf, need in zip(leaves, needed, strict=True) if need]
-            pairs = [(output, grad) for output, grad in zip(outputs, grads, strict=True) if output.requires_grad]
-            outputs, grads = zip(*pairs, strict=True)
-            found = iter(torch.autograd.grad(outputs, wanted, grads, allow_unused=True))
-        return None, *(next(found) if need else None for need in needed)
-
-
-def recomputed(function: Callable[..., tuple[Tensor, Tensor]], *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
-    """function(*tensors), of which only the tensors are kept for backward, where it runs again: its intermediate
-    results are many times as large. Backward stays in float32 also where it is called under autocast."""
-    return _Recomputed.apply(function, *tensors)
+def _step(x, log_decay, write, read, skip, real, reset, state):
+    """One column without chunks and without branches on values."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    token = x[:, 0].to(dtype)
+    state = token.new_zeros(x.shape[0], *log_decay.shape) if state is None else state.to(dtype)
+    marks = (-1, *[1] * log_decay.dim())
+    if real is not None:
+        token = token.masked_fill(~real, 0)
+    before = state
+    if reset is not None:
+        starts = reset if real is None else reset & real
+        before = before.masked_fill(starts.view(marks), 0)
+    decay = complex_powers(log_decay, log_decay.new_ones(1))[..., 0, :]
+    after = complex_product(decay, before) + write(token)
+    y = read(after)
+    if skip is not None:
+        y = y + skip.to(y.dtype) * token
+    if real is not None:
+        after = torch.where(real.view(marks), after, state)
+        y = y.masked_fill(~real, 0)
+    return y.to(x.dtype)[:, None], after
 
 
 @op("s4d_scan", used=lambda facts: facts.ssm_type == "s4d", missing="the recurrence of ssm_type='s4d' has no kernel")
@@ -189,74 +116,19 @@ def s4d_scan(
         y (B, L, D) of x's dtype, and the state (B, D, N, 2) after the last column. Inside everything is float32
         (float64 when x is).
     """
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    if state is None:
-        state = torch.zeros(x.shape[0], *log_decay.shape, dtype=dtype, device=x.device)
-    state = state.to(dtype)
-    if x.shape[1] == 1:
-        return _s4d_step(x, log_decay, input_gain, output_gain, skip, real, reset, state)
-    return _s4d_chunks(x, log_decay, input_gain, output_gain, skip, real, reset, state, plan)
-
-
-def _s4d_step(x, log_decay, input_gain, output_gain, skip, real, reset, state):
-    """One column without chunks and without branches on values."""
-    token = x[:, 0].to(state.dtype)
-    if real is not None:
-        token = token.masked_fill(~real, 0)
-    before = state
-    if reset is not None:
-        starts = reset if real is None else reset & real
-        before = before.masked_fill(starts[:, :, None, None], 0)
-    decay = complex_powers(log_decay, log_decay.new_ones(1))[..., 0, :]
-    after = complex_product(decay, before) + input_gain * token[:, :, None, None]
-    y = 2 * (output_gain[..., 0] * after[..., 0] - output_gain[..., 1] * after[..., 1]).sum(-1)
-    if skip is not None:
-        y = y + skip.to(y.dtype) * token
-    if real is not None:
-        after = torch.where(real[:, :, None, None], after, state)
-        y = y.masked_fill(~real, 0)
-    return y.to(x.dtype)[:, None], after
-
-
-@torch.compiler.disable
-def _s4d_chunks(x, log_decay, input_gain, output_gain, skip, real, reset, state, plan):
-    batch, length, width = x.shape
-    if plan is None:
-        plan = build_scan_plan(batch, length, chunk_size_for(length), x.device, real, reset)
-    size, chunks = plan.chunk_size, plan.num_chunks
-    states = log_decay.shape[1]
-
-    def scan(slots, log_decay, input_gain, output_gain, skip, state):
-        steps = torch.arange(size, device=slots.device, dtype=state.dtype)
-        powers = complex_powers(log_decay, steps)  # (D, N, C, 2), a^0 .. a^(C-1)
-        gain = complex_product(output_gain, input_gain)[:, :, None]
-        taps = 2 * (gain[..., 0] * powers[..., 0] - gain[..., 1] * powers[..., 1]).sum(1)  # (D, C)
-        if skip is not None:
-            taps = torch.cat([taps[:, :1] + skip.to(taps.dtype)[:, None], taps[:, 1:]], dim=1)
-        # What input j leaves in the state after the chunk, and what the state before it gives to output i.
-        writer = complex_product(input_gain[:, :, None], powers.flip(2)).permute(0, 1, 3, 2).reshape(width, -1, size)
-        reader = complex_product(output_gain[:, :, None], complex_powers(log_decay, steps + 1))
-        reader = 2 * conjugate(reader).permute(0, 2, 1, 3).reshape(width, size, -1)
-        columns = slots.view(batch, chunks, size, width).permute(3, 2, 1, 0).to(state.dtype)
-        columns = columns.reshape(width, size, chunks * batch)
-        added = torch.bmm(writer, columns).view(width, states, 2, chunks, batch).permute(3, 4, 0, 1, 2)
-        whole = complex_powers(log_decay, steps[-1:] + 1)[..., 0, :]
-        borders = scan_borders(torch.cat([state[None], added]), whole, plan.first_chunk)
-        read = borders[:-1].permute(2, 3, 4, 0, 1).reshape(width, -1, chunks * batch)
-        y = torch.baddbmm(torch.bmm(toeplitz(taps), columns), reader, read)
-        y = y.view(width, size, chunks, batch).permute(3, 2, 1, 0).reshape(batch, -1, width)
-        # The last chunk may be partly filled: its tokens, moved to the chunk's end, enter with the same weights.
-        entry = borders[plan.last_chunk, torch.arange(batch, device=slots.device)]
-        tail_decay = complex_powers(log_decay, plan.last_length.to(state.dtype)).permute(2, 0, 1, 3)
-        index = (plan.last_chunk * size + plan.last_length - size)[:, None] + steps.long()
-        filled = index >= plan.last_chunk[:, None] * size
-        tail = slots.gather(1, index.clamp_min(0)[:, :, None].expand(-1, -1, width)).to(state.dtype)
-        tail = tail.masked_fill(~filled[:, :, None], 0)
-        written = torch.einsum("dsc,bcd->bds", writer, tail).view(batch, width, states, 2)
-        return y.to(slots.dtype), complex_product(tail_decay, entry) + written
-
-    y, final = recomputed(scan, to_slots(x, plan), log_decay, input_gain, output_gain, skip, state)
-    return to_columns(y, plan, length, real), final
+    if x.shape[1] > 1:
+        return chunked_scan([(x, input_gain)], log_decay, output_gain, skip, real, reset, state, plan)
+    factors = readout(output_gain)
+    return _step(
+        x,
+        log_decay,
+        lambda token: input_gain * token[:, :, None, None],
+        lambda states: (factors * states).sum((-2, -1)),
+        skip,
+        real,
+        reset,
+        state,
+    )
 
 
 @op("s5_scan", used=lambda facts: facts.ssm_type == "s5", missing="the recurrence of ssm_type='s5' has no kernel")
@@ -286,12 +158,9 @@ def s5_scan(
         y (B, L, D) of x's dtype, and the state (B, N, 2) after the last column. Inside everything is float32 (float64
         when x is).
     """
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    if state is None:
-        state = torch.zeros(x.shape[0], *log_decay.shape, dtype=dtype, device=x.device)
-    state = state.to(dtype)
     if x.shape[1] == 1:
-        return _s5_step(x, log_decay, input_gain, output_gain, skip, real, reset, state)
+        write, read = lambda token: _write(token, input_gain), lambda states: _read(states, output_gain)
+        return _step(x, log_decay, write, read, skip, real, reset, state)
     return _s5_chunks(x, log_decay, input_gain, output_gain, skip, real, reset, state, plan)
 
 
@@ -302,27 +171,7 @@ def _write(tokens: Tensor, input_gain: Tensor) -> Tensor:
 
 def _read(states: Tensor, output_gain: Tensor) -> Tensor:
     """(..., N, 2) -> (..., D): twice the real part."""
-    return 2 * torch.einsum("...np,dnp->...d", states, conjugate(output_gain))
-
-
-def _s5_step(x, log_decay, input_gain, output_gain, skip, real, reset, state):
-    """One column without chunks and without branches on values."""
-    token = x[:, 0].to(state.dtype)
-    if real is not None:
-        token = token.masked_fill(~real, 0)
-    before = state
-    if reset is not None:
-        starts = reset if real is None else reset & real
-        before = before.masked_fill(starts[:, :, None], 0)
-    decay = complex_powers(log_decay, log_decay.new_ones(1))[..., 0, :]
-    after = complex_product(decay, before) + _write(token, input_gain)
-    y = _read(after, output_gain)
-    if skip is not None:
-        y = y + skip.to(y.dtype) * token
-    if real is not None:
-        after = torch.where(real[:, :, None], after, state)
-        y = y.masked_fill(~real, 0)
-    return y.to(x.dtype)[:, None], after
+    return torch.einsum("...np,dnp->...d", states, readout(output_gain))
 
 
 @torch.compiler.disable
@@ -332,6 +181,8 @@ def _s5_chunks(x, log_decay, input_gain, output_gain, skip, real, reset, state, 
         plan = build_scan_plan(batch, length, chunk_size_for(length), x.device, real, reset)
     size, chunks = plan.chunk_size, plan.num_chunks
     count = log_decay.shape[0]
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    state = log_decay.new_zeros(batch, *log_decay.shape, dtype=dtype) if state is None else state.to(dtype)
 
     def scan(slots, log_decay, input_gain, output_gain, skip, state):
         steps = torch.arange(size, device=slots.device, dtype=state.dtype)

@@ -1,13 +1,15 @@
-"""The multi-dimensional damped EMA (arXiv 2306.11197, section 3.1; Mega, arXiv 2209.10655, equation 4) as a scan.
+"""The multi-dimensional damped EMA (arXiv 2306.11197, section 3.1; Mega, arXiv 2209.10655, equation 4) as a scan, and the
+chunked scan that it shares with other diagonal recurrences.
 
-Letters: B batch, L columns, D channels, N states a channel, C chunk length, G chunks of a row, J inputs a chunk reads
-(C, or 2C with truncation).
+Letters: B batch, L columns, D channels, N states a channel, P parts of a number (1: real, 2: complex, the real part
+first), C chunk length, G chunks of a row, S slots of a row (G * C), J inputs a chunk reads (C, or 2C with truncation).
 
 One op serves training, chunked prefill and one-token decoding: the state comes in and goes out. Inside, rows are cut
 into chunks; within a chunk the outputs are one small matrix product a channel, across chunks only the N states
 travel. Cost and memory are linear in L. The specification, token by token, is `ema_scan_naive`.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -106,75 +108,16 @@ def ema_scan(
         y, state = ema_step(x, decay, input_gain, output_gain, skip, state, real=real, reset=reset, delayed=delayed,
                             delay_decay=delay_decay)  # fmt: skip
     else:
-        if plan is None:
-            plan = build_scan_plan(x.shape[0], x.shape[1], chunk_size_for(x.shape[1]), x.device, real, reset)
-        tables = decay, input_gain, output_gain, skip
-        y, state = _ema_chunks(x, *tables, real, state, delayed, delay_decay, plan, need_state)
+        log_decay = decay.clamp_min(_SMALLEST_DECAY).log()[..., None]
+        inputs = [(x, input_gain[..., None])]
+        if delayed is not None:
+            inputs.append((delayed, -(input_gain * delay_decay)[..., None]))
+        before = None if state is None else state[..., None]
+        y, state = chunked_scan(inputs, log_decay, output_gain[..., None], skip, real, reset, before, plan)
+        state = state[..., 0] if need_state else None
     if reverse:
         y = y.flip(1)
     return (y if activation is None else F.silu(y)), state
-
-
-@torch.compiler.disable
-def _ema_chunks(
-    x: Tensor,
-    decay: Tensor,
-    input_gain: Tensor,
-    output_gain: Tensor,
-    skip: Tensor | None,
-    real: Tensor | None,
-    state: Tensor | None,
-    delayed: Tensor | None,
-    delay_decay: Tensor | None,
-    plan: ScanPlan,
-    need_state: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """`ema_scan` of several columns, chunk by chunk.
-
-    Not traced: torch 2.11 compiles the in-place border scan to wrong gradients.
-    """
-    _, length, width = x.shape
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    size, chunks = plan.chunk_size, plan.num_chunks
-    steps = torch.arange(size, device=x.device, dtype=dtype)
-    log_decay = decay.to(dtype).clamp_min(_SMALLEST_DECAY).log()
-    powers = torch.exp(log_decay[:, :, None] * steps)  # (D, N, C), q^0 .. q^(C-1)
-    gains = input_gain.to(dtype)
-    into_state = gains[:, :, None] * powers.flip(-1)  # (D, N, C): what input j leaves in the chunk's last state
-    out_of_state = (output_gain[:, :, None] * powers * decay[:, :, None]).transpose(1, 2)  # (D, C, N)
-    taps = torch.einsum("dn,dnc->dc", output_gain * gains, powers)  # (D, C)
-    inputs = [to_slots(x, plan)]
-    kernels, writers = [taps], [into_state]
-    if skip is not None:
-        kernels[0] = torch.cat([taps[:, :1] + skip.to(dtype)[:, None], taps[:, 1:]], dim=1)
-    if delayed is not None:
-        inputs.append(to_slots(delayed, plan))
-        kernels.append(-torch.einsum("dn,dnc->dc", output_gain * gains * delay_decay, powers))
-        writers.append(-into_state * delay_decay[:, :, None])
-    chunk_decay = torch.exp(log_decay * size)
-    outputs, entry = _ChunkScan.apply(
-        torch.cat(inputs, dim=-1) if len(inputs) > 1 else inputs[0],
-        torch.cat(kernels, dim=0) if len(kernels) > 1 else kernels[0],
-        torch.cat(writers, dim=-1) if len(writers) > 1 else writers[0],
-        out_of_state,
-        chunk_decay,
-        None if state is None else state.to(dtype),
-        plan.first_chunk,
-        plan.last_chunk,
-        chunks,
-    )
-    y = to_columns(outputs, plan, length, real)
-    if not need_state:
-        return y, None
-    # The last chunk may be partly filled: its tokens, moved to the chunk's end, enter with the same weights.
-    final = torch.exp(log_decay * plan.last_length[:, None, None].to(dtype)) * entry
-    index = plan.last_chunk[:, None] * size + plan.last_length[:, None] - size + torch.arange(size, device=x.device)
-    filled = index >= plan.last_chunk[:, None] * size
-    for source, writer in zip(inputs, writers, strict=True):
-        tail = source.gather(1, index.clamp_min(0)[:, :, None].expand(-1, -1, width)).to(dtype)
-        tail = tail.masked_fill(~filled[:, :, None], 0)
-        final = final + torch.einsum("dnc,bcd->bdn", writer, tail)
-    return y, final
 
 
 @op("ema_step", triton=ema_step_triton, used=lambda facts: _is_ema(facts) and not facts.bidirectional)
@@ -219,6 +162,36 @@ def ema_step(
     return (y if activation is None else F.silu(y)), after
 
 
+def complex_product(a: Tensor, b: Tensor) -> Tensor:
+    """(..., P) x (..., P) -> (..., P)."""
+    if a.shape[-1] == 1:
+        return a * b
+    real = a[..., 0] * b[..., 0] - a[..., 1] * b[..., 1]
+    imaginary = a[..., 0] * b[..., 1] + a[..., 1] * b[..., 0]
+    return torch.stack([real, imaginary], dim=-1)
+
+
+def conjugate(a: Tensor) -> Tensor:
+    """(..., P) -> (..., P)."""
+    return a if a.shape[-1] == 1 else torch.stack([a[..., 0], -a[..., 1]], dim=-1)
+
+
+def complex_powers(log_decay: Tensor, exponents: Tensor) -> Tensor:
+    """exp(z * k) for z (..., P) and k (K,) -> (..., K, P). With a real part of z of at most 0 no power exceeds 1."""
+    size = torch.exp(log_decay[..., :1] * exponents)
+    if log_decay.shape[-1] == 1:
+        return size[..., None]
+    # A whole turn less changes nothing and keeps the products with k small, hence exact.
+    angle = torch.remainder(log_decay[..., 1:], 2 * torch.pi) * exponents
+    return torch.stack([size * angle.cos(), size * angle.sin()], dim=-1)
+
+
+def readout(gain: Tensor) -> Tensor:
+    """(..., P) gains -> (..., P) factors of a state's parts, whose products add up to the output: of a complex state,
+    which stands for its conjugate too, twice the real part."""
+    return gain if gain.shape[-1] == 1 else 2 * conjugate(gain)
+
+
 def toeplitz(taps: Tensor) -> Tensor:
     """(D, C) taps -> (D, C, C) with entry [i, j] = taps[i - j] for j <= i, else 0."""
     size = taps.shape[-1]
@@ -227,150 +200,162 @@ def toeplitz(taps: Tensor) -> Tensor:
     return padded.unfold(-1, size, 1).flip(1)
 
 
-def _diagonal_sums(matrix: Tensor) -> Tensor:
-    """(D, C, C) -> (D, C): entry l is the sum over i - j = l. The transpose of `toeplitz`."""
-    width, size, _ = matrix.shape
-    skewed = F.pad(matrix.flip(-1), (0, size)).reshape(width, -1)[:, : size * (2 * size - 1)]
-    # Reading the padded rows with a stride one shorter moves row i right by i, so diagonals become columns.
-    return skewed.reshape(width, size, 2 * size - 1).sum(1)[:, size - 1 :]
-
-
-def _scan_borders(entries: Tensor, chunk_decay: Tensor, first: Tensor | None, reverse: bool) -> Tensor:
-    """Solves e[g] = u[g] + q^C * e[g-1] over chunk borders in log2(G) steps (from the other end with `reverse`).
-
-    Args:
-        entries: u, (G + 1, B, D, N); overwritten.
-        chunk_decay: q^C, (D, N).
-        first: (G + 1, B) int64, the border where the segment of each border starts, -1 for none; or None.
-    """
-    count = entries.shape[0]
-    factor, offset = chunk_decay, 1
-    borders = torch.arange(count, device=entries.device)
-    while offset < count:
-        source = entries[offset:] if reverse else entries[:-offset]
-        carried = source * factor
-        if first is not None:
-            # Border g hears from g - offset only if its segment did not start in between.
-            linked = borders[offset:, None] - first[offset:].clamp_min(0) >= offset
-            carried = carried * linked[:, :, None, None]
-        target = entries[:-offset] if reverse else entries[offset:]
-        target.add_(carried)
-        factor, offset = factor * factor, offset * 2
+def _scan_in_place(entries: Tensor, decay: Tensor, linked: Tensor | None) -> Tensor:
+    """Solves e[g] = u[g] + (a*e[g-1] where g is linked to its predecessor) in log2(G) steps; overwrites `entries`."""
+    offset = 1
+    while offset < entries.shape[0]:
+        carried = complex_product(entries[:-offset], decay)
+        if linked is not None:
+            carried = carried * linked[offset:].view(*linked[offset:].shape, *[1] * (entries.dim() - 2))
+            # Border g hears from g - 2k if it hears from g - k, and that one from g - 2k.
+            linked = torch.cat([linked[:offset], linked[offset:] & linked[:-offset]])
+        entries[offset:] += carried
+        decay, offset = complex_product(decay, decay), offset * 2
     return entries
 
 
-class _ChunkScan(torch.autograd.Function):
-    """Chunked scan; saves its inputs only and recomputes the states in backward, so memory does not grow with N."""
-
+class _BorderScan(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, kernels, writer, reader, chunk_decay, state, first_chunk, last_chunk, chunks):
-        """x (B, S, D) or (B, S, 2D) [the delayed input beside it] -> y (B, S, D), entry state of `last_chunk`."""
-        first = None if first_chunk is None else first_chunk.t()
-        matrix = _ChunkScan._matrix(kernels, chunk_decay.shape[0])
-        columns = _ChunkScan._columns(x, chunk_decay.shape[0], chunks, matrix.dtype)
-        borders = _ChunkScan._borders(columns, writer, chunk_decay, state, first, x.shape[0], chunks)
-        y = torch.bmm(matrix, columns)
-        read = borders[:-1].permute(2, 3, 0, 1).reshape(matrix.shape[0], -1, y.shape[-1])
-        y.baddbmm_(reader, read)
-        rows = torch.arange(x.shape[0], device=x.device)
-        ctx.save_for_backward(x, kernels, writer, reader, chunk_decay, state, first_chunk, last_chunk)
-        ctx.chunks = chunks
-        return _ChunkScan._rows(y, x.shape[0], chunks).to(x.dtype), borders[last_chunk, rows]
+    def forward(ctx, entries: Tensor, decay: Tensor, linked: Tensor | None) -> Tensor:
+        borders = _scan_in_place(entries.clone(), decay, linked)
+        ctx.save_for_backward(borders, decay, linked)
+        return borders
 
     @staticmethod
     @first_derivative_only
-    def backward(ctx, grad_y, grad_entry):
-        with without_autocast(grad_y.device):
-            return _ChunkScan._gradients(ctx, grad_y, grad_entry)
+    def backward(ctx, grad):
+        borders, decay, linked = ctx.saved_tensors
+        backward_links = None
+        if linked is not None:
+            backward_links = torch.cat([torch.zeros_like(linked[:1]), linked[1:].flip(0)])
+        worth = _scan_in_place(grad.flip(0), conjugate(decay), backward_links).flip(0)
+        read = worth[1:]
+        if linked is not None:
+            read = read * linked[1:].view(*linked[1:].shape, *[1] * (worth.dim() - 2))
+        grad_decay = complex_product(read, conjugate(borders[:-1])).sum((0, 1))
+        return worth, grad_decay, None
+
+
+def scan_borders(entries: Tensor, decay: Tensor, first_chunk: Tensor | None) -> Tensor:
+    """States at chunk borders: e[g] = u[g] + a*e[g-1], and 0 where a segment starts.
+
+    Args:
+        entries: u, (G + 1, B, ..., P), in u[0] the state before the row and in u[g] what chunk g - 1 adds.
+        decay: a, (..., P), of a whole chunk.
+        first_chunk: (B, G + 1) int64 as in `ScanPlan`, or None.
+
+    Returns:
+        (G + 1, B, ..., P).
+    """
+    linked = None
+    if first_chunk is not None:
+        linked = first_chunk.t() != torch.arange(entries.shape[0], device=entries.device)[:, None]
+        entries = entries.masked_fill(~linked.view(*linked.shape, *[1] * (entries.dim() - 2)), 0)
+    return _BorderScan.apply(entries, decay, linked)
+
+
+class _Recomputed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, function: Callable, *tensors: Tensor | None):
+        ctx.function = function
+        ctx.save_for_backward(*tensors)
+        with torch.no_grad():
+            return function(*tensors)
 
     @staticmethod
-    def _gradients(ctx, grad_y, grad_entry):
-        x, kernels, writer, reader, chunk_decay, state, first_chunk, last_chunk = ctx.saved_tensors
-        chunks, batch = ctx.chunks, x.shape[0]
-        width = chunk_decay.shape[0]
-        first = None if first_chunk is None else first_chunk.t()
-        matrix = _ChunkScan._matrix(kernels, width)
-        columns = _ChunkScan._columns(x, width, chunks, matrix.dtype)
-        borders = _ChunkScan._borders(columns, writer, chunk_decay, state, first, batch, chunks)
-        grad_out = _ChunkScan._columns(grad_y, width, chunks, matrix.dtype)
-        # Adjoint of the border recurrence: what each border's state is worth.
-        worth = torch.zeros_like(borders)
-        worth[:-1] = torch.bmm(reader.transpose(1, 2), grad_out).view(width, -1, chunks, batch).permute(2, 3, 0, 1)
-        rows = torch.arange(batch, device=x.device)
-        worth[last_chunk, rows] += grad_entry
-        if first is not None:
-            starts = first == torch.arange(chunks + 1, device=x.device)[:, None]
-            worth = _ChunkScan._adjoint_with_starts(worth, chunk_decay, starts)
-        else:
-            worth = _scan_borders(worth, chunk_decay, None, reverse=True)
-        if first is not None:
-            # Nothing flows into the border at which a segment starts.
-            worth = worth.masked_fill(starts[:, :, None, None], 0)
-        grad_decay = (worth[1:] * borders[:-1]).sum((0, 1)) if ctx.needs_input_grad[4] else None
-        grad_state = worth[0] if state is not None and ctx.needs_input_grad[5] else None
-        grad_sum = worth[1:].permute(2, 3, 0, 1).reshape(width, -1, chunks * batch)
-        grad_columns = torch.bmm(matrix.transpose(1, 2), grad_out)
-        grad_columns.baddbmm_(writer.transpose(1, 2), grad_sum)
-        grad_matrix = torch.bmm(grad_out, columns.transpose(1, 2))
-        grad_kernels = torch.cat([_diagonal_sums(part) for part in grad_matrix.split(matrix.shape[1], dim=-1)])
-        grad_writer = torch.bmm(grad_sum, columns.transpose(1, 2))
-        read = borders[:-1].permute(2, 3, 0, 1).reshape(width, -1, chunks * batch)
-        grad_reader = torch.bmm(grad_out, read.transpose(1, 2))
-        parts = grad_columns.split(matrix.shape[1], dim=1)
-        grad_x = torch.cat([_ChunkScan._rows(part, batch, chunks) for part in parts], dim=-1).to(x.dtype)
-        return grad_x, grad_kernels, grad_writer, grad_reader, grad_decay, grad_state, None, None, None
+    @first_derivative_only
+    def backward(ctx, *grads):
+        needed = ctx.needs_input_grad[1:]
+        leaves = [
+            None if tensor is None else tensor.detach().requires_grad_(need)
+            for tensor, need in zip(ctx.saved_tensors, needed, strict=True)
+        ]
+        with torch.enable_grad(), without_autocast(leaves[0].device):
+            outputs = ctx.function(*leaves)
+            wanted = [leaf for leaf, need in zip(leaves, needed, strict=True) if need]
+            pairs = [(output, grad) for output, grad in zip(outputs, grads, strict=True) if output.requires_grad]
+            outputs, grads = zip(*pairs, strict=True)
+            found = iter(torch.autograd.grad(outputs, wanted, grads, allow_unused=True))
+        return None, *(next(found) if need else None for need in needed)
 
-    @staticmethod
-    def _matrix(kernels: Tensor, width: int) -> Tensor:
-        """(D or 2D, C) taps -> (D, C, J)."""
-        return torch.cat([toeplitz(part) for part in kernels.split(width)], dim=-1)
 
-    @staticmethod
-    def _columns(x: Tensor, width: int, chunks: int, dtype: torch.dtype) -> Tensor:
-        """(B, S, D or 2D) -> (D, J, G*B), the layout in which every product is one matrix product a channel."""
-        batch, slots, _ = x.shape
-        parts = x.view(batch, chunks, slots // chunks, -1, width)
-        columns = parts.permute(4, 3, 2, 1, 0).to(dtype)
-        return columns.reshape(width, -1, chunks * batch)
+def recomputed(function: Callable[..., tuple[Tensor, Tensor]], *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+    """function(*tensors), of which only the tensors are kept for backward, where it runs again: its intermediate
+    results are many times as large. Backward stays in float32 also where it is called under autocast."""
+    return _Recomputed.apply(function, *tensors)
 
-    @staticmethod
-    def _rows(y: Tensor, batch: int, chunks: int) -> Tensor:
-        """(D, C, G*B) -> (B, S, D)."""
-        width, size, _ = y.shape
-        return y.view(width, size, chunks, batch).permute(3, 2, 1, 0).reshape(batch, chunks * size, width)
 
-    @staticmethod
-    def _borders(
-        columns: Tensor,
-        writer: Tensor,
-        chunk_decay: Tensor,
-        state: Tensor | None,
-        first: Tensor | None,
-        batch: int,
-        chunks: int,
-    ) -> Tensor:
-        """States at chunk borders, (G + 1, B, D, N): border g is what chunk g starts from, 0 where a segment does."""
-        width, states = chunk_decay.shape
-        entries = columns.new_zeros(chunks + 1, batch, width, states)
-        if state is not None:
-            entries[0] = state
-        entries[1:] = torch.bmm(writer, columns).view(width, states, chunks, batch).permute(2, 3, 0, 1)
-        if first is not None:
-            starts = first == torch.arange(chunks + 1, device=columns.device)[:, None]
-            entries.masked_fill_(starts[:, :, None, None], 0)
-        return _scan_borders(entries, chunk_decay, first, reverse=False)
+# Not traced: torch 2.11 compiles the in-place border scan to wrong gradients.
+@torch.compiler.disable
+def chunked_scan(
+    inputs: list[tuple[Tensor, Tensor]],
+    log_decay: Tensor,
+    output_gain: Tensor,
+    skip: Tensor | None,
+    real: Tensor | None,
+    reset: Tensor | None,
+    state: Tensor | None,
+    plan: ScanPlan | None,
+) -> tuple[Tensor, Tensor]:
+    """s_t = exp(z)*s_{t-1} + (sum over inputs of g*x_t), y_t = Re(sum_n o_n*s_{t,n}) + skip*x_t, of real numbers or, then
+    with twice that real part, of complex ones; x being the first input.
 
-    @staticmethod
-    def _adjoint_with_starts(worth: Tensor, chunk_decay: Tensor, starts: Tensor) -> Tensor:
-        """The adjoint recurrence w[g] += q^C * w[g+1] unless a segment starts at g + 1."""
-        count = worth.shape[0]
-        borders = torch.arange(count, device=worth.device)[:, None]
-        # Next start strictly after each border; beyond the end when there is none.
-        following = torch.where(starts, borders, count).flip(0).cummin(0).values.flip(0)
-        following = torch.cat([following[1:], torch.full_like(following[:1], count)])
-        factor, offset = chunk_decay, 1
-        while offset < count:
-            linked = following[:-offset] - borders[:-offset] > offset
-            worth[:-offset] += worth[offset:] * factor * linked[:, :, None, None]
-            factor, offset = factor * factor, offset * 2
-        return worth
+    Args:
+        inputs: pairs of x, (B, L, D), and g, (D, N, P).
+        log_decay: z, (D, N, P), its real part at most 0; output_gain: o, (D, N, P); skip: (D,), or None for 0.
+        real, reset, plan: as in `ema_scan`.
+        state: (B, D, N, P) before column 0, or None for zeros.
+
+    Returns:
+        y (B, L, D) of x's dtype, and the state (B, D, N, P) after the last column. Inside everything is float32 (float64
+        when x is).
+    """
+    batch, length, width = inputs[0][0].shape
+    device, states, parts = log_decay.device, *log_decay.shape[1:]
+    if plan is None:
+        plan = build_scan_plan(batch, length, chunk_size_for(length), device, real, reset)
+    size, chunks = plan.chunk_size, plan.num_chunks
+    dtype = torch.float64 if inputs[0][0].dtype == torch.float64 else torch.float32
+
+    def scan(log_decay, output_gain, skip, state, *pairs):
+        steps = torch.arange(size, device=device, dtype=dtype)
+        powers = complex_powers(log_decay, steps)  # (D, N, C, P), a^0 .. a^(C-1)
+        kernels, writers, columns = [], [], []
+        for slots, gain in zip(pairs[::2], pairs[1::2], strict=True):
+            # What an input is worth in the state some steps later, and in the output then.
+            later = complex_product(gain[:, :, None], powers)
+            kernels.append(torch.einsum("dnp,dncp->dc", readout(output_gain), later))
+            writers.append(later.flip(2).permute(0, 1, 3, 2).reshape(width, -1, size))
+            columns.append(slots.view(batch, chunks, size, width).permute(3, 2, 1, 0).to(dtype))
+        if skip is not None:
+            kernels[0] = torch.cat([kernels[0][:, :1] + skip[:, None], kernels[0][:, 1:]], dim=1)
+        matrix = torch.cat([toeplitz(kernel) for kernel in kernels], dim=-1)  # (D, C, J)
+        writer = torch.cat(writers, dim=-1)  # (D, N * P, J)
+        # One matrix product a channel: (D, J, G * B).
+        columns = torch.cat(columns, dim=1).reshape(width, -1, chunks * batch)
+        added = torch.bmm(writer, columns).view(width, states, parts, chunks, batch).permute(3, 4, 0, 1, 2)
+        whole = complex_powers(log_decay, steps[-1:] + 1)[..., 0, :]
+        borders = scan_borders(torch.cat([state[None], added]), whole, plan.first_chunk)
+        reader = readout(complex_product(output_gain[:, :, None], complex_powers(log_decay, steps + 1)))
+        reader = reader.permute(0, 2, 1, 3).reshape(width, size, -1)  # (D, C, N * P)
+        read = borders[:-1].permute(2, 3, 4, 0, 1).reshape(width, -1, chunks * batch)
+        y = torch.baddbmm(torch.bmm(matrix, columns), reader, read)
+        y = y.view(width, size, chunks, batch).permute(3, 2, 1, 0).reshape(batch, -1, width)
+        # The last chunk may be partly filled: its tokens, moved to the chunk's end, enter with the same weights.
+        entry = borders[plan.last_chunk, torch.arange(batch, device=device)]
+        tail_decay = complex_powers(log_decay, plan.last_length.to(dtype)).permute(2, 0, 1, 3)
+        index = (plan.last_chunk * size + plan.last_length - size)[:, None] + steps.long()
+        filled = index >= plan.last_chunk[:, None] * size
+        index = index.clamp_min(0)[:, :, None].expand(-1, -1, width)
+        final = complex_product(tail_decay, entry)
+        for slots, weights in zip(pairs[::2], writers, strict=True):
+            tail = slots.gather(1, index).to(dtype).masked_fill(~filled[:, :, None], 0)
+            final = final + torch.einsum("dsc,bcd->bds", weights, tail).view(batch, width, states, parts)
+        return y.to(pairs[0].dtype), final
+
+    if state is None:
+        state = log_decay.new_zeros(batch, *log_decay.shape)
+    tables = (None if t is None else t.to(dtype) for t in (log_decay, output_gain, skip, state))
+    pairs = (part for x, gain in inputs for part in (to_slots(x, plan), gain.to(dtype)))
+    y, final = recomputed(scan, *tables, *pairs)
+    return to_columns(y, plan, length, real), final
