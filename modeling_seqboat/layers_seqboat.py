@@ -27,55 +27,49 @@ for _name, _kind in {"ema": SeqBoatEMA, "s4d": SeqBoatS4D, "s5": SeqBoatS5}.item
     register_recurrence(_name, _kind)
 
 
-class SeqBoatLayerNorm(nn.LayerNorm):
+class _RowNorm(nn.Module):
     """A norm of the layers, called as norm(x, real); with an op `norm_residual` as norm(x, real, op, dtype), which
     gives the norm in that dtype, and x for the residual beside it."""
 
-    def forward(
-        self, x: Tensor, real: Tensor | None = None, op: Callable | None = None, dtype: torch.dtype | None = None
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        if op is None:
-            return super().forward(x)
-        return op(x, super().forward, self.weight, self.bias, self.eps, True, dtype)
-
-
-class SeqBoatRMSNorm(nn.RMSNorm):
-    """Called as `SeqBoatLayerNorm` is."""
+    centered = False
 
     def forward(
         self, x: Tensor, real: Tensor | None = None, op: Callable | None = None, dtype: torch.dtype | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
         if op is None:
-            return super().forward(x)
-        return op(x, super().forward, self.weight, None, self.eps, False, dtype)
+            return self.normed(x)
+        weight = self.weight
+        if weight is not None:
+            weight = weight.expand(x.shape[-1])
+        return op(x, self.normed, weight, getattr(self, "bias", None), self.eps, self.centered, dtype)
 
 
-class SeqBoatScaleNorm(nn.Module):
-    """x * s * rsqrt(mean(x^2) + eps) with one learned scalar s, a parameter of shape (1,). Called as
-    `SeqBoatLayerNorm`."""
+class SeqBoatLayerNorm(_RowNorm, nn.LayerNorm):
+    centered = True
+    normed = nn.LayerNorm.forward
+
+
+class SeqBoatRMSNorm(_RowNorm, nn.RMSNorm):
+    normed = nn.RMSNorm.forward
+
+
+class SeqBoatScaleNorm(_RowNorm):
+    """x * s * rsqrt(mean(x^2) + eps) with one learned scalar s, a parameter of shape (1,)."""
 
     def __init__(self, eps: float, affine: bool):
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(1)) if affine else None
 
-    def forward(
-        self, x: Tensor, real: Tensor | None = None, op: Callable | None = None, dtype: torch.dtype | None = None
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        if op is None:
-            return self._scaled(x)
-        weight = None if self.weight is None else self.weight.expand(x.shape[-1])
-        return op(x, self._scaled, weight, None, self.eps, False, dtype)
-
-    def _scaled(self, x: Tensor) -> Tensor:
+    def normed(self, x: Tensor) -> Tensor:
         wide = x.float() if x.dtype != torch.float64 else x
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return (normed if self.weight is None else normed * self.weight).to(x.dtype)
+        scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return (scaled if self.weight is None else scaled * self.weight).to(x.dtype)
 
 
 class SeqBoatBatchNorm(nn.Module):
     """Batch normalisation of each channel over the real positions of all rows; pads take no part and stay 0. Called as
-    `SeqBoatLayerNorm` is."""
+    `_RowNorm` is."""
 
     def __init__(self, width: int, eps: float, affine: bool):
         super().__init__()
@@ -93,11 +87,10 @@ class SeqBoatBatchNorm(nn.Module):
 
 
 def build_norm(config: SeqBoatConfig, affine: bool) -> nn.Module:
-    """The norm that `config.norm_type` names, called as `SeqBoatLayerNorm` is."""
-    if config.norm_type == "layernorm":
-        return SeqBoatLayerNorm(config.hidden_size, eps=config.norm_eps, elementwise_affine=affine)
-    if config.norm_type == "rmsnorm":
-        return SeqBoatRMSNorm(config.hidden_size, eps=config.norm_eps, elementwise_affine=affine)
+    """The norm that `config.norm_type` names, called as `_RowNorm` is."""
+    if config.norm_type in ("layernorm", "rmsnorm"):
+        kind = SeqBoatLayerNorm if config.norm_type == "layernorm" else SeqBoatRMSNorm
+        return kind(config.hidden_size, eps=config.norm_eps, elementwise_affine=affine)
     if config.norm_type == "scalenorm":
         return SeqBoatScaleNorm(config.norm_eps, affine)
     return SeqBoatBatchNorm(config.hidden_size, config.norm_eps, affine)
