@@ -7,14 +7,12 @@ from .configuration_seqboat import SeqBoatConfig
 from .heads_seqboat import (
     SeqBoatForAudioClassification,
     SeqBoatForImageClassification,
-    SeqBoatForSequenceClassification,
-)
-from .modeling_seqboat import AUTO_CLASSES, SeqBoatForCausalLM, SeqBoatModel, SeqBoatPreTrainedModel
-from .token_heads_seqboat import (
     SeqBoatForMaskedLM,
     SeqBoatForQuestionAnswering,
+    SeqBoatForSequenceClassification,
     SeqBoatForTokenClassification,
 )
+from .modeling_seqboat import AUTO_CLASSES, SeqBoatForCausalLM, SeqBoatModel, SeqBoatPreTrainedModel
 from .tokenization_seqboat import build_byte_tokenizer
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""Heads that give one answer a row (arXiv 2306.11197, section 4; Long Range Arena): texts, pictures, recordings.
+"""Heads: one answer a row (arXiv 2306.11197, section 4; Long Range Arena: texts, pictures, recordings) or one a token.
 
 Letters: B batch, L columns, D hidden width, C labels.
 """
@@ -11,15 +11,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.utils import ModelOutput
+from transformers.modeling_outputs import (
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
+)
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_seqboat import SeqBoatConfig
-from .context_seqboat import marks_of
+from .context_seqboat import marks_of, must_not_wait
 from .modeling_seqboat import (
+    OUTPUT_FLAGS,
+    RouterOutput,
     SeqBoatModel,
     SeqBoatModelOutput,
     SeqBoatPreTrainedModel,
+    count_labels,
     expect_class_ids,
     main_input_name,
     refuse_unknown_arguments,
@@ -27,16 +34,22 @@ from .modeling_seqboat import (
 
 
 @dataclass
-class SeqBoatClassifierOutput(ModelOutput):
-    """loss (scalar, with labels), logits (B, C), and the first text's hidden_states, router_probs and
-    router_penalty (of a pair: the mean of both texts') as in `SeqBoatModelOutput`; with `output_hidden_states` also pooled (B, features), what the classifier reads."""
+class SeqBoatClassifierOutput(RouterOutput, SequenceClassifierOutput):
+    """loss (scalar, with labels), logits (B, C), and the first text's hidden_states, router_probs and router_penalty (of
+    a pair: the mean of both texts') as in `SeqBoatModelOutput`; with `output_hidden_states` also pooled (B, features),
+    what the classifier reads."""
 
-    loss: Tensor | None = None
-    logits: Tensor | None = None
     pooled: Tensor | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    router_probs: tuple[Tensor, ...] | None = None
-    router_penalty: Tensor | None = None
+
+
+@dataclass
+class SeqBoatTokenOutput(RouterOutput, TokenClassifierOutput):
+    """loss (scalar, with labels), logits (B, L, C) or (B, L, vocab), and the rest of `SeqBoatModelOutput`."""
+
+
+@dataclass
+class SeqBoatQuestionAnsweringOutput(RouterOutput, QuestionAnsweringModelOutput):
+    """loss (scalar, with positions), start_logits and end_logits (B, L), and the rest of `SeqBoatModelOutput`."""
 
 
 def pool_real(hidden: Tensor, real: Tensor | None, pooling_type: str) -> Tensor:
@@ -46,9 +59,7 @@ def pool_real(hidden: Tensor, real: Tensor | None, pooling_type: str) -> Tensor:
         real: (B, L) bool, or None when every column is real. A row of pads gives 0.
     """
     if real is None:
-        return {"mean": lambda: hidden.mean(1), "first": lambda: hidden[:, 0], "last": lambda: hidden[:, -1]}[
-            pooling_type
-        ]()
+        return hidden.mean(1) if pooling_type == "mean" else hidden[:, 0 if pooling_type == "first" else -1]
     if pooling_type == "mean":
         summed = hidden.masked_fill(~real[..., None], 0).sum(1)
         return summed / real.sum(1, keepdim=True).clamp_min(1)
@@ -78,26 +89,11 @@ class SeqBoatClassificationHead(nn.Module):
         return self.output(x)
 
 
-def init_classification_head(module: nn.Module) -> None:
-    """Xavier weights and zero biases, where `module` is a `SeqBoatClassificationHead`."""
-    if isinstance(module, SeqBoatClassificationHead):
-        for linear in (module.dense, module.output):
-            if linear is not None:
-                init.xavier_uniform_(linear.weight)
-                if linear.bias is not None:
-                    init.zeros_(linear.bias)
-
-
-def refuse_packing(kwargs: dict) -> None:
-    """Raises ValueError where arguments speak of several sequences in one row."""
+def refuse_swallowed(forward: Callable, kwargs: dict) -> None:
+    """Raises ValueError for arguments that a head with one answer a row would ignore."""
     packing = [name for name in ("seq_idx", "cu_seq_lens_q", "position_ids") if kwargs.get(name) is not None]
     if packing:
         raise ValueError(f"a head that pools takes one sequence a row, got {', '.join(packing)}: pad instead")
-
-
-def refuse_swallowed(forward: Callable, kwargs: dict) -> None:
-    """Raises ValueError for arguments that a head with one answer a row would ignore."""
-    refuse_packing(kwargs)
     if kwargs.get("use_cache"):
         raise ValueError("this head reads a text once and returns no cache: use_cache must be False")
     refuse_unknown_arguments(forward, kwargs, also=("num_items_in_batch", "use_cache"))
@@ -111,52 +107,61 @@ def refuse_other_than_values(config: SeqBoatConfig, name: str) -> None:
         raise ValueError(f"{name} reads one input a row: pair_features must be 'none', got {config.pair_features!r}")
 
 
-class SeqBoatPooledClassifier(SeqBoatPreTrainedModel):
-    """What the heads share that give one answer a row: the model, pooling, the classifier and the loss."""
+class SeqBoatHead(SeqBoatPreTrainedModel):
+    """What the heads without a cache share."""
 
     def __init__(self, config: SeqBoatConfig):
         super().__init__(config)
+        if type(self).main_input_name == "input_ids":
+            self.main_input_name = main_input_name(config)
         self.num_labels = config.num_labels
         self.model = SeqBoatModel(config)
-        parts = {"none": 1, "concat": 2, "nli": 4}[config.pair_features]
-        self.classifier = SeqBoatClassificationHead(config, parts * config.hidden_size)
-        self.post_init()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        init_classification_head(module)
+        if isinstance(module, SeqBoatClassificationHead):
+            for linear in filter(None, (module.dense, module.output)):
+                init.xavier_uniform_(linear.weight)
+                if linear.bias is not None:
+                    init.zeros_(linear.bias)
 
-    def _encode(self, attention_mask: Tensor | None, **kwargs) -> tuple[SeqBoatModelOutput, Tensor]:
-        outputs = self.model(attention_mask=attention_mask, use_cache=False, return_dict=True, **kwargs)
-        real = marks_of(outputs, self.config, attention_mask).real
+    def _run_model(self, kwargs: dict, **inputs) -> tuple[SeqBoatModelOutput, Tensor | None]:
+        """The model's outputs for these inputs, with the extras that `kwargs` ask for, and its real columns (B, L) bool,
+        or None for all."""
+        flags = {name: kwargs[name] for name in OUTPUT_FLAGS if name in kwargs}
+        outputs = self.model(use_cache=False, return_dict=True, **inputs, **flags)
+        return outputs, marks_of(outputs, self.config, inputs.get("attention_mask")).real
+
+
+class SeqBoatPooledClassifier(SeqBoatHead):
+    """What the heads share that give one answer a row: pooling, the classifier and the loss."""
+
+    def __init__(self, config: SeqBoatConfig):
+        super().__init__(config)
+        parts = {"none": 1, "concat": 2, "nli": 4}[config.pair_features]
+        self.classifier = SeqBoatClassificationHead(config, parts * config.hidden_size)
+        self.post_init()
+
+    def _encode(self, kwargs: dict, **inputs) -> tuple[SeqBoatModelOutput, Tensor]:
+        outputs, real = self._run_model(kwargs, **inputs)
         return outputs, pool_real(outputs.last_hidden_state, real, self.config.pooling_type)
 
     def _answer(
-        self, outputs: SeqBoatModelOutput, features: Tensor, labels: Tensor | None, num_items_in_batch=None
+        self, outputs: SeqBoatModelOutput, features: Tensor, labels: Tensor | None, kwargs: dict
     ) -> SeqBoatClassifierOutput:
-        logits = self.classifier(features)
-        loss = None
-        if labels is not None:
-            loss = self._loss(logits, labels, num_items_in_batch)
-            loss = self._with_router_penalty(loss, outputs.router_penalty, labels, num_items_in_batch)
-        return SeqBoatClassifierOutput(
-            loss=loss,
-            logits=logits,
-            # Trainer's evaluation gathers every tensor of an output that nobody asked to leave out.
-            pooled=None if outputs.hidden_states is None else features,
-            hidden_states=outputs.hidden_states,
-            router_probs=outputs.router_probs,
-            router_penalty=outputs.router_penalty,
-        )
+        logits, num_items = self.classifier(features), kwargs.get("num_items_in_batch")
+        loss = None if labels is None else self._loss(logits, labels, num_items)
+        # Trainer's evaluation gathers every tensor of an output that nobody asked to leave out.
+        pooled = None if outputs.hidden_states is None else features
+        return self._output(SeqBoatClassifierOutput, outputs, loss, labels, num_items, logits=logits, pooled=pooled)
 
     def _loss(self, logits: Tensor, labels: Tensor, num_items: Tensor | int | None) -> Tensor:
         counted = {} if num_items is None else {"num_items_in_batch": num_items}
         classes = self.config.problem_type in (None, "single_label_classification") and self.num_labels > 1
         if classes and labels.dtype == torch.int64:
             expect_class_ids("labels", labels, logits.shape[:1], self.num_labels)
-            # At least one, so that a batch without any label has the loss 0 and not NaN.
-            counted = counted or {"num_items_in_batch": (labels != -100).sum().clamp(min=1)}
+            counted = {"num_items_in_batch": count_labels(labels, num_items)}
         loss = self.loss_function(labels=labels, pooled_logits=logits.float(), config=self.config, **counted)
         if num_items is not None and self.config.problem_type != "single_label_classification":
             # The losses of regression and of several labels at once are means and know no count: under gradient
@@ -168,10 +173,6 @@ class SeqBoatPooledClassifier(SeqBoatPreTrainedModel):
 class SeqBoatForSequenceClassification(SeqBoatPooledClassifier):
     """One label a sequence, or a pair of sequences when `pair_features` says how to join them."""
 
-    def __init__(self, config: SeqBoatConfig):
-        super().__init__(config)
-        self.main_input_name = main_input_name(config)
-
     @can_return_tuple
     def forward(
         self,
@@ -182,9 +183,6 @@ class SeqBoatForSequenceClassification(SeqBoatPooledClassifier):
         pair_input_ids: Tensor | None = None,
         pair_attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
-        output_hidden_states: bool | int | list[int] | None = None,
-        output_router_probs: bool = False,
-        output_attentions: bool | None = None,
         **kwargs,
     ) -> SeqBoatClassifierOutput:
         """Classifies sequences.
@@ -206,23 +204,21 @@ class SeqBoatForSequenceClassification(SeqBoatPooledClassifier):
                 + ("be given" if wants_pair else "not be given")
             )
         outputs, features = self._encode(
-            attention_mask,
+            kwargs,
+            attention_mask=attention_mask,
             input_ids=input_ids,
             input_values=input_values,
             inputs_embeds=inputs_embeds,
-            output_hidden_states=output_hidden_states,
-            output_router_probs=output_router_probs,
-            output_attentions=output_attentions,
         )
         if wants_pair:
-            paired, other = self._encode(pair_attention_mask, input_ids=pair_input_ids)
+            paired, other = self._encode({}, input_ids=pair_input_ids, attention_mask=pair_attention_mask)
             if paired.router_penalty is not None:
                 outputs.router_penalty = (outputs.router_penalty + paired.router_penalty) / 2
             joined = [other, features]
             if self.config.pair_features == "nli":
                 joined += [features * other, features - other]
             features = torch.cat(joined, dim=-1)
-        return self._answer(outputs, features, labels, kwargs.get("num_items_in_batch"))
+        return self._answer(outputs, features, labels, kwargs)
 
 
 class SeqBoatForImageClassification(SeqBoatPooledClassifier):
@@ -237,13 +233,7 @@ class SeqBoatForImageClassification(SeqBoatPooledClassifier):
 
     @can_return_tuple
     def forward(
-        self,
-        pixel_values: Tensor | None = None,
-        labels: Tensor | None = None,
-        output_hidden_states: bool | int | list[int] | None = None,
-        output_router_probs: bool = False,
-        output_attentions: bool | None = None,
-        **kwargs,
+        self, pixel_values: Tensor | None = None, labels: Tensor | None = None, **kwargs
     ) -> SeqBoatClassifierOutput:
         """Classifies pictures.
 
@@ -266,14 +256,8 @@ class SeqBoatForImageClassification(SeqBoatPooledClassifier):
             )
         if kwargs.get("attention_mask") is not None:
             raise ValueError("a picture has no padding: attention_mask must not be given")
-        outputs, features = self._encode(
-            None,
-            input_values=pixel_values.flatten(1),
-            output_hidden_states=output_hidden_states,
-            output_router_probs=output_router_probs,
-            output_attentions=output_attentions,
-        )
-        return self._answer(outputs, features, labels, kwargs.get("num_items_in_batch"))
+        outputs, features = self._encode(kwargs, input_values=pixel_values.flatten(1))
+        return self._answer(outputs, features, labels, kwargs)
 
 
 class SeqBoatForAudioClassification(SeqBoatPooledClassifier):
@@ -292,9 +276,6 @@ class SeqBoatForAudioClassification(SeqBoatPooledClassifier):
         input_values: Tensor | None = None,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
-        output_hidden_states: bool | int | list[int] | None = None,
-        output_router_probs: bool = False,
-        output_attentions: bool | None = None,
         **kwargs,
     ) -> SeqBoatClassifierOutput:
         """Classifies recordings.
@@ -305,14 +286,213 @@ class SeqBoatForAudioClassification(SeqBoatPooledClassifier):
             labels: as in `SeqBoatForSequenceClassification.forward`.
         """
         refuse_swallowed(type(self).forward, kwargs)
-        outputs, features = self._encode(
-            attention_mask,
+        outputs, features = self._encode(kwargs, input_values=input_values, attention_mask=attention_mask)
+        return self._answer(outputs, features, labels, kwargs)
+
+
+def _ignore_padding(labels: Tensor, real: Tensor | None) -> Tensor:
+    """Labels at padding are -100, whatever the collator wrote there. real: (B, L) bool, or None for all."""
+    return labels if real is None else labels.masked_fill(~real, -100)
+
+
+class SeqBoatForTokenClassification(SeqBoatHead):
+    """One label a token."""
+
+    def __init__(self, config: SeqBoatConfig):
+        super().__init__(config)
+        self.classifier = SeqBoatClassificationHead(config, config.hidden_size)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        input_values: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        **kwargs,
+    ) -> SeqBoatTokenOutput:
+        """Classifies every token.
+
+        Args:
+            input_ids: (B, L) int64, or input_values: (B, L) float for `input_type` values, or inputs_embeds.
+            labels: (B, L) int64; -100 and padding are ignored.
+
+        The other arguments are those of `SeqBoatModel.forward`; rows may be packed.
+        """
+        refuse_unknown_arguments(type(self).forward, kwargs, also=("num_items_in_batch",))
+        outputs, real = self._run_model(
+            kwargs,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
             input_values=input_values,
-            output_hidden_states=output_hidden_states,
-            output_router_probs=output_router_probs,
-            output_attentions=output_attentions,
+            inputs_embeds=inputs_embeds,
+            cu_seq_lens_q=cu_seq_lens_q,
+            seq_idx=seq_idx,
         )
-        return self._answer(outputs, features, labels, kwargs.get("num_items_in_batch"))
+        hidden = F.dropout(outputs.last_hidden_state, self.config.hidden_dropout, self.training)
+        logits = self.classifier(hidden)
+        loss, num_items = None, kwargs.get("num_items_in_batch")
+        if labels is not None:
+            expect_class_ids("labels", labels, hidden.shape[:2], self.config.num_labels)
+            labels = _ignore_padding(labels, real)
+            counted = count_labels(labels, num_items)
+            loss = self.loss_function(logits, labels, self.config, num_items_in_batch=counted)
+        return self._output(SeqBoatTokenOutput, outputs, loss, labels, num_items, logits=logits)
 
 
-POOLED_HEADS = (SeqBoatForSequenceClassification, SeqBoatForImageClassification, SeqBoatForAudioClassification)
+def _expect_real(name: str, positions: Tensor, real: Tensor | None, shape: tuple[int, int]) -> None:
+    """Raises ValueError where a column that holds padding is said to be an end of the answer."""
+    batch, length = shape
+    columns = positions.flatten()
+    if columns.shape != (batch,):
+        raise ValueError(f"{name} must be of shape {(batch,)}, got {tuple(positions.shape)}")
+    if must_not_wait(columns.device):
+        return
+    if bool((columns < 0).any()):
+        raise ValueError(
+            f"{name} must be at least 0 ({length} or more: no answer in this row), got {columns.tolist()}"
+        )
+    if real is None:
+        return
+    padding = (columns < length) & ~real.gather(1, columns.clamp_max(length - 1)[:, None])[:, 0]
+    if bool(padding.any()):
+        row = int(padding.nonzero()[0])
+        raise ValueError(
+            f"{name} is {int(columns[row])} in row {row}, where attention_mask has padding: positions are columns of the "
+            "padded row, so padding on the left moves them"
+        )
+
+
+def _answer_loss(logits: Tensor, at: Tensor) -> Tensor:
+    """Mean cross entropy of (B, L) logits over the rows whose column `at` (B,) is below L; 0 where there is none."""
+    length = logits.shape[1]
+    at = at.to(logits.device).clamp(max=length)
+    total = F.cross_entropy(logits, at, ignore_index=length, reduction="sum")
+    return total / (at < length).sum().clamp(min=1)
+
+
+class SeqBoatForQuestionAnswering(SeqBoatHead):
+    """The first and the last token of a row's answer."""
+
+    def __init__(self, config: SeqBoatConfig):
+        super().__init__(config)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        input_values: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+        **kwargs,
+    ) -> SeqBoatQuestionAnsweringOutput:
+        """Scores every token as the start and the end of the answer.
+
+        Args:
+            input_ids: (B, L) int64, or input_values: (B, L) float for `input_type` values, or inputs_embeds.
+            start_positions, end_positions: (B,) int64 columns, padding counted; L or more means no answer in this row.
+
+        Returns:
+            Logits that are the least finite number at padding, so that padding takes no part in a softmax.
+
+        Raises:
+            ValueError: for packed rows (a row has one answer), and where one of the positions is missing.
+        """
+        refuse_swallowed(type(self).forward, kwargs)
+        if (start_positions is None) != (end_positions is None):
+            missing = "start_positions" if start_positions is None else "end_positions"
+            raise ValueError(f"{missing} is missing: give both positions or none")
+        outputs, real = self._run_model(
+            kwargs,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            input_values=input_values,
+            inputs_embeds=inputs_embeds,
+        )
+        logits = self.qa_outputs(outputs.last_hidden_state)
+        if real is not None:
+            logits = logits.masked_fill(~real[..., None], torch.finfo(logits.dtype).min)
+        start, end = logits.unbind(-1)
+        loss = None
+        if start_positions is not None:
+            for name, at in (("start_positions", start_positions), ("end_positions", end_positions)):
+                _expect_real(name, at, real, logits.shape[:2])
+            # The library's mean over no answer at all would be NaN.
+            parts = [_answer_loss(start.float(), start_positions), _answer_loss(end.float(), end_positions)]
+            loss = (parts[0] + parts[1]) / 2
+        return self._output(
+            SeqBoatQuestionAnsweringOutput, outputs, loss, start_positions, None, start_logits=start, end_logits=end
+        )
+
+
+class SeqBoatForMaskedLM(SeqBoatHead):
+    """A bidirectional SeqBoat with an output matrix, tied to the embeddings by default."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: SeqBoatConfig):
+        if not config.bidirectional:
+            raise ValueError("SeqBoatForMaskedLM needs bidirectional=True, got bidirectional=False")
+        if config.input_type != "tokens":
+            raise ValueError(f"SeqBoatForMaskedLM needs input_type='tokens', got input_type={config.input_type!r}")
+        super().__init__(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        **kwargs,
+    ) -> SeqBoatTokenOutput:
+        """Predicts the token at every column from both sides.
+
+        Args:
+            labels: (B, L) int64, the original ids where tokens were masked; -100 elsewhere, and padding, are ignored.
+
+        The other arguments are those of `SeqBoatModel.forward`; rows may be packed.
+        """
+        refuse_unknown_arguments(type(self).forward, kwargs, also=("num_items_in_batch",))
+        outputs, real = self._run_model(
+            kwargs,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            cu_seq_lens_q=cu_seq_lens_q,
+            seq_idx=seq_idx,
+        )
+        logits = self.lm_head(outputs.last_hidden_state)
+        loss, num_items = None, kwargs.get("num_items_in_batch")
+        if labels is not None:
+            expect_class_ids("labels", labels, logits.shape[:2], self.config.vocab_size)
+            labels = _ignore_padding(labels, real)
+            counted, size = count_labels(labels, num_items), self.config.vocab_size
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=size, num_items_in_batch=counted)
+        return self._output(SeqBoatTokenOutput, outputs, loss, labels, num_items, logits=logits)
+
+
+HEADS = (
+    SeqBoatForSequenceClassification,
+    SeqBoatForImageClassification,
+    SeqBoatForAudioClassification,
+    SeqBoatForTokenClassification,
+    SeqBoatForQuestionAnswering,
+    SeqBoatForMaskedLM,
+)

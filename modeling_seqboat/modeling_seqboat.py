@@ -18,7 +18,7 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.utils import logging
+from transformers.utils import ModelOutput, logging
 from transformers.utils.generic import can_return_tuple
 
 from .attention_seqboat import SeqBoatAttention, SeqBoatPositionBias
@@ -51,6 +51,8 @@ AUTO_CLASSES: dict[str, str] = {
     "AutoModelForMaskedLM": "SeqBoatForMaskedLM",
 }
 
+# What every model takes that says what else to return.
+OUTPUT_FLAGS = ("output_hidden_states", "output_router_probs", "output_attentions")
 _PAGED_ARGUMENTS = ("read_index", "write_index", "block_table")
 # Arguments that may come along and say nothing that the model does not know: the longest packed segment, and the columns
 # that the cache counts itself.
@@ -60,16 +62,10 @@ _OTHER_NAMES = {"cu_seqlens": "cu_seq_lens_q", "cu_seqlens_q": "cu_seq_lens_q", 
 
 
 @dataclass
-class SeqBoatModelOutput(BaseModelOutputWithPast):
-    """Output of `SeqBoatModel`. From transformers 5.24 on the cache is the field `cache` and is read as
-    `past_key_values` too; before, it is `past_key_values`.
+class RouterOutput(ModelOutput):
+    """What every output has besides the fields of transformers' own class.
 
     Attributes:
-        last_hidden_state: (B, L, D).
-        cache, past_key_values: the `SeqBoatCache`, with `use_cache`.
-        hidden_states: one (B, L, D) for the embeddings and one a layer, with `output_hidden_states`; the last one is
-            normalised.
-        attentions: always None.
         router_probs: one (B, L) float32 a layer, the confidence of activated tokens and 0 elsewhere, with
             `output_router_probs`.
         router_penalty: scalar, with `router_target_rate`: the term that heads add to a training loss, weight included.
@@ -80,12 +76,17 @@ class SeqBoatModelOutput(BaseModelOutputWithPast):
 
 
 @dataclass
-class SeqBoatCausalLMOutput(CausalLMOutputWithPast):
+class SeqBoatModelOutput(RouterOutput, BaseModelOutputWithPast):
+    """Output of `SeqBoatModel`: last_hidden_state (B, L, D); the `SeqBoatCache` with `use_cache`, from transformers 5.24
+    on the field `cache`, which is read as `past_key_values` too, before that `past_key_values`; with
+    `output_hidden_states` hidden_states, one (B, L, D) for the embeddings and one a layer, the last one normalised;
+    attentions always None."""
+
+
+@dataclass
+class SeqBoatCausalLMOutput(RouterOutput, CausalLMOutputWithPast):
     """Output of `SeqBoatForCausalLM`: loss (scalar, with labels), logits (B, kept columns, vocab) or None where
     `loss_implementation` does without them, and the rest of `SeqBoatModelOutput`."""
-
-    router_probs: tuple[Tensor, ...] | None = None
-    router_penalty: Tensor | None = None
 
 
 def refuse_unknown_arguments(forward: Callable, kwargs: dict, also: tuple[str, ...] = ()) -> None:
@@ -95,8 +96,9 @@ def refuse_unknown_arguments(forward: Callable, kwargs: dict, also: tuple[str, .
         kwargs: what `forward` took by `**kwargs`; None counts as not given, and so do token types that are all 0.
         also: further names that `forward` reads from them.
     """
+    taken = (*OUTPUT_FLAGS, *also)
     for name, value in kwargs.items():
-        if value is None or name in _IMPLIED_ARGUMENTS or name in also:
+        if value is None or name in _IMPLIED_ARGUMENTS or name in taken:
             continue
         if name == "token_type_ids" and isinstance(value, Tensor) and not must_not_wait(value.device):
             if bool((value == 0).all()):
@@ -107,7 +109,10 @@ def refuse_unknown_arguments(forward: Callable, kwargs: dict, also: tuple[str, .
                 f"SeqBoat does not run under paged continuous batching (got {name}): its state has no pages; use "
                 "generate() with a padded batch"
             )
-        known = [known for known in inspect.signature(forward).parameters if known not in ("self", "kwargs")]
+        known = [
+            *taken,
+            *(known for known in inspect.signature(forward).parameters if known not in ("self", "kwargs")),
+        ]
         near = _OTHER_NAMES.get(name) or difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
         raise ValueError(f"{name!r} is not an argument of this model, and would be ignored; the nearest is {near!r}")
 
@@ -147,6 +152,20 @@ def expect_class_ids(name: str, labels: Tensor, shape: tuple[int, ...], count: i
     wrong = (labels != -100) & ((labels < 0) | (labels >= count))
     if bool(wrong.any()):
         raise ValueError(f"{name} must be -100 or lie in 0..{count - 1}, got {int(labels[wrong][0])}")
+
+
+def _expect_same_borders(queries: Tensor | None, keys: Tensor | None) -> None:
+    """Raises ValueError where cu_seq_lens_k says something else than cu_seq_lens_q."""
+    if keys is None or must_not_wait(keys.device):
+        return
+    if queries is None or queries.tolist() != keys.tolist():
+        raise ValueError("cu_seq_lens_k must be given with, and equal, cu_seq_lens_q: keys are the same tokens")
+
+
+def count_labels(labels: Tensor, num_items: Tensor | int | None) -> Tensor | int:
+    """What a loss summed over labels is divided by: all batches' number of labels where given, else this batch's, but at
+    least one, so that a batch without any label has the loss 0 and not NaN."""
+    return (labels != -100).sum().clamp_min(1) if num_items is None else num_items
 
 
 def refuse_tracing(without_cache: bool) -> None:
@@ -228,6 +247,21 @@ class SeqBoatPreTrainedModel(PreTrainedModel):
             return loss
         share = 1 if num_items is None else (labels != -100).sum() / num_items
         return loss + share * penalty.to(loss.device)
+
+    def _output(
+        self,
+        kind: type[RouterOutput],
+        outputs: SeqBoatModelOutput,
+        loss: Tensor | None,
+        labels: Tensor | None,
+        num_items: Tensor | int | None,
+        **results,
+    ) -> RouterOutput:
+        """A head's output: its results, the loss with the routers' term, and what the model's outputs hold beside."""
+        if loss is not None:
+            loss = self._with_router_penalty(loss, outputs.router_penalty, labels, num_items)
+        kept = {name: outputs[name] for name in ("hidden_states", "router_probs", "router_penalty") if name in outputs}
+        return kind(loss=loss, **results, **kept)
 
     @classmethod
     def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
@@ -343,34 +377,12 @@ class SeqBoatModel(SeqBoatPreTrainedModel):
         refuse_unknown_arguments(type(self).forward, kwargs)
         self._refuse_attentions(output_attentions)
         refuse_tracing(past_key_values is None and cache is None and cache_params is None)
-        own = "input_ids" if config.input_type == "tokens" else "input_values"
-        given = [
-            name
-            for name, value in (("input_ids", input_ids), ("input_values", input_values), ("embeds", inputs_embeds))
-            if value is not None
-        ]
-        if len(given) != 1 or given[0] not in (own, "embeds"):
-            raise ValueError(f"give exactly one of {own} and inputs_embeds (input_type is {config.input_type!r})")
-        if cu_seq_lens_k is not None and not must_not_wait(cu_seq_lens_k.device):
-            if cu_seq_lens_q is None or cu_seq_lens_q.tolist() != cu_seq_lens_k.tolist():
-                raise ValueError(
-                    "cu_seq_lens_k must be given with, and equal, cu_seq_lens_q: keys are the same tokens"
-                )
+        self._expect_one_input(input_ids, input_values, inputs_embeds)
+        _expect_same_borders(cu_seq_lens_q, cu_seq_lens_k)
         past = one_cache(past_key_values=past_key_values, cache=cache, cache_params=cache_params)
         cache = self._cache_for(past, use_cache)
-        if inputs_embeds is not None:
-            if inputs_embeds.ndim != 3 or 0 in inputs_embeds.shape or inputs_embeds.shape[2] != config.hidden_size:
-                raise ValueError(
-                    f"inputs_embeds must be of shape (batch >= 1, length >= 1, {config.hidden_size}), got "
-                    f"{tuple(inputs_embeds.shape)}"
-                )
-        else:
-            given = input_ids if input_values is None else input_values
-            if given.ndim != 2 or 0 in given.shape:
-                raise ValueError(f"{own} must be of shape (batch >= 1, length >= 1), got {tuple(given.shape)}")
-            if input_values is None:
-                self._check_ids(input_ids)
-            inputs_embeds = self.get_input_embeddings()(given)
+        if inputs_embeds is None:
+            inputs_embeds = self._embed(input_ids, input_values)
         batch, length = inputs_embeds.shape[:2]
         if cache is not None and cache.is_initialized and cache.batch_size != batch:
             raise ValueError(f"past_key_values holds {cache.batch_size} rows, the input has {batch}")
@@ -380,18 +392,34 @@ class SeqBoatModel(SeqBoatPreTrainedModel):
         )  # fmt: skip
         if cache is not None and context.reset is not None:
             cache.restarted = True
-        hidden = inputs_embeds * math.sqrt(config.hidden_size) if config.scale_embeddings else inputs_embeds
+        if output_hidden_states is None:
+            output_hidden_states = config.output_hidden_states
+        wanted = selected_states(output_hidden_states, len(self.layers[: config.num_hidden_layers]) + 1)
+        hidden, states, probs, rates = self._run_layers(inputs_embeds, context, cache, wanted)
+        outputs = SeqBoatModelOutput(
+            last_hidden_state=hidden,
+            **{CACHE_NAME: cache},
+            hidden_states=states if wanted else None,
+            router_probs=probs if output_router_probs else None,
+            router_penalty=self._router_penalty(rates, hidden.device),
+        )
+        leave_marks(outputs, context)
+        return outputs
+
+    def _run_layers(
+        self, embeds: Tensor, context: SequenceContext, cache: SeqBoatCache | None, wanted: set[int]
+    ) -> tuple[Tensor, tuple[Tensor | None, ...], tuple[Tensor, ...], list[Tensor | None]]:
+        """Embeddings (B, L, D) through all layers: the last hidden state, the hidden states of which those `wanted` are
+        there, and each layer's confidence and rate."""
+        config = self.config
+        hidden = embeds * math.sqrt(config.hidden_size) if config.scale_embeddings else embeds
         if self.absolute_positions is not None:
             hidden = hidden + self.absolute_positions(context.positions).to(hidden.dtype)
         hidden = F.dropout(hidden, config.hidden_dropout, self.training)
         if context.real is not None:
             hidden = hidden.masked_fill(~context.real[..., None], 0)
-        layers = self.layers[: config.num_hidden_layers]
-        if output_hidden_states is None:
-            output_hidden_states = config.output_hidden_states
-        wanted = selected_states(output_hidden_states, len(layers) + 1)
         states, probs, rates = [hidden if 0 in wanted else None], [], []
-        for index, layer in enumerate(layers):
+        for index, layer in enumerate(self.layers[: config.num_hidden_layers]):
             # A layer in a module of the user's own need not have the attribute.
             if cache is not None and layer.training and getattr(layer, "gradient_checkpointing", False):
                 # Nothing is computed twice without gradients, but the wrapper drops a cache that it knows by name.
@@ -403,24 +431,40 @@ class SeqBoatModel(SeqBoatPreTrainedModel):
             rates.append(rate)
         if self.final_norm is not None:
             hidden = self.final_norm(hidden, context.real)
-            states[-1] = hidden if len(layers) in wanted else None
-        penalty = None
-        if rates[0] is not None:
-            rates = torch.stack([rate.to(hidden.device) for rate in rates])
-            if config.router_target_scope == "model":
-                missed = len(rates) * (rates.mean() - config.router_target_rate).square()
-            else:
-                missed = (rates - config.router_target_rate).square().mean()
-            penalty = config.router_target_weight * missed
-        outputs = SeqBoatModelOutput(
-            last_hidden_state=hidden,
-            **{CACHE_NAME: cache},
-            hidden_states=tuple(states) if wanted else None,
-            router_probs=tuple(probs) if output_router_probs else None,
-            router_penalty=penalty,
-        )
-        leave_marks(outputs, context)
-        return outputs
+            states[-1] = hidden if len(probs) in wanted else None
+        return hidden, tuple(states), tuple(probs), rates
+
+    def _router_penalty(self, rates: list[Tensor | None], device: torch.device) -> Tensor | None:
+        """The term that pulls the layers' rates to `router_target_rate`, or None without one."""
+        if rates[0] is None:
+            return None
+        config, rates = self.config, torch.stack([rate.to(device) for rate in rates])
+        if config.router_target_scope == "model":
+            missed = len(rates) * (rates.mean() - config.router_target_rate).square()
+        else:
+            missed = (rates - config.router_target_rate).square().mean()
+        return config.router_target_weight * missed
+
+    def _expect_one_input(
+        self, input_ids: Tensor | None, input_values: Tensor | None, inputs_embeds: Tensor | None
+    ) -> None:
+        """Raises ValueError unless there is exactly one input, of the config's type and of a shape that fits."""
+        config, own = self.config, main_input_name(self.config)
+        inputs = {"input_ids": input_ids, "input_values": input_values, "inputs_embeds": inputs_embeds}
+        given = [name for name, value in inputs.items() if value is not None]
+        if len(given) != 1 or given[0] not in (own, "inputs_embeds"):
+            raise ValueError(f"give exactly one of {own} and inputs_embeds (input_type is {config.input_type!r})")
+        (name,), shape = given, tuple(inputs[given[0]].shape)
+        width = () if name == own else (config.hidden_size,)
+        if len(shape) != 2 + len(width) or 0 in shape or shape[2:] != width:
+            expected = ", ".join(("batch >= 1", "length >= 1", *map(str, width)))
+            raise ValueError(f"{name} must be of shape ({expected}), got {shape}")
+
+    def _embed(self, input_ids: Tensor | None, input_values: Tensor | None) -> Tensor:
+        if input_values is not None:
+            return self.get_input_embeddings()(input_values)
+        self._check_ids(input_ids)
+        return self.get_input_embeddings()(input_ids)
 
     def _refuse_attentions(self, output_attentions: bool | None) -> None:
         if output_attentions or (output_attentions is None and self.config.output_attentions):
@@ -538,19 +582,7 @@ class SeqBoatForCausalLM(SeqBoatPreTrainedModel, SeqBoatGenerationMixin):
         shift_labels = kwargs.pop("shift_labels", None)
         refuse_unknown_arguments(type(self).forward, kwargs)
         given = input_ids if inputs_embeds is None else inputs_embeds
-        for name, targets in (("labels", labels), ("shift_labels", shift_labels)):
-            if targets is None or given is None:
-                continue
-            expect_class_ids(name, targets, given.shape[:2], self.config.vocab_size)
-            if not isinstance(logits_to_keep, int) or 0 < logits_to_keep < targets.shape[1]:
-                raise ValueError(f"{name} need the logits of every column: logits_to_keep=0, got {logits_to_keep}")
-        if not isinstance(logits_to_keep, int) and getattr(logits_to_keep, "dtype", None) not in (
-            torch.int64,
-            torch.int32,
-        ):
-            raise ValueError(f"logits_to_keep must be an integer or int64 indices of columns, got {logits_to_keep!r}")
-        if isinstance(logits_to_keep, int) and logits_to_keep < 0:
-            raise ValueError(f"logits_to_keep must be at least 0 (0: all columns), got {logits_to_keep}")
+        self._expect_targets({"labels": labels, "shift_labels": shift_labels}, given, logits_to_keep)
         has_targets = labels is not None or shift_labels is not None
         if use_cache is None and has_targets:
             # Whoever scores a text does not go on writing it, and would pay for a state.
@@ -574,33 +606,43 @@ class SeqBoatForCausalLM(SeqBoatPreTrainedModel, SeqBoatGenerationMixin):
             seq_idx=seq_idx,
             return_dict=True,
         )
-        hidden, logits, loss = outputs.last_hidden_state, None, None
+        logits = None
         if not fused:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.lm_head(hidden[:, kept, :].contiguous())
-        if has_targets:
-            shifted = shift_labels
-            if shifted is None:
-                arguments = attention_mask, position_ids, seq_idx, cu_seq_lens_q
-                shifted = self._next_labels(labels, marks_of(outputs, self.config, *arguments))
-            # At least one, so that a batch without any target has the loss 0 and not NaN.
-            counted = (shifted != -100).sum().clamp_min(1) if num_items_in_batch is None else num_items_in_batch
-            if fused:
-                loss = fused_linear_cross_entropy(hidden, self.lm_head, shifted, counted)
-            else:
-                loss = self.loss_function(
-                    logits=logits, labels=shifted, vocab_size=self.config.vocab_size, shift_labels=shifted,
-                    num_items_in_batch=counted,
-                )  # fmt: skip
-            loss = self._with_router_penalty(loss, outputs.router_penalty, shifted, num_items_in_batch)
-        return SeqBoatCausalLMOutput(
-            loss=loss,
-            logits=logits,
-            **{CACHE_NAME: outputs[CACHE_NAME] if CACHE_NAME in outputs else None},
-            hidden_states=outputs.hidden_states,
-            router_probs=outputs.router_probs,
-            router_penalty=outputs.router_penalty,
+            logits = self.lm_head(outputs.last_hidden_state[:, kept, :].contiguous())
+        if has_targets and shift_labels is None:
+            arguments = attention_mask, position_ids, seq_idx, cu_seq_lens_q
+            shift_labels = self._next_labels(labels, marks_of(outputs, self.config, *arguments))
+        loss = self._loss(outputs.last_hidden_state, logits, shift_labels, num_items_in_batch) if has_targets else None
+        past = {CACHE_NAME: outputs[CACHE_NAME] if CACHE_NAME in outputs else None}
+        return self._output(
+            SeqBoatCausalLMOutput, outputs, loss, shift_labels, num_items_in_batch, logits=logits, **past
         )
+
+    def _expect_targets(self, targets: dict[str, Tensor | None], given: Tensor | None, kept: int | Tensor) -> None:
+        """Raises ValueError for labels that do not fit the input, and for columns to keep that are none or do not fit
+        the labels."""
+        for name, labels in targets.items():
+            if labels is None or given is None:
+                continue
+            expect_class_ids(name, labels, given.shape[:2], self.config.vocab_size)
+            if not isinstance(kept, int) or 0 < kept < labels.shape[1]:
+                raise ValueError(f"{name} need the logits of every column: logits_to_keep=0, got {kept}")
+        if isinstance(kept, int):
+            if kept < 0:
+                raise ValueError(f"logits_to_keep must be at least 0 (0: all columns), got {kept}")
+        elif getattr(kept, "dtype", None) not in (torch.int64, torch.int32):
+            raise ValueError(f"logits_to_keep must be an integer or int64 indices of columns, got {kept!r}")
+
+    def _loss(self, hidden: Tensor, logits: Tensor | None, targets: Tensor, num_items: Tensor | int | None) -> Tensor:
+        """Mean cross entropy of each column's target, from logits or, where there are none, by Liger."""
+        counted = count_labels(targets, num_items)
+        if logits is None:
+            return fused_linear_cross_entropy(hidden, self.lm_head, targets, counted)
+        return self.loss_function(
+            logits=logits, labels=targets, shift_labels=targets, vocab_size=self.config.vocab_size,
+            num_items_in_batch=counted,
+        )  # fmt: skip
 
     @staticmethod
     def _next_labels(labels: Tensor, context: SequenceContext) -> Tensor:
@@ -620,16 +662,15 @@ class SeqBoatForCausalLM(SeqBoatPreTrainedModel, SeqBoatGenerationMixin):
 
 
 def __getattr__(name: str) -> type:
-    """Classes of the other files that `AUTO_CLASSES` names, without a circular import.
+    """Classes of the other file that `AUTO_CLASSES` names, without a circular import.
 
     Saving a model copies the files that its module imports; without this one a saved language model would name other
     heads in its auto_map and not bring their files.
     """
     if name in AUTO_CLASSES.values():
-        from .heads_seqboat import POOLED_HEADS
-        from .token_heads_seqboat import TOKEN_HEADS
+        from .heads_seqboat import HEADS
 
-        for head in POOLED_HEADS + TOKEN_HEADS:
+        for head in HEADS:
             if head.__name__ == name:
                 return head
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
