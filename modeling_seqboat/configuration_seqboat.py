@@ -9,7 +9,7 @@ import math
 import numbers
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from transformers import GenerationConfig
@@ -109,64 +109,14 @@ def _ssm_type(name: str, value: Any) -> str:
     return _one_of(*SSM_TYPES)(name, value)
 
 
-_POSITIVE_INTEGER = _integer(1)
-_POSITIVE = _real("a finite number above 0", lambda value: value > 0)
-_NOT_NEGATIVE = _real("a finite number of at least 0", lambda value: value >= 0)
-_PROBABILITY = _real("a number from 0 up to, but not including, 1", lambda value: 0 <= value < 1)
-_ACTIVATION = _one_of(*sorted(ACT2FN))
+_PositiveInteger = Annotated[int, _integer(1)]
+_Positive = Annotated[float, _real("a finite number above 0", lambda value: value > 0)]
+_NotNegative = Annotated[float, _real("a finite number of at least 0", lambda value: value >= 0)]
+_Probability = Annotated[float, _real("a number from 0 up to, but not including, 1", lambda value: 0 <= value < 1)]
+_Boolean = Annotated[bool, _boolean]
+_Activation = Annotated[str, _one_of(*sorted(ACT2FN))]
 
 _MOST_LABELS = 1_000_000
-
-FIELD_CHECKS: dict[str, Check] = {
-    "bidirectional": _boolean,
-    "input_type": _one_of("tokens", "values"),
-    "vocab_size": _POSITIVE_INTEGER,
-    "hidden_size": _POSITIVE_INTEGER,
-    "num_hidden_layers": _POSITIVE_INTEGER,
-    "state_size": _POSITIVE_INTEGER,
-    "qk_head_dim": _POSITIVE_INTEGER,
-    "v_head_dim": _POSITIVE_INTEGER,
-    "memory_size": _POSITIVE_INTEGER,
-    "intermediate_size": _integer(0),
-    "hidden_act": _ACTIVATION,
-    "attention_activation": _one_of("softmax", "relu2", "laplace"),
-    "position_embedding_type": _one_of("rotary", "simple", "local", "t5", "none"),
-    "max_position_embeddings": _POSITIVE_INTEGER,
-    "rope_theta": _POSITIVE,
-    "ssm_type": _ssm_type,
-    "ssm_truncation": _integer(1, optional=True),
-    "norm_type": _one_of("layernorm", "scalenorm", "rmsnorm", "batchnorm"),
-    "norm_first": _boolean,
-    "norm_affine": _boolean,
-    "final_norm_affine": _boolean,
-    "norm_eps": _POSITIVE,
-    "router_type": _one_of(*LEARNED_ROUTERS, "always", "never", "random"),
-    "router_temperature_init": _POSITIVE,
-    "router_random_rate": _real("a number above 0, up to 1", lambda value: 0 < value <= 1),
-    "router_random_seed": _integer(0),
-    "router_target_rate": _real("a number from 0 to 1", lambda value: 0 <= value <= 1, optional=True),
-    "router_target_scope": _one_of("model", "layer"),
-    "router_target_weight": _NOT_NEGATIVE,
-    "activation_bias": _real("a finite number"),
-    "scale_embeddings": _boolean,
-    "add_absolute_positions": _boolean,
-    "pooling_type": _one_of("mean", "first", "last"),
-    "pair_features": _one_of("none", "concat", "nli"),
-    "classifier_hidden_size": _integer(0),
-    "classifier_act": _ACTIVATION,
-    "hidden_dropout": _PROBABILITY,
-    "attention_dropout": _PROBABILITY,
-    "value_dropout": _PROBABILITY,
-    "activation_dropout": _PROBABILITY,
-    "initializer_range": _NOT_NEGATIVE,
-    "tie_word_embeddings": _boolean,
-    "use_cache": _boolean,
-    "pad_token_id": _token_id(),
-    "bos_token_id": _token_id(),
-    "eos_token_id": _token_id(several=True),
-    "kernel_backend": _one_of("auto", "torch", "triton"),
-    "loss_implementation": _one_of("torch", "liger"),
-}
 
 # Keys that transformers and its companions put into a config without declaring them on the base class.
 _COMPANION_KEYS = frozenset(
@@ -183,53 +133,34 @@ SPECIAL_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
 def _contradictions(config: Mapping[str, Any]) -> Iterator[str]:
     """Yield one message for each pair of field values that cannot go together, naming both."""
 
-    def pair(first: str, second: str) -> str:
-        return f"{first}={config[first]!r} contradicts {second}={config[second]!r}"
-
-    if config["bidirectional"]:
-        if config["use_cache"]:
-            yield f"{pair('use_cache', 'bidirectional')}: a bidirectional model has no cache; set use_cache=False."
-        if config["loss_implementation"] == "liger":
-            yield (
-                f"{pair('loss_implementation', 'bidirectional')}: it is made for the causal language model's loss; use "
-                "loss_implementation='torch'."
-            )
-    else:
-        if config["norm_type"] == "batchnorm":
-            yield (
-                f"{pair('norm_type', 'bidirectional')}: batch statistics leak the future into a causal model; use "
-                "layernorm, scalenorm or rmsnorm, or bidirectional=True."
-            )
-        if config["input_type"] == "values":
-            yield (
-                f"{pair('input_type', 'bidirectional')}: a causal language model reads tokens; use "
-                "input_type='tokens', or bidirectional=True."
-            )
-        if config["add_absolute_positions"]:
-            yield (
-                f"{pair('add_absolute_positions', 'bidirectional')}: absolute positions belong to encoders; use "
-                "add_absolute_positions=False, or bidirectional=True."
-            )
-    if config["ssm_truncation"] is not None and config["ssm_type"] != "ema":
-        yield (
-            f"{pair('ssm_truncation', 'ssm_type')}: only the EMA's kernel can be cut; use ssm_truncation=None or "
-            "ssm_type='ema'."
-        )
-    if config["router_target_rate"] is not None and config["router_type"] not in LEARNED_ROUTERS:
-        yield (
-            f"{pair('router_target_rate', 'router_type')}: this router has no parameters that a target could move; use "
-            "router_target_rate=None or one of " + ", ".join(map(repr, LEARNED_ROUTERS)) + "."
-        )
-    if config["position_embedding_type"] == "rotary" and config["qk_head_dim"] % 2:
-        yield (
-            f"{pair('position_embedding_type', 'qk_head_dim')}: rotary turns pairs of channels; use an even "
-            "qk_head_dim or another position_embedding_type."
-        )
-    if config["add_absolute_positions"] and config["hidden_size"] % 2:
-        yield (
-            f"{pair('add_absolute_positions', 'hidden_size')}: half of the channels are sines, half cosines; use an "
-            "even hidden_size."
-        )
+    encoder, learned = config["bidirectional"], config["router_type"] in LEARNED_ROUTERS
+    routers = ", ".join(map(repr, LEARNED_ROUTERS))
+    # Whether it applies, the two fields, why and what to do.
+    rules = (
+        (encoder and config["use_cache"], "use_cache", "bidirectional",
+         "a bidirectional model has no cache; set use_cache=False"),
+        (encoder and config["loss_implementation"] == "liger", "loss_implementation", "bidirectional",
+         "it is made for the causal language model's loss; use loss_implementation='torch'"),
+        (not encoder and config["norm_type"] == "batchnorm", "norm_type", "bidirectional",
+         "batch statistics leak the future into a causal model; use layernorm, scalenorm or rmsnorm, or "
+         "bidirectional=True"),
+        (not encoder and config["input_type"] == "values", "input_type", "bidirectional",
+         "a causal language model reads tokens; use input_type='tokens', or bidirectional=True"),
+        (not encoder and config["add_absolute_positions"], "add_absolute_positions", "bidirectional",
+         "absolute positions belong to encoders; use add_absolute_positions=False, or bidirectional=True"),
+        (config["ssm_truncation"] is not None and config["ssm_type"] != "ema", "ssm_truncation", "ssm_type",
+         "only the EMA's kernel can be cut; use ssm_truncation=None or ssm_type='ema'"),
+        (config["router_target_rate"] is not None and not learned, "router_target_rate", "router_type",
+         f"this router has no parameters that a target could move; use router_target_rate=None or one of {routers}"),
+        (config["position_embedding_type"] == "rotary" and config["qk_head_dim"] % 2,
+         "position_embedding_type", "qk_head_dim",
+         "rotary turns pairs of channels; use an even qk_head_dim or another position_embedding_type"),
+        (config["add_absolute_positions"] and config["hidden_size"] % 2, "add_absolute_positions", "hidden_size",
+         "half of the channels are sines, half cosines; use an even hidden_size"),
+    )  # fmt: skip
+    for applies, first, second, advice in rules:
+        if applies:
+            yield f"{first}={config[first]!r} contradicts {second}={config[second]!r}: {advice}."
 
 
 def _ids_without_rows(config: Mapping[str, Any]) -> Iterator[str]:
@@ -325,54 +256,56 @@ class SeqBoatConfig(PreTrainedConfig):
     keys_to_ignore_at_inference = ["past_key_values", "cache", "router_probs", "router_penalty"]
 
     # Fields are set in this order: those that others take their default from come first.
-    bidirectional: bool = False
-    input_type: str = "tokens"
-    vocab_size: int = 264
-    hidden_size: int = 616
-    num_hidden_layers: int = 14
-    state_size: int = 16
-    qk_head_dim: int = 128
-    v_head_dim: int = 1232
-    memory_size: int = 1024
-    intermediate_size: int = 0
-    hidden_act: str = "silu"
-    attention_activation: str = "softmax"
-    position_embedding_type: str = "rotary"
-    max_position_embeddings: int = 10384
-    rope_theta: float = 10000.0
-    ssm_type: str = "ema"
-    ssm_truncation: int | None = None
-    norm_type: str = "layernorm"
-    norm_first: bool = True
-    norm_affine: bool = True
-    final_norm_affine: bool = False
-    norm_eps: float = 1e-5
-    router_type: str = "tempered_softmax"
-    router_temperature_init: float = 1.0
-    router_random_rate: float = 0.5
-    router_random_seed: int = 0
-    router_target_rate: float | None = None
-    router_target_scope: str = "model"
-    router_target_weight: float = 1.0
-    activation_bias: float = 0.0
-    scale_embeddings: bool | None = None
-    add_absolute_positions: bool = False
-    pooling_type: str = "mean"
-    pair_features: str = "none"
-    classifier_hidden_size: int = 0
-    classifier_act: str = "gelu"
-    hidden_dropout: float = 0.0
-    attention_dropout: float = 0.0
-    value_dropout: float = 0.0
-    activation_dropout: float = 0.0
-    initializer_range: float = 0.02
-    tie_word_embeddings: bool = True
-    use_cache: bool | None = None
-    pad_token_id: int | None = _DefaultTokenId(256)
-    bos_token_id: int | None = _DefaultTokenId(257)
-    eos_token_id: int | list[int] | None = _DefaultTokenId(258)
-    kernel_backend: str = "auto"
-    loss_implementation: str = "torch"
+    bidirectional: _Boolean = False
+    input_type: Annotated[str, _one_of("tokens", "values")] = "tokens"
+    vocab_size: _PositiveInteger = 264
+    hidden_size: _PositiveInteger = 616
+    num_hidden_layers: _PositiveInteger = 14
+    state_size: _PositiveInteger = 16
+    qk_head_dim: _PositiveInteger = 128
+    v_head_dim: _PositiveInteger = 1232
+    memory_size: _PositiveInteger = 1024
+    intermediate_size: Annotated[int, _integer(0)] = 0
+    hidden_act: _Activation = "silu"
+    attention_activation: Annotated[str, _one_of("softmax", "relu2", "laplace")] = "softmax"
+    position_embedding_type: Annotated[str, _one_of("rotary", "simple", "local", "t5", "none")] = "rotary"
+    max_position_embeddings: _PositiveInteger = 10384
+    rope_theta: _Positive = 10000.0
+    ssm_type: Annotated[str, _ssm_type] = "ema"
+    ssm_truncation: Annotated[int | None, _integer(1, optional=True)] = None
+    norm_type: Annotated[str, _one_of("layernorm", "scalenorm", "rmsnorm", "batchnorm")] = "layernorm"
+    norm_first: _Boolean = True
+    norm_affine: _Boolean = True
+    final_norm_affine: _Boolean = False
+    norm_eps: _Positive = 1e-5
+    router_type: Annotated[str, _one_of(*LEARNED_ROUTERS, "always", "never", "random")] = "tempered_softmax"
+    router_temperature_init: _Positive = 1.0
+    router_random_rate: Annotated[float, _real("a number above 0, up to 1", lambda value: 0 < value <= 1)] = 0.5
+    router_random_seed: Annotated[int, _integer(0)] = 0
+    router_target_rate: Annotated[
+        float | None, _real("a number from 0 to 1", lambda value: 0 <= value <= 1, optional=True)
+    ] = None
+    router_target_scope: Annotated[str, _one_of("model", "layer")] = "model"
+    router_target_weight: _NotNegative = 1.0
+    activation_bias: Annotated[float, _real("a finite number")] = 0.0
+    scale_embeddings: Annotated[bool | None, _boolean] = None
+    add_absolute_positions: _Boolean = False
+    pooling_type: Annotated[str, _one_of("mean", "first", "last")] = "mean"
+    pair_features: Annotated[str, _one_of("none", "concat", "nli")] = "none"
+    classifier_hidden_size: Annotated[int, _integer(0)] = 0
+    classifier_act: _Activation = "gelu"
+    hidden_dropout: _Probability = 0.0
+    attention_dropout: _Probability = 0.0
+    value_dropout: _Probability = 0.0
+    activation_dropout: _Probability = 0.0
+    initializer_range: _NotNegative = 0.02
+    tie_word_embeddings: _Boolean = True
+    use_cache: Annotated[bool | None, _boolean] = None
+    pad_token_id: Annotated[int | None, _token_id()] = _DefaultTokenId(256)
+    bos_token_id: Annotated[int | None, _token_id()] = _DefaultTokenId(257)
+    eos_token_id: Annotated[int | list[int] | None, _token_id(several=True)] = _DefaultTokenId(258)
+    kernel_backend: Annotated[str, _one_of("auto", "torch", "triton")] = "auto"
+    loss_implementation: Annotated[str, _one_of("torch", "liger")] = "torch"
 
     def __post_init__(self, **kwargs: Any) -> None:
         given_type = kwargs.pop("model_type", self.model_type)
@@ -518,6 +451,11 @@ class SeqBoatConfig(PreTrainedConfig):
             preset.pop("id2label", None)
             preset.pop("label2id", None)
         return cls(**{**preset, **overrides})
+
+
+FIELD_CHECKS: dict[str, Check] = {
+    name: kind.__metadata__[0] for name, kind in SeqBoatConfig.__annotations__.items() if hasattr(kind, "__metadata__")
+}
 
 
 def _preset_files() -> dict[str, Path]:
