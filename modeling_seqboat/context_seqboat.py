@@ -67,15 +67,9 @@ class SequenceContext:
             return real, None
         segment = self.segment.flip(1)
         if real is None:
-            ends = segment[:, 1:] != segment[:, :-1]
-            return None, F.pad(ends, (1, 0))
-        # Compared with the nearest real token already read; pads in between carry no segment of their own.
-        length = segment.shape[1]
-        columns = torch.arange(length, device=segment.device)
-        latest = torch.where(real, columns, -1).cummax(1).values
-        before = F.pad(latest[:, :-1], (1, 0), value=-1)
-        previous = segment.gather(1, before.clamp_min(0))
-        return real, real & (before >= 0) & (segment != previous)
+            return None, F.pad(segment[:, 1:] != segment[:, :-1], (1, 0))
+        before = _real_before(real)
+        return real, real & (before >= 0) & (segment != segment.gather(1, before.clamp_min(0)))
 
     def ends(self) -> Tensor | None:
         """(B, L) bool, True at the last real token of each segment, where a scan that runs backwards starts anew; None
@@ -97,13 +91,17 @@ class SequenceContext:
             if isinstance(value, Tensor):
                 moved[field.name] = value.to(device, non_blocking=non_blocking)
             elif isinstance(value, ScanPlan):
-                tensors = {
-                    part.name: getattr(value, part.name).to(device, non_blocking=non_blocking)
-                    for part in fields(value)
-                    if isinstance(getattr(value, part.name), Tensor)
-                }
-                moved[field.name] = replace(value, **tensors)
+                tensors = {name: part for name, part in vars(value).items() if isinstance(part, Tensor)}
+                moved[field.name] = replace(
+                    value, **{name: part.to(device, non_blocking=non_blocking) for name, part in tensors.items()}
+                )
         return replace(self, **moved)
+
+
+def _real_before(real: Tensor) -> Tensor:
+    """(B, L) bool -> (B, L) int64, the column of the real token before each, -1 for none."""
+    latest = torch.where(real, torch.arange(real.shape[1], device=real.device), -1).cummax(1).values
+    return F.pad(latest[:, :-1], (1, 0), value=-1)
 
 
 def real_columns(attention_mask: Tensor | None, batch: int, length: int, cache: SeqBoatCache | None) -> Tensor | None:
@@ -212,10 +210,7 @@ def segment_starts(
     filled = cache is not None and cache.is_initialized
     found: dict[str, Tensor] = {}
     known = torch.ones(batch, length, dtype=torch.bool, device=device) if real is None else real
-    # Column of the real token before each column, -1 for none.
-    columns = torch.arange(length, device=device)
-    latest = torch.where(known, columns, -1).cummax(1).values
-    before = torch.nn.functional.pad(latest[:, :-1], (1, 0), value=-1)
+    before = _real_before(known)
     has_before = known & (before >= 0)
 
     def previous(values: Tensor) -> Tensor:
@@ -242,7 +237,7 @@ def segment_starts(
             borders.numel() < 2 or borders[0] != 0 or borders[-1] != length or bool((borders.diff() < 0).any())
         ):
             raise ValueError(f"cu_seq_lens_q must rise from 0 to the row's length {length}, got {borders.tolist()}")
-        index = torch.searchsorted(borders, columns, right=True)[None]
+        index = torch.searchsorted(borders, torch.arange(length, device=device), right=True)[None]
         found["cu_seq_lens_q"] = has_before & (index != previous(index))
     if filled and (seq_idx is not None or cu_seq_lens_q is not None) and cache.get_seq_length() > 0:
         given = "seq_idx" if seq_idx is not None else "cu_seq_lens_q"

@@ -175,14 +175,24 @@ class _ActivationCounter:
             router.written_by_hooks = [table for table in kept if not any(table is own for own in tables)]
 
 
-class RouterMonitor:
-    """Counts activations of every router during training forwards. Nothing is synchronised until `read`.
-
-    Call `close` (or use it as a context manager) to take the hooks off again.
-    """
+class _Counting:
+    """What counts activations until `close`, or the end of a `with` block, takes its hooks off again."""
 
     def __init__(self, model: nn.Module):
         self._counter = _ActivationCounter(model)
+
+    def close(self) -> None:
+        self._counter.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+
+class RouterMonitor(_Counting):
+    """Counts activations of every router during training forwards. Nothing is synchronised until `read`."""
 
     def read(self) -> dict[int, RouterStatistics]:
         """Statistics per layer since the last call, over all processes; every process has to call it."""
@@ -193,17 +203,8 @@ class RouterMonitor:
             if tokens > 0
         }
 
-    def close(self) -> None:
-        self._counter.close()
 
-    def __enter__(self) -> "RouterMonitor":
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self.close()
-
-
-class RouterBudget:
+class RouterBudget(_Counting):
     """Holds a model's routers to the config's `router_target_rate` by moving their biases, in place of a term in the loss.
 
     `step`, called after each optimiser step, moves the threshold of every router by
@@ -244,7 +245,7 @@ class RouterBudget:
         if any(not router.bias.requires_grad or router.bias.numel() != 2 for router in routers):
             raise ValueError("RouterBudget moves the routers' biases, which are frozen or sharded away in this model")
         self.gain, self.floor = gain, floor
-        self._counter = _ActivationCounter(model)
+        super().__init__(model)
         for part in (self._base, *routers):
             part.rate_is_held = True
 
@@ -271,15 +272,9 @@ class RouterBudget:
         torch._foreach_add_(biases, [_like(pair, bias) for pair, bias in zip(pairs, biases, strict=True)])
 
     def close(self) -> None:
-        self._counter.close()
+        super().close()
         for part in (self._base, *self._counter.routers.values()):
             part.rate_is_held = False
-
-    def __enter__(self) -> "RouterBudget":
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self.close()
 
 
 def _like(value: Tensor, parameter: Tensor) -> Tensor:
