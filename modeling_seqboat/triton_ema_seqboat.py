@@ -52,6 +52,10 @@ _VARYING = (
 )
 
 
+# Bits of the constant HAS: what tokens bring with them besides x.
+_DELAY, _REAL, _RESET = (1, 2, 4) if tl is None else map(tl.constexpr, (1, 2, 4))
+
+
 @jit
 def _away_from_zero(gain):
     # States are carried with the gain divided out; below 1e-16 the difference is lost in float32 rounding of the rest.
@@ -59,12 +63,22 @@ def _away_from_zero(gain):
 
 
 @jit
-def _first_token(index, row, length, chunk, REVERSE: tl.constexpr):
-    """Where chunk `index` of a row starts among all B * L tokens."""
+def _chunk(
+    length, chunk, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, UNROLL: tl.constexpr,
+    DIRECTION: tl.constexpr,
+):
+    """A program's chunk: its number among all rows' chunks, its channels and states, where its first token lies among all
+    B * L and where that token's channels do, how many tokens it has, and how many of them come UNROLL at a time."""
+    index, row = tl.program_id(1), tl.program_id(2)
+    slot = row.to(tl.int64) * tl.num_programs(1) + index
+    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     at = index * chunk
-    if REVERSE:
+    if DIRECTION < 0:
         at = length - 1 - at
-    return row.to(tl.int64) * length + at
+    token = row.to(tl.int64) * length + at
+    tokens = tl.minimum(chunk, length - index * chunk)
+    place = token * D + tl.minimum(d, D - 1)
+    return slot, d, tl.arange(0, BLOCK_N), token, place, tokens, tokens // UNROLL * UNROLL
 
 
 @jit
@@ -101,61 +115,60 @@ def _load_one(ptr, valid, STEP: tl.constexpr, COUNT: tl.constexpr):
 
 @jit
 def _load_tokens(
-    x_ptr, delayed_ptr, real_ptr, reset_ptr, at, valid, STEP: tl.constexpr, FLAG_STEP: tl.constexpr,
-    COUNT: tl.constexpr, HAS_DELAY: tl.constexpr, HAS_REAL: tl.constexpr, HAS_RESET: tl.constexpr,
+    at, i, valid, D: tl.constexpr, DIRECTION: tl.constexpr, COUNT: tl.constexpr, HAS: tl.constexpr,
 ):
-    """Everything that COUNT tokens from `at` on bring with them, one list after the other; see _pick."""
-    values = _load_one(x_ptr + at * STEP, valid, STEP, COUNT)
-    if HAS_DELAY:
-        values = values + _load_one(delayed_ptr + at * STEP, valid, STEP, COUNT)
-    if HAS_REAL:
-        values = values + _load_one(real_ptr + at * FLAG_STEP, valid, FLAG_STEP, COUNT)
-    if HAS_RESET:
-        values = values + _load_one(reset_ptr + at * FLAG_STEP, valid, FLAG_STEP, COUNT)
+    """Everything that COUNT tokens from number i on bring with them, one list after the other; see _pick. at: where a
+    chunk's inputs, delayed inputs, real marks and segment starts lie."""
+    values = _load_one(at[0] + i * (DIRECTION * D), valid, DIRECTION * D, COUNT)
+    if _DELAY & HAS:
+        values = values + _load_one(at[1] + i * (DIRECTION * D), valid, DIRECTION * D, COUNT)
+    if _REAL & HAS:
+        values = values + _load_one(at[2] + i * DIRECTION, valid, DIRECTION, COUNT)
+    if _RESET & HAS:
+        values = values + _load_one(at[3] + i * DIRECTION, valid, DIRECTION, COUNT)
     return values
 
 
 @jit
 def _pick(
-    values, j: tl.constexpr, COUNT: tl.constexpr, HAS_DELAY: tl.constexpr, HAS_REAL: tl.constexpr,
-    HAS_RESET: tl.constexpr,
+    values, j: tl.constexpr, COUNT: tl.constexpr, HAS: tl.constexpr,
 ):
     """x, delayed input, real and reset of token j; what there is not is x again, which nobody reads."""
     x = values[j]
     delayed, real, first = x, x, x
-    if HAS_REAL:
-        real = values[(2 if HAS_DELAY else 1) * COUNT + j] != 0
-    if HAS_RESET:
+    if _REAL & HAS:
+        real = values[(2 if _DELAY & HAS else 1) * COUNT + j] != 0
+    if _RESET & HAS:
         first = values[len(values) - COUNT + j] != 0
-    x = _float(x, real, HAS_REAL)
-    if HAS_DELAY:
-        delayed = _float(values[COUNT + j], real, HAS_REAL)
+    x = _float(x, real, HAS)
+    if _DELAY & HAS:
+        delayed = _float(values[COUNT + j], real, HAS)
     return x, delayed, real, first
 
 
 @jit
-def _float(value, real, HAS_REAL: tl.constexpr):
+def _float(value, real, HAS: tl.constexpr):
     value = value.to(tl.float32)
-    if HAS_REAL:  # pads may hold NaN, which a product with zero would keep
+    if _REAL & HAS:  # pads may hold NaN, which a product with zero would keep
         value = tl.where(real, value, 0.0)
     return value
 
 
 @jit
-def _drive(x, delayed, qt, HAS_DELAY: tl.constexpr):
+def _drive(x, delayed, qt, HAS: tl.constexpr):
     u = x[:, None]
-    if HAS_DELAY:
+    if _DELAY & HAS:
         u = u - qt * delayed[:, None]
     return u
 
 
 @jit
-def _advance(z, u, q, real, first, HAS_REAL: tl.constexpr, HAS_RESET: tl.constexpr):
+def _advance(z, u, q, real, first, HAS: tl.constexpr):
     kept = z
-    if HAS_RESET:
+    if _RESET & HAS:
         kept = tl.where(first, 0.0, kept)
     moved = q * kept + u
-    if HAS_REAL:
+    if _REAL & HAS:
         moved = tl.where(real, moved, z)
     return moved
 
@@ -169,13 +182,13 @@ def _load_grads(grad_ptr, y_ptr, at, valid, STEP: tl.constexpr, COUNT: tl.conste
 
 
 @jit
-def _output_grad(values, j: tl.constexpr, real, COUNT: tl.constexpr, HAS_REAL: tl.constexpr, SILU: tl.constexpr):
+def _output_grad(values, j: tl.constexpr, real, COUNT: tl.constexpr, HAS: tl.constexpr, SILU: tl.constexpr):
     grad = values[j].to(tl.float32)
     if SILU:
         y = values[COUNT + j].to(tl.float32)
         gate = 1.0 / (1.0 + tl.exp(-y))
         grad = grad * gate * (1.0 + y * (1.0 - gate))
-    if HAS_REAL:
+    if _REAL & HAS:
         grad = tl.where(real, grad, 0.0)
     return grad
 
@@ -218,16 +231,16 @@ def _pack_kernel(
 @jit
 def _chunk_state_block(
     z, count, cut, values, q, qt,
-    COUNT: tl.constexpr, HAS_DELAY: tl.constexpr, HAS_REAL: tl.constexpr, HAS_RESET: tl.constexpr,
+    COUNT: tl.constexpr, HAS: tl.constexpr,
 ):
     for j in tl.static_range(COUNT):
-        x, delayed, real, first = _pick(values, j, COUNT, HAS_DELAY, HAS_REAL, HAS_RESET)
-        z = _advance(z, _drive(x, delayed, qt, HAS_DELAY), q, real, first, HAS_REAL, HAS_RESET)
-        if HAS_REAL:
+        x, delayed, real, first = _pick(values, j, COUNT, HAS)
+        z = _advance(z, _drive(x, delayed, qt, HAS), q, real, first, HAS)
+        if _REAL & HAS:
             count += real.to(tl.int32)
-            if HAS_RESET:
+            if _RESET & HAS:
                 cut += (real & first).to(tl.int32)
-        elif HAS_RESET:
+        elif _RESET & HAS:
             count += 1
             cut += first.to(tl.int32)
     return z, count, cut
@@ -237,54 +250,55 @@ def _chunk_state_block(
 def _chunk_state_kernel(
     x_ptr, delayed_ptr, real_ptr, reset_ptr, pack_ptr, local_ptr, span_ptr, length, chunk,
     D: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, UNROLL: tl.constexpr,
-    REVERSE: tl.constexpr, HAS_DELAY: tl.constexpr, HAS_REAL: tl.constexpr, HAS_RESET: tl.constexpr,
+    DIRECTION: tl.constexpr, HAS: tl.constexpr,
 ):
     """z at the end of each chunk when it starts from zero (B, chunks, N, D); the chunk's count of real tokens, -1 if
     a segment starts in it (B, chunks)."""
-    block, index, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    slot = row.to(tl.int64) * tl.num_programs(1) + index
-    d = block * BLOCK_D + tl.arange(0, BLOCK_D)
-    n = tl.arange(0, BLOCK_N)
-    STEP: tl.constexpr = -D if REVERSE else D
-    FLAG_STEP: tl.constexpr = -1 if REVERSE else 1
-    token = _first_token(index, row, length, chunk, REVERSE)
-    tokens = tl.minimum(chunk, length - index * chunk)
-    whole = tokens // UNROLL * UNROLL
-    place = token * D + tl.minimum(d, D - 1)
-    x_ptr += place
-    delayed_ptr += place
-    real_ptr += token
-    reset_ptr += token
+    slot, d, n, token, place, tokens, whole = _chunk(length, chunk, D, BLOCK_D, BLOCK_N, UNROLL, DIRECTION)
+    at = (x_ptr + place, delayed_ptr + place, real_ptr + token, reset_ptr + token)
     # The next tokens are on their way while these are worked on.
-    values = _load_tokens(
-        x_ptr, delayed_ptr, real_ptr, reset_ptr, 0, whole > 0, STEP, FLAG_STEP, UNROLL, HAS_DELAY, HAS_REAL, HAS_RESET
-    )
+    values = _load_tokens(at, 0, whole > 0, D, DIRECTION, UNROLL, HAS)
     q = _load_tile(pack_ptr, d, n, D, N)
     qt = q
-    if HAS_DELAY:
+    if _DELAY & HAS:
         qt = _load_tile(pack_ptr + 4 * N * D, d, n, D, N)
     z = tl.zeros((BLOCK_D, BLOCK_N), tl.float32)
     count = 0
     cut = 0
     i = 0
     while i < whole:
-        following = _load_tokens(
-            x_ptr, delayed_ptr, real_ptr, reset_ptr, i + UNROLL, i + UNROLL < whole, STEP, FLAG_STEP, UNROLL,
-            HAS_DELAY, HAS_REAL, HAS_RESET,
-        )
-        z, count, cut = _chunk_state_block(z, count, cut, values, q, qt, UNROLL, HAS_DELAY, HAS_REAL, HAS_RESET)
+        following = _load_tokens(at, i + UNROLL, i + UNROLL < whole, D, DIRECTION, UNROLL, HAS)
+        z, count, cut = _chunk_state_block(z, count, cut, values, q, qt, UNROLL, HAS)
         values = following
         i += UNROLL
     while i < tokens:
-        last = _load_tokens(
-            x_ptr, delayed_ptr, real_ptr, reset_ptr, i, i < tokens, STEP, FLAG_STEP, 1, HAS_DELAY, HAS_REAL, HAS_RESET
-        )
-        z, count, cut = _chunk_state_block(z, count, cut, last, q, qt, 1, HAS_DELAY, HAS_REAL, HAS_RESET)
+        last = _load_tokens(at, i, i < tokens, D, DIRECTION, 1, HAS)
+        z, count, cut = _chunk_state_block(z, count, cut, last, q, qt, 1, HAS)
         i += 1
     _store_tile(local_ptr + slot * (N * D), z, d, n, D, N)
-    if HAS_REAL or HAS_RESET:
-        if block == 0:
+    if (_REAL | _RESET) & HAS:
+        if tl.program_id(0) == 0:
             tl.store(span_ptr + slot, tl.where(cut > 0, -1, count))
+
+
+@jit
+def _carry_forward(
+    z, local_ptr, entry_ptr, span_ptr, q, power, inside, chunks,
+    SIZE: tl.constexpr, UNROLL: tl.constexpr, BITS: tl.constexpr, HAS_SPAN: tl.constexpr,
+):
+    """Writes the z at the entry of each chunk of a row, beginning with z."""
+    first = 0
+    while first < chunks:
+        locals_ = ()
+        for j in tl.static_range(UNROLL):
+            where = inside & (first + j < chunks)
+            locals_ = locals_ + (tl.load(local_ptr + (first + j) * SIZE, mask=where, other=0.0),)
+        for j in tl.static_range(UNROLL):
+            tl.store(entry_ptr + (first + j) * SIZE, z, mask=inside & (first + j < chunks))
+            if HAS_SPAN:
+                power = _chunk_power(span_ptr + first + j, q, first + j < chunks, BITS)
+            z = power * z + locals_[j]
+        first += UNROLL
 
 
 @kernel(*_VARYING)
@@ -306,31 +320,19 @@ def _carry_kernel(
     if HAS_STATE:
         z = tl.load(state_ptr + row * (N * D) + (i % D) * N + i // D, mask=inside, other=0.0)
         z = z / tl.load(pack_ptr + 2 * N * D + i, mask=inside, other=1.0)
-    first = 0
-    while first < chunks:
-        locals_ = ()
-        for j in tl.static_range(UNROLL):
-            where = inside & (first + j < chunks)
-            locals_ = locals_ + (tl.load(local_ptr + (first + j) * (N * D), mask=where, other=0.0),)
-        for j in tl.static_range(UNROLL):
-            tl.store(entry_ptr + (first + j) * (N * D), z, mask=inside & (first + j < chunks))
-            if HAS_SPAN:
-                power = _chunk_power(span_ptr + first + j, q, first + j < chunks, BITS)
-            z = power * z + locals_[j]
-        first += UNROLL
+    _carry_forward(z, local_ptr, entry_ptr, span_ptr, q, power, inside, chunks, N * D, UNROLL, BITS, HAS_SPAN)
 
 
 @jit
 def _output_block(
     z, values, y_ptr, out_ptr, q, c, qt, skip, inside,
-    STEP: tl.constexpr, COUNT: tl.constexpr, HAS_DELAY: tl.constexpr, HAS_REAL: tl.constexpr,
-    HAS_RESET: tl.constexpr, SILU: tl.constexpr, SAVE_Y: tl.constexpr,
+    STEP: tl.constexpr, COUNT: tl.constexpr, HAS: tl.constexpr, SILU: tl.constexpr, SAVE_Y: tl.constexpr,
 ):
     for j in tl.static_range(COUNT):
-        x, delayed, real, first = _pick(values, j, COUNT, HAS_DELAY, HAS_REAL, HAS_RESET)
-        z = _advance(z, _drive(x, delayed, qt, HAS_DELAY), q, real, first, HAS_REAL, HAS_RESET)
+        x, delayed, real, first = _pick(values, j, COUNT, HAS)
+        z = _advance(z, _drive(x, delayed, qt, HAS), q, real, first, HAS)
         y = tl.sum(c * z, axis=1) + skip * x
-        if HAS_REAL:
+        if _REAL & HAS:
             y = tl.where(real, y, 0.0)
         if SAVE_Y:
             tl.store(y_ptr + j * STEP, y.to(y_ptr.dtype.element_ty), mask=inside)
@@ -345,72 +347,55 @@ def _output_kernel(
     x_ptr, delayed_ptr, real_ptr, reset_ptr, pack_ptr, skip_ptr, state_ptr, entry_ptr, y_ptr, out_ptr, final_ptr,
     length, chunk,
     D: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, UNROLL: tl.constexpr,
-    REVERSE: tl.constexpr, HAS_DELAY: tl.constexpr, HAS_REAL: tl.constexpr, HAS_RESET: tl.constexpr,
+    DIRECTION: tl.constexpr, HAS: tl.constexpr,
     HAS_SKIP: tl.constexpr, HAS_STATE: tl.constexpr, HAS_ENTRY: tl.constexpr, SILU: tl.constexpr, SAVE_Y: tl.constexpr,
 ):
     """Outputs of a chunk from its entry state, and the final state from the last chunk."""
-    block, index, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    d = block * BLOCK_D + tl.arange(0, BLOCK_D)
-    n = tl.arange(0, BLOCK_N)
+    slot, d, n, token, place, tokens, whole = _chunk(length, chunk, D, BLOCK_D, BLOCK_N, UNROLL, DIRECTION)
     inside = d < D
-    STEP: tl.constexpr = -D if REVERSE else D
-    FLAG_STEP: tl.constexpr = -1 if REVERSE else 1
-    token = _first_token(index, row, length, chunk, REVERSE)
-    tokens = tl.minimum(chunk, length - index * chunk)
-    whole = tokens // UNROLL * UNROLL
     column = tl.minimum(d, D - 1)
-    place = token * D + column
-    x_ptr += place
-    delayed_ptr += place
+    STEP: tl.constexpr = DIRECTION * D
+    at = (x_ptr + place, delayed_ptr + place, real_ptr + token, reset_ptr + token)
     y_ptr += place
     out_ptr += place
-    real_ptr += token
-    reset_ptr += token
-    values = _load_tokens(
-        x_ptr, delayed_ptr, real_ptr, reset_ptr, 0, whole > 0, STEP, FLAG_STEP, UNROLL, HAS_DELAY, HAS_REAL, HAS_RESET
-    )
+    values = _load_tokens(at, 0, whole > 0, D, DIRECTION, UNROLL, HAS)
     q = _load_tile(pack_ptr, d, n, D, N)
     c = _load_tile(pack_ptr + N * D, d, n, D, N)
     qt = q
-    if HAS_DELAY:
+    if _DELAY & HAS:
         qt = _load_tile(pack_ptr + 4 * N * D, d, n, D, N)
     skip = tl.zeros((BLOCK_D,), tl.float32)
     if HAS_SKIP:
         skip = tl.load(skip_ptr + column)
     z = tl.zeros((BLOCK_D, BLOCK_N), tl.float32)
     if HAS_ENTRY:
-        z = _load_tile(entry_ptr + (row.to(tl.int64) * tl.num_programs(1) + index) * (N * D), d, n, D, N)
+        z = _load_tile(entry_ptr + slot * (N * D), d, n, D, N)
     elif HAS_STATE:
         gain = tl.load(pack_ptr + 2 * N * D + _tile_offsets(d, n, D, N))
-        z = tl.load(state_ptr + _state_offsets(row, d, n, D, N)) / gain
+        z = tl.load(state_ptr + _state_offsets(tl.program_id(2), d, n, D, N)) / gain
     i = 0
     while i < whole:
-        following = _load_tokens(
-            x_ptr, delayed_ptr, real_ptr, reset_ptr, i + UNROLL, i + UNROLL < whole, STEP, FLAG_STEP, UNROLL,
-            HAS_DELAY, HAS_REAL, HAS_RESET,
-        )
+        following = _load_tokens(at, i + UNROLL, i + UNROLL < whole, D, DIRECTION, UNROLL, HAS)
         z = _output_block(
             z, values, y_ptr + i * STEP, out_ptr + i * STEP, q, c, qt, skip, inside,
-            STEP, UNROLL, HAS_DELAY, HAS_REAL, HAS_RESET, SILU, SAVE_Y,
+            STEP, UNROLL, HAS, SILU, SAVE_Y,
         )
         values = following
         i += UNROLL
     while i < tokens:
-        last = _load_tokens(
-            x_ptr, delayed_ptr, real_ptr, reset_ptr, i, i < tokens, STEP, FLAG_STEP, 1, HAS_DELAY, HAS_REAL, HAS_RESET
-        )
+        last = _load_tokens(at, i, i < tokens, D, DIRECTION, 1, HAS)
         z = _output_block(
             z, last, y_ptr + i * STEP, out_ptr + i * STEP, q, c, qt, skip, inside,
-            STEP, 1, HAS_DELAY, HAS_REAL, HAS_RESET, SILU, SAVE_Y,
+            STEP, 1, HAS, SILU, SAVE_Y,
         )
         i += 1
-    if index == tl.num_programs(1) - 1:
+    if tl.program_id(1) == tl.num_programs(1) - 1:
         gain = tl.load(pack_ptr + 2 * N * D + _tile_offsets(d, n, D, N))
-        tl.store(final_ptr + _state_offsets(row, d, n, D, N), gain * z, mask=inside[:, None] & (n < N)[None, :])
+        tl.store(final_ptr + _state_offsets(tl.program_id(2), d, n, D, N), gain * z, mask=inside[:, None] & (n < N)[None, :])
 
 
 @jit
-def _adjoint_step(carry, dy, q, real, first, HAS_REAL: tl.constexpr, HAS_RESET: tl.constexpr, EAGER: tl.constexpr):
+def _adjoint_step(carry, dy, q, real, first, HAS: tl.constexpr, EAGER: tl.constexpr):
     """One token back: the token's adjoint a, and what is carried to the token before it.
 
     The carry is the a of the token behind, so that a step is one multiply-add. That doesn't do where a token may cut
@@ -420,9 +405,9 @@ def _adjoint_step(carry, dy, q, real, first, HAS_REAL: tl.constexpr, HAS_RESET: 
     if EAGER:
         a = carry + dy[:, None]
         back = q * a
-        if HAS_RESET:
+        if _RESET & HAS:
             back = tl.where(first, 0.0, back)
-        if HAS_REAL:
+        if _REAL & HAS:
             back = tl.where(real, back, carry)
     else:
         a = q * carry + dy[:, None]
@@ -433,14 +418,14 @@ def _adjoint_step(carry, dy, q, real, first, HAS_REAL: tl.constexpr, HAS_RESET: 
 @jit
 def _adjoint_block(
     carry, product, values, grads, q, qt,
-    COUNT: tl.constexpr, HAS_DELAY: tl.constexpr, HAS_REAL: tl.constexpr, HAS_RESET: tl.constexpr, SILU: tl.constexpr,
+    COUNT: tl.constexpr, HAS: tl.constexpr, SILU: tl.constexpr,
     EAGER: tl.constexpr,
 ):
     for j in tl.static_range(COUNT - 1, -1, -1):
-        x, delayed, real, first = _pick(values, j, COUNT, HAS_DELAY, HAS_REAL, HAS_RESET)
-        dy = _output_grad(grads, j, real, COUNT, HAS_REAL, SILU)
-        a, carry = _adjoint_step(carry, dy, q, real, first, HAS_REAL, HAS_RESET, EAGER)
-        product += _drive(x, delayed, qt, HAS_DELAY) * a
+        x, delayed, real, first = _pick(values, j, COUNT, HAS)
+        dy = _output_grad(grads, j, real, COUNT, HAS, SILU)
+        a, carry = _adjoint_step(carry, dy, q, real, first, HAS, EAGER)
+        product += _drive(x, delayed, qt, HAS) * a
     return carry, product
 
 
@@ -448,55 +433,37 @@ def _adjoint_block(
 def _adjoint_kernel(
     x_ptr, delayed_ptr, real_ptr, reset_ptr, pack_ptr, y_ptr, grad_ptr, leaving_ptr, product_ptr, length, chunk,
     D: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, UNROLL: tl.constexpr,
-    REVERSE: tl.constexpr, HAS_DELAY: tl.constexpr, HAS_REAL: tl.constexpr, HAS_RESET: tl.constexpr,
+    DIRECTION: tl.constexpr, HAS: tl.constexpr,
     SILU: tl.constexpr, EAGER: tl.constexpr,
 ):
     """The chunk's own share of the carry that leaves it at its entry, and sum_t u_t a_t; both (B, chunks, N, D)."""
-    block, index, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    slot = row.to(tl.int64) * tl.num_programs(1) + index
-    d = block * BLOCK_D + tl.arange(0, BLOCK_D)
-    n = tl.arange(0, BLOCK_N)
-    STEP: tl.constexpr = -D if REVERSE else D
-    FLAG_STEP: tl.constexpr = -1 if REVERSE else 1
-    token = _first_token(index, row, length, chunk, REVERSE)
-    tokens = tl.minimum(chunk, length - index * chunk)
-    whole = tokens // UNROLL * UNROLL
-    place = token * D + tl.minimum(d, D - 1)
-    x_ptr += place
-    delayed_ptr += place
+    slot, d, n, token, place, tokens, whole = _chunk(length, chunk, D, BLOCK_D, BLOCK_N, UNROLL, DIRECTION)
+    STEP: tl.constexpr = DIRECTION * D
+    at = (x_ptr + place, delayed_ptr + place, real_ptr + token, reset_ptr + token)
     y_ptr += place
     grad_ptr += place
-    real_ptr += token
-    reset_ptr += token
     i = whole - UNROLL
-    values = _load_tokens(
-        x_ptr, delayed_ptr, real_ptr, reset_ptr, i, i >= 0, STEP, FLAG_STEP, UNROLL, HAS_DELAY, HAS_REAL, HAS_RESET
-    )
+    values = _load_tokens(at, i, i >= 0, D, DIRECTION, UNROLL, HAS)
     grads = _load_grads(grad_ptr, y_ptr, i, i >= 0, STEP, UNROLL, SILU)
     q = _load_tile(pack_ptr, d, n, D, N)
     qt = q
-    if HAS_DELAY:
+    if _DELAY & HAS:
         qt = _load_tile(pack_ptr + 4 * N * D, d, n, D, N)
     carry = tl.zeros((BLOCK_D, BLOCK_N), tl.float32)
     product = tl.zeros((BLOCK_D, BLOCK_N), tl.float32)
     k = tokens - 1
     while k >= whole:
-        last = _load_tokens(
-            x_ptr, delayed_ptr, real_ptr, reset_ptr, k, k >= whole, STEP, FLAG_STEP, 1, HAS_DELAY, HAS_REAL, HAS_RESET
-        )
+        last = _load_tokens(at, k, k >= whole, D, DIRECTION, 1, HAS)
         last_grads = _load_grads(grad_ptr, y_ptr, k, k >= whole, STEP, 1, SILU)
         carry, product = _adjoint_block(
-            carry, product, last, last_grads, q, qt, 1, HAS_DELAY, HAS_REAL, HAS_RESET, SILU, EAGER
+            carry, product, last, last_grads, q, qt, 1, HAS, SILU, EAGER
         )
         k -= 1
     while i >= 0:
-        following = _load_tokens(
-            x_ptr, delayed_ptr, real_ptr, reset_ptr, i - UNROLL, i >= UNROLL, STEP, FLAG_STEP, UNROLL,
-            HAS_DELAY, HAS_REAL, HAS_RESET,
-        )
+        following = _load_tokens(at, i - UNROLL, i >= UNROLL, D, DIRECTION, UNROLL, HAS)
         following_grads = _load_grads(grad_ptr, y_ptr, i - UNROLL, i >= UNROLL, STEP, UNROLL, SILU)
         carry, product = _adjoint_block(
-            carry, product, values, grads, q, qt, UNROLL, HAS_DELAY, HAS_REAL, HAS_RESET, SILU, EAGER
+            carry, product, values, grads, q, qt, UNROLL, HAS, SILU, EAGER
         )
         values = following
         grads = following_grads
@@ -526,23 +493,13 @@ def _carry_adjoint_kernel(
     whole_power = _power(q, chunk, BITS)
     last_power = _power(q, length - (chunks - 1) * chunk, BITS)
 
-    power = whole_power
     z = tl.zeros((BLOCK,), tl.float32)
     if HAS_STATE:
         z = tl.load(state_ptr + state_offset, mask=inside, other=0.0) / input_gain
-    first = 0
-    while first < chunks:
-        locals_ = ()
-        for j in tl.static_range(UNROLL):
-            where = inside & (first + j < chunks)
-            locals_ = locals_ + (tl.load(local_ptr + base + (first + j) * (N * D), mask=where, other=0.0),)
-        for j in tl.static_range(UNROLL):
-            where = inside & (first + j < chunks)
-            tl.store(entry_ptr + base + (first + j) * (N * D), z, mask=where)
-            if HAS_SPAN:
-                power = _chunk_power(span_ptr + first + j, q, first + j < chunks, BITS)
-            z = power * z + locals_[j]
-        first += UNROLL
+    _carry_forward(
+        z, local_ptr + base, entry_ptr + base, span_ptr, q, whole_power, inside, chunks,
+        N * D, UNROLL, BITS, HAS_SPAN,
+    )
     # Each thread reads back below what it wrote above itself.
     carry = tl.zeros((BLOCK,), tl.float32)
     if HAS_FINAL_GRAD:
@@ -583,29 +540,29 @@ def _carry_adjoint_kernel(
 @jit
 def _input_grad_block(
     carry, slope, decay_sum, delay_sum, skip_sum, values, grads, x_grad_ptr, delayed_grad_ptr, q, c, qt, skip, inside,
-    STEP: tl.constexpr, COUNT: tl.constexpr, HAS_DELAY: tl.constexpr, HAS_REAL: tl.constexpr, HAS_RESET: tl.constexpr,
+    STEP: tl.constexpr, COUNT: tl.constexpr, HAS: tl.constexpr,
     SILU: tl.constexpr, EAGER: tl.constexpr,
 ):
     for j in tl.static_range(COUNT - 1, -1, -1):
-        x, delayed, real, first = _pick(values, j, COUNT, HAS_DELAY, HAS_REAL, HAS_RESET)
-        dy = _output_grad(grads, j, real, COUNT, HAS_REAL, SILU)
-        a, carry = _adjoint_step(carry, dy, q, real, first, HAS_REAL, HAS_RESET, EAGER)
-        decay_sum += _drive(x, delayed, qt, HAS_DELAY) * slope
+        x, delayed, real, first = _pick(values, j, COUNT, HAS)
+        dy = _output_grad(grads, j, real, COUNT, HAS, SILU)
+        a, carry = _adjoint_step(carry, dy, q, real, first, HAS, EAGER)
+        decay_sum += _drive(x, delayed, qt, HAS) * slope
         stepped = q * slope + a
-        if HAS_RESET:
+        if _RESET & HAS:
             stepped = tl.where(first, 0.0, stepped)
-        if HAS_REAL:
+        if _REAL & HAS:
             stepped = tl.where(real, stepped, slope)
         slope = stepped
         skip_sum += dy * x
         x_grad = tl.sum(c * a, axis=1) + skip * dy
-        if HAS_REAL:
+        if _REAL & HAS:
             x_grad = tl.where(real, x_grad, 0.0)
         tl.store(x_grad_ptr + j * STEP, x_grad.to(x_grad_ptr.dtype.element_ty), mask=inside)
-        if HAS_DELAY:
+        if _DELAY & HAS:
             delay_sum += delayed[:, None] * a
             delayed_grad = -tl.sum(c * qt * a, axis=1)
-            if HAS_REAL:
+            if _REAL & HAS:
                 delayed_grad = tl.where(real, delayed_grad, 0.0)
             tl.store(delayed_grad_ptr + j * STEP, delayed_grad.to(delayed_grad_ptr.dtype.element_ty), mask=inside)
     return carry, slope, decay_sum, delay_sum, skip_sum
@@ -616,7 +573,7 @@ def _input_grad_kernel(
     x_ptr, delayed_ptr, real_ptr, reset_ptr, pack_ptr, skip_ptr, y_ptr, grad_ptr, entry_ptr, arriving_ptr,
     x_grad_ptr, delayed_grad_ptr, part_ptr, length, chunk,
     D: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, UNROLL: tl.constexpr,
-    REVERSE: tl.constexpr, HAS_DELAY: tl.constexpr, HAS_REAL: tl.constexpr, HAS_RESET: tl.constexpr,
+    DIRECTION: tl.constexpr, HAS: tl.constexpr,
     HAS_SKIP: tl.constexpr, SILU: tl.constexpr, EAGER: tl.constexpr,
 ):
     """Gradients of x and delayed; a chunk's sums for decay, delay decay and skip (B chunks, N [+ N] + 1, D).
@@ -625,35 +582,22 @@ def _input_grad_kernel(
     the inputs before t and the entry state, so one backward sweep does: the slope sum_{t>j} q^(t-1-j) a_t is what
     multiplies input j.
     """
-    block, index, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    slot = row.to(tl.int64) * tl.num_programs(1) + index
-    d = block * BLOCK_D + tl.arange(0, BLOCK_D)
-    n = tl.arange(0, BLOCK_N)
+    slot, d, n, token, place, tokens, whole = _chunk(length, chunk, D, BLOCK_D, BLOCK_N, UNROLL, DIRECTION)
     inside = d < D
-    STEP: tl.constexpr = -D if REVERSE else D
-    FLAG_STEP: tl.constexpr = -1 if REVERSE else 1
-    token = _first_token(index, row, length, chunk, REVERSE)
-    tokens = tl.minimum(chunk, length - index * chunk)
-    whole = tokens // UNROLL * UNROLL
     column = tl.minimum(d, D - 1)
-    place = token * D + column
-    x_ptr += place
-    delayed_ptr += place
+    STEP: tl.constexpr = DIRECTION * D
+    at = (x_ptr + place, delayed_ptr + place, real_ptr + token, reset_ptr + token)
     y_ptr += place
     grad_ptr += place
     x_grad_ptr += place
     delayed_grad_ptr += place
-    real_ptr += token
-    reset_ptr += token
     i = whole - UNROLL
-    values = _load_tokens(
-        x_ptr, delayed_ptr, real_ptr, reset_ptr, i, i >= 0, STEP, FLAG_STEP, UNROLL, HAS_DELAY, HAS_REAL, HAS_RESET
-    )
+    values = _load_tokens(at, i, i >= 0, D, DIRECTION, UNROLL, HAS)
     grads = _load_grads(grad_ptr, y_ptr, i, i >= 0, STEP, UNROLL, SILU)
     q = _load_tile(pack_ptr, d, n, D, N)
     c = _load_tile(pack_ptr + N * D, d, n, D, N)
     qt = q
-    if HAS_DELAY:
+    if _DELAY & HAS:
         qt = _load_tile(pack_ptr + 4 * N * D, d, n, D, N)
     skip = tl.zeros((BLOCK_D,), tl.float32)
     if HAS_SKIP:
@@ -665,26 +609,21 @@ def _input_grad_kernel(
     skip_sum = tl.zeros((BLOCK_D,), tl.float32)
     k = tokens - 1
     while k >= whole:
-        last = _load_tokens(
-            x_ptr, delayed_ptr, real_ptr, reset_ptr, k, k >= whole, STEP, FLAG_STEP, 1, HAS_DELAY, HAS_REAL, HAS_RESET
-        )
+        last = _load_tokens(at, k, k >= whole, D, DIRECTION, 1, HAS)
         last_grads = _load_grads(grad_ptr, y_ptr, k, k >= whole, STEP, 1, SILU)
         carry, slope, decay_sum, delay_sum, skip_sum = _input_grad_block(
             carry, slope, decay_sum, delay_sum, skip_sum, last, last_grads, x_grad_ptr + k * STEP,
             delayed_grad_ptr + k * STEP, q, c, qt, skip, inside,
-            STEP, 1, HAS_DELAY, HAS_REAL, HAS_RESET, SILU, EAGER,
+            STEP, 1, HAS, SILU, EAGER,
         )
         k -= 1
     while i >= 0:
-        following = _load_tokens(
-            x_ptr, delayed_ptr, real_ptr, reset_ptr, i - UNROLL, i >= UNROLL, STEP, FLAG_STEP, UNROLL,
-            HAS_DELAY, HAS_REAL, HAS_RESET,
-        )
+        following = _load_tokens(at, i - UNROLL, i >= UNROLL, D, DIRECTION, UNROLL, HAS)
         following_grads = _load_grads(grad_ptr, y_ptr, i - UNROLL, i >= UNROLL, STEP, UNROLL, SILU)
         carry, slope, decay_sum, delay_sum, skip_sum = _input_grad_block(
             carry, slope, decay_sum, delay_sum, skip_sum, values, grads, x_grad_ptr + i * STEP,
             delayed_grad_ptr + i * STEP, q, c, qt, skip, inside,
-            STEP, UNROLL, HAS_DELAY, HAS_REAL, HAS_RESET, SILU, EAGER,
+            STEP, UNROLL, HAS, SILU, EAGER,
         )
         values = following
         grads = following_grads
@@ -692,11 +631,11 @@ def _input_grad_kernel(
     input_gain = _load_tile(pack_ptr + 2 * N * D, d, n, D, N)
     output_gain = _load_tile(pack_ptr + 3 * N * D, d, n, D, N)
     entry = _load_tile(entry_ptr + slot * (N * D), d, n, D, N)
-    ROWS: tl.constexpr = 2 * N + 1 if HAS_DELAY else N + 1
+    ROWS: tl.constexpr = 2 * N + 1 if _DELAY & HAS else N + 1
     part_ptr += slot * (ROWS * D)
     # Each factor keeps its own gain: with both gains near zero the bare product would overflow.
     _store_tile(part_ptr, c * decay_sum + (input_gain * entry) * (output_gain * slope), d, n, D, N)
-    if HAS_DELAY:
+    if _DELAY & HAS:
         _store_tile(part_ptr + N * D, -c * delay_sum, d, n, D, N)
     tl.store(part_ptr + (ROWS - 1) * D + column, skip_sum, mask=inside)
 
@@ -778,8 +717,8 @@ class _EmaScan(torch.autograd.Function):
         has_span = real is not None or reset is not None
         many = has_span or delayed is not None
         common = {
-            "REVERSE": reverse, "HAS_DELAY": delayed is not None, "HAS_REAL": real is not None,
-            "HAS_RESET": reset is not None,
+            "DIRECTION": -1 if reverse else 1,
+            "HAS": sum(bit for bit, given in ((1, delayed), (2, real), (4, reset)) if given is not None),
         }
         shape = {"D": width, "N": states, "BLOCK_D": _BLOCK_D, "BLOCK_N": power_of_two(states, 1)}
         has_state = state is not None
