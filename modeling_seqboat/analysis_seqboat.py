@@ -5,7 +5,7 @@ Letters: B batch, L columns, n layers, W memory size.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -218,25 +218,13 @@ class ActivationReport:
         if self.config.to_diff_dict() != other.config.to_diff_dict():
             raise ValueError("reports of models with different configs do not add up")
         buckets = max(len(self.bucket_tokens), len(other.bucket_tokens))
-
-        def widened(counts: Tensor) -> Tensor:
-            return F.pad(counts, (0, buckets - counts.shape[-1]))
-
-        return ActivationReport(
-            config=self.config,
-            tokens=self.tokens + other.tokens,
-            activated=self.activated + other.activated,
-            bucket_size=self.bucket_size,
-            bucket_tokens=widened(self.bucket_tokens) + widened(other.bucket_tokens),
-            bucket_activated=widened(self.bucket_activated) + widened(other.bucket_activated),
-            class_names=self.class_names,
-            class_tokens=self.class_tokens + other.class_tokens,
-            class_activated=self.class_activated + other.class_activated,
-            pairs=self.pairs + other.pairs,
-            always_on_pairs=self.always_on_pairs + other.always_on_pairs,
-            distance=self.distance + other.distance,
-            farthest=self.farthest + other.farthest,
-        )
+        sums = {}
+        for name in (field.name for field in fields(self)):
+            pair = getattr(self, name), getattr(other, name)
+            if name in ("bucket_tokens", "bucket_activated"):
+                pair = [F.pad(counts, (0, buckets - counts.shape[-1])) for counts in pair]
+            sums[name] = pair[0] if name in ("config", "bucket_size", "class_names") else pair[0] + pair[1]
+        return ActivationReport(**sums)
 
 
 def analyse_activations(

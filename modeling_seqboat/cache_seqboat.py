@@ -629,10 +629,6 @@ class SeqBoatCache(Cache):
         buffers = [tensor for layer in self.layers for tensor in layer._buffers().values()]
         return sum(tensor.numel() * tensor.element_size() for tensor in buffers)
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Columns fed so far, padding included."""
-        return self.layers[layer_idx].get_seq_length()
-
     def offload(self, layer_idx: int, only_non_sliding: bool = True) -> None:
         """Moves one layer's state to the CPU."""
         self.layers[layer_idx].offload()

@@ -29,6 +29,7 @@ from .ops_ema_seqboat import (
     chunked_scan,
     complex_powers,
     complex_product,
+    one_step,
     readout,
     recomputed,
     scan_borders,
@@ -68,26 +69,13 @@ def zero_order_hold(log_step: Tensor, log_rate: Tensor, frequency: Tensor) -> tu
 
 
 def _step(x, log_decay, write, read, skip, real, reset, state):
-    """One column without chunks and without branches on values."""
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    token = x[:, 0].to(dtype)
-    state = token.new_zeros(x.shape[0], *log_decay.shape) if state is None else state.to(dtype)
-    marks = (-1, *[1] * log_decay.dim())
-    if real is not None:
-        token = token.masked_fill(~real, 0)
-    before = state
-    if reset is not None:
-        starts = reset if real is None else reset & real
-        before = before.masked_fill(starts.view(marks), 0)
+    """One column. write: (B, D) -> what a token adds to the state; read: state -> (B, D)."""
     decay = complex_powers(log_decay, log_decay.new_ones(1))[..., 0, :]
-    after = complex_product(decay, before) + write(token)
-    y = read(after)
-    if skip is not None:
-        y = y + skip.to(y.dtype) * token
-    if real is not None:
-        after = torch.where(real.view(marks), after, state)
-        y = y.masked_fill(~real, 0)
-    return y.to(x.dtype)[:, None], after
+
+    def after(before: Tensor, token: Tensor) -> Tensor:
+        return complex_product(decay, before) + write(token)
+
+    return one_step(x, log_decay.shape, after, read, skip, real, reset, state)
 
 
 @op("s4d_scan", used=lambda facts: facts.ssm_type == "s4d", missing="the recurrence of ssm_type='s4d' has no kernel")
@@ -119,16 +107,8 @@ def s4d_scan(
     if x.shape[1] > 1:
         return chunked_scan([(x, input_gain)], log_decay, output_gain, skip, real, reset, state, plan)
     factors = readout(output_gain)
-    return _step(
-        x,
-        log_decay,
-        lambda token: input_gain * token[:, :, None, None],
-        lambda states: (factors * states).sum((-2, -1)),
-        skip,
-        real,
-        reset,
-        state,
-    )
+    write, read = lambda token: input_gain * token[:, :, None, None], lambda states: (factors * states).sum((-2, -1))
+    return _step(x, log_decay, write, read, skip, real, reset, state)
 
 
 @op("s5_scan", used=lambda facts: facts.ssm_type == "s5", missing="the recurrence of ssm_type='s5' has no kernel")

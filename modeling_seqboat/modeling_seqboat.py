@@ -381,8 +381,10 @@ class SeqBoatModel(SeqBoatPreTrainedModel):
         _expect_same_borders(cu_seq_lens_q, cu_seq_lens_k)
         past = one_cache(past_key_values=past_key_values, cache=cache, cache_params=cache_params)
         cache = self._cache_for(past, use_cache)
+        if input_ids is not None:
+            self._check_ids(input_ids)
         if inputs_embeds is None:
-            inputs_embeds = self._embed(input_ids, input_values)
+            inputs_embeds = self.get_input_embeddings()(input_values if input_ids is None else input_ids)
         batch, length = inputs_embeds.shape[:2]
         if cache is not None and cache.is_initialized and cache.batch_size != batch:
             raise ValueError(f"past_key_values holds {cache.batch_size} rows, the input has {batch}")
@@ -459,12 +461,6 @@ class SeqBoatModel(SeqBoatPreTrainedModel):
         if len(shape) != 2 + len(width) or 0 in shape or shape[2:] != width:
             expected = ", ".join(("batch >= 1", "length >= 1", *map(str, width)))
             raise ValueError(f"{name} must be of shape ({expected}), got {shape}")
-
-    def _embed(self, input_ids: Tensor | None, input_values: Tensor | None) -> Tensor:
-        if input_values is not None:
-            return self.get_input_embeddings()(input_values)
-        self._check_ids(input_ids)
-        return self.get_input_embeddings()(input_ids)
 
     def _refuse_attentions(self, output_attentions: bool | None) -> None:
         if output_attentions or (output_attentions is None and self.config.output_attentions):

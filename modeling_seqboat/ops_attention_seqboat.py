@@ -102,7 +102,8 @@ def attention_weights(scores: Tensor, visible: Tensor, activation: str) -> Tenso
     """(..., keys) float scores -> weights, 0 where not visible; a query that sees nothing has only zeros."""
     if activation == "softmax":
         masked = scores.masked_fill(~visible, float("-inf"))
-        top = masked.amax(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).min)
+        # Without a gradient, since it changes nothing but the rounding.
+        top = masked.detach().amax(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).min)
         weights = torch.exp(masked - top)
         return weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
     if activation == "relu2":
@@ -113,16 +114,6 @@ def attention_weights(scores: Tensor, visible: Tensor, activation: str) -> Tenso
         raise ValueError(f"attention_activation must be 'softmax', 'relu2' or 'laplace', got {activation!r}")
     # After the activation: laplace(0) is not 0, so a hidden key would still count.
     return weights.masked_fill(~visible, 0)
-
-
-def _weights_backward(scores: Tensor, weights: Tensor, grad: Tensor, activation: str) -> Tensor:
-    """d loss / d scores from d loss / d weights; weights are 0 where hidden, and so is the result for softmax."""
-    if activation == "softmax":
-        return weights * (grad - (weights * grad).sum(-1, keepdim=True))
-    if activation == "relu2":
-        return 2 * scores.relu() * grad
-    density = torch.exp(-0.5 * ((scores - _LAPLACE_MEAN) / _LAPLACE_STD) ** 2)
-    return grad * density / (_LAPLACE_STD * math.sqrt(2 * math.pi))
 
 
 @op("windowed_attention", triton=windowed_attention_triton, needs=(_needs_kernel,))
@@ -161,10 +152,9 @@ def windowed_attention(
         (M, V) of v's dtype. Time and memory are linear in M; weights are recomputed in backward.
     """
     seed = int(torch.randint(2**62, ())) if dropout_p > 0 else 0
-    blocks = _blocks(key_start, key_end)
-    places = key_start, key_end, q_place, k_place
-    numbers = activation, scale, bias_center, dropout_p, seed
-    out = _WindowedAttention.apply(q, k, v, bias_table, *places, blocks, *numbers)
+    blocks, places = _blocks(key_start, key_end), (key_start, key_end, q_place, k_place)
+    numbers = {"activation": activation, "scale": scale, "center": bias_center, "dropout_p": dropout_p}
+    out = _WindowedAttention.apply(q, k, v, bias_table, places, blocks, seed, numbers)
     return out if gate is None else out * gate
 
 
@@ -271,83 +261,66 @@ def _blocks(key_start: Tensor, key_end: Tensor) -> list[tuple[int, int, int, int
     return [tuple(span) for span in spans if span[3] > span[2]]
 
 
+def _attend(q, k, v, table, places, first, generator, *, activation, scale, center, dropout_p) -> Tensor:
+    """`windowed_attention` of one block of queries over the keys from number `first` on, with key_start, key_end, q_place
+    and k_place of these."""
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    key_start, key_end, q_place, k_place = places
+    scores = (q.to(dtype) * scale) @ k.to(dtype).t()
+    if table is not None:
+        entries = (center + k_place[None, :] - q_place[:, None]).clamp(0, table.shape[0] - 1)
+        scores = scores + table.to(dtype)[entries]
+    keys = torch.arange(first, first + k.shape[0], device=k.device)
+    visible = (keys >= key_start[:, None]) & (keys < key_end[:, None])
+    weights = attention_weights(scores, visible, activation)
+    if dropout_p > 0:
+        drawn = torch.rand(weights.shape, device=weights.device, generator=generator)
+        weights = weights * (drawn >= dropout_p) / (1 - dropout_p)
+    return weights.to(v.dtype) @ v
+
+
 class _WindowedAttention(torch.autograd.Function):
+    """Block after block; backward computes each again, and draws the same dropout from the same seed."""
+
     @staticmethod
-    def forward(ctx, q, k, v, table, start, end, q_place, k_place, blocks, activation, scale, center, dropout_p, seed):
-        ctx.save_for_backward(q, k, v, table, start, end, q_place, k_place)
-        ctx.blocks, ctx.activation, ctx.scale, ctx.center = blocks, activation, scale, center
-        ctx.dropout_p, ctx.seed = dropout_p, seed
+    def forward(ctx, q, k, v, table, places, blocks, seed, numbers):
+        ctx.save_for_backward(q, k, v, table, *places)
+        ctx.blocks, ctx.seed, ctx.numbers = blocks, seed, numbers
         out = v.new_zeros(q.shape[0], v.shape[1])
-        generator = ctx.generator = _generator(dropout_p, seed, q.device)
-        for q0, q1, k0, k1 in blocks:
-            _, weights = _block_weights(ctx, q, k, table, start, end, q_place, k_place, q0, q1, k0, k1)
-            if generator is not None:
-                weights = weights * _keep(weights, dropout_p, generator)
-            torch.mm(weights.to(v.dtype), v[k0:k1], out=out[q0:q1])
+        generator = torch.Generator(device=q.device).manual_seed(seed)
+        for queries, keys, of_block in _parts(blocks, places):
+            out[queries] = _attend(q[queries], k[keys], v[keys], table, of_block, keys.start, generator, **numbers)
         return out
 
     @staticmethod
     @first_derivative_only
     def backward(ctx, grad_out):
-        with without_autocast(grad_out.device):
-            return _WindowedAttention._gradients(ctx, grad_out)
-
-    @staticmethod
-    def _gradients(ctx, grad_out):
-        q, k, v, table, start, end, q_place, k_place = ctx.saved_tensors
-        dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-        grad_q = torch.zeros_like(q)
-        grad_k = torch.zeros(k.shape, dtype=dtype, device=k.device)
-        grad_v = torch.zeros(v.shape, dtype=dtype, device=v.device)
-        grad_table = None if table is None else torch.zeros(table.shape, dtype=dtype, device=table.device)
-        generator = _generator(ctx.dropout_p, ctx.seed, q.device)
-        for q0, q1, k0, k1 in ctx.blocks:
-            scores, weights = _block_weights(ctx, q, k, table, start, end, q_place, k_place, q0, q1, k0, k1)
-            keep = None if generator is None else _keep(weights, ctx.dropout_p, generator)
-            dropped = weights if keep is None else weights * keep
-            grad = grad_out[q0:q1].to(dtype)
-            grad_v[k0:k1].addmm_(dropped.t(), grad)
-            grad_weights = grad @ v[k0:k1].to(dtype).t()
-            if keep is not None:
-                grad_weights = grad_weights * keep
-            grad_scores = _weights_backward(scores, weights, grad_weights, ctx.activation)
-            if ctx.activation != "softmax":
-                grad_scores = grad_scores.masked_fill(~_visible(start, end, q0, q1, k0, k1), 0)
-            grad_q[q0:q1] = (grad_scores @ k[k0:k1].to(dtype) * ctx.scale).to(q.dtype)
-            grad_k[k0:k1].addmm_(grad_scores.t(), q[q0:q1].to(dtype), alpha=ctx.scale)
-            if grad_table is not None:
-                entries = _entries(table, ctx.center, q_place[q0:q1], k_place[k0:k1])
-                grad_table.index_add_(0, entries.flatten(), grad_scores.flatten())
-        if grad_table is not None:
-            grad_table = grad_table.to(table.dtype)
-        return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), grad_table, *[None] * 10
+        *inputs, start, end, q_place, k_place = ctx.saved_tensors
+        dtype = torch.float64 if grad_out.dtype == torch.float64 else torch.float32
+        grads = [None if t is None else torch.zeros(t.shape, dtype=dtype, device=t.device) for t in inputs]
+        generator = torch.Generator(device=grad_out.device).manual_seed(ctx.seed)
+        for queries, keys, of_block in _parts(ctx.blocks, (start, end, q_place, k_place)):
+            rows = queries, keys, keys, slice(None)
+            leaves = [
+                None if t is None else t[part].detach().to(dtype).requires_grad_()
+                for t, part in zip(inputs, rows, strict=True)
+            ]
+            with torch.enable_grad(), without_autocast(grad_out.device):
+                out = _attend(*leaves, of_block, keys.start, generator, **ctx.numbers)
+                wanted = [leaf for leaf in leaves if leaf is not None]
+                found = torch.autograd.grad(out, wanted, grad_out[queries].to(dtype))
+            for total, part, grad in zip(grads, rows, found, strict=False):
+                total[part] += grad
+        return *(None if t is None else g.to(t.dtype) for t, g in zip(inputs, grads, strict=True)), *[None] * 4
 
 
-def _visible(start: Tensor, end: Tensor, q0: int, q1: int, k0: int, k1: int) -> Tensor:
-    keys = torch.arange(k0, k1, device=start.device)
-    return (keys >= start[q0:q1, None]) & (keys < end[q0:q1, None])
-
-
-def _entries(table: Tensor, center: int, q_place: Tensor, k_place: Tensor) -> Tensor:
-    return (center + k_place[None, :] - q_place[:, None]).clamp(0, table.shape[0] - 1)
-
-
-def _block_weights(ctx, q, k, table, start, end, q_place, k_place, q0, q1, k0, k1) -> tuple[Tensor, Tensor]:
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    scores = (q[q0:q1].to(dtype) * ctx.scale) @ k[k0:k1].to(dtype).t()
-    if table is not None:
-        scores = scores + table.to(dtype)[_entries(table, ctx.center, q_place[q0:q1], k_place[k0:k1])]
-    return scores, attention_weights(scores, _visible(start, end, q0, q1, k0, k1), ctx.activation)
-
-
-def _generator(dropout_p: float, seed: int, device: torch.device) -> torch.Generator | None:
-    """Backward draws the same masks again from the same seed instead of keeping them."""
-    return torch.Generator(device=device).manual_seed(seed) if dropout_p > 0 else None
-
-
-def _keep(weights: Tensor, dropout_p: float, generator: torch.Generator) -> Tensor:
-    drawn = torch.rand(weights.shape, device=weights.device, generator=generator)
-    return (drawn >= dropout_p).to(weights.dtype) / (1 - dropout_p)
+def _parts(blocks, places):
+    """Each block's queries and keys as slices, with its part of `places`: key_start, key_end, q_place, k_place."""
+    start, end, q_place, k_place = places
+    for q0, q1, k0, k1 in blocks:
+        queries, keys = slice(q0, q1), slice(k0, k1)
+        of_table = (None, None) if q_place is None else (q_place[queries], k_place[keys])
+        yield queries, keys, (start[queries], end[queries], *of_table)
 
 
 @op(

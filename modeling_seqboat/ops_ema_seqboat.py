@@ -139,27 +139,55 @@ def ema_step(
 
     Args: those of `ema_scan` with L = 1. The kernel overwrites the state.
     """
+
+    def after(before: Tensor, token: Tensor) -> Tensor:
+        state = decay * before + input_gain * token[:, :, None]
+        if delayed is None:
+            return state
+        return state - input_gain * delay_decay * delayed[:, 0].to(token.dtype)[:, :, None]
+
+    y, state = one_step(x, decay.shape, after, lambda state: (output_gain * state).sum(-1), skip, real, reset, state)
+    return (y if activation is None else F.silu(y)), state
+
+
+def one_step(
+    x: Tensor,
+    state_shape: tuple[int, ...],
+    after: Callable[[Tensor, Tensor], Tensor],
+    read: Callable[[Tensor], Tensor],
+    skip: Tensor | None,
+    real: Tensor | None,
+    reset: Tensor | None,
+    state: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """One column of a recurrence, without branches on values.
+
+    Args:
+        x: (B, 1, D); real, reset: (B, 1) bool or None; state: (B, *state_shape), or None for zeros.
+        after: (state before, token (B, D)) -> the state after it; read: that state -> (B, D), to which skip * token is
+            added.
+
+    Returns:
+        y (B, 1, D) of x's dtype, and the state, which stands still at a pad; float32 (float64 when x is).
+    """
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     token = x[:, 0].to(dtype)
+    state = token.new_zeros(x.shape[0], *state_shape) if state is None else state.to(dtype)
+    marks = (-1, *[1] * len(state_shape))
     if real is not None:
         token = token.masked_fill(~real, 0)
-    if state is None:
-        state = token.new_zeros(token.shape[0], *decay.shape)
-    before = state.to(dtype)
+    before = state
     if reset is not None:
         starts = reset if real is None else reset & real
-        before = before.masked_fill(starts[:, :, None], 0)
-    after = decay * before + input_gain * token[:, :, None]
-    if delayed is not None:
-        after = after - input_gain * delay_decay * delayed[:, 0].to(dtype)[:, :, None]
-    y = (output_gain * after).sum(-1)
+        before = before.masked_fill(starts.view(marks), 0)
+    following = after(before, token)
+    y = read(following)
     if skip is not None:
         y = y + skip.to(dtype) * token
     if real is not None:
-        after = torch.where(real[:, :, None], after, state)
+        following = torch.where(real.view(marks), following, state)
         y = y.masked_fill(~real, 0)
-    y = y.to(x.dtype)[:, None]
-    return (y if activation is None else F.silu(y)), after
+    return y.to(x.dtype)[:, None], following
 
 
 def complex_product(a: Tensor, b: Tensor) -> Tensor:

@@ -241,6 +241,17 @@ def to_columns(y: Tensor, plan: ScanPlan, length: int, real: Tensor | None) -> T
     return taken if real is None else taken.masked_fill(~real[:, :, None], 0)
 
 
+def _order(real: Tensor | None, batch: int, length: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Of (B, L) columns: which are real; how many real ones come before each, -1 at pads before the first; and, in (B, L
+    + 1), the column of the n-th real token."""
+    if real is None:
+        real = torch.ones(batch, length, dtype=torch.bool, device=device)
+    order = real.long().cumsum(1) - 1
+    columns = torch.arange(length, device=device).expand(batch, -1)
+    nth = torch.zeros(batch, length + 1, dtype=torch.long, device=device)
+    return real, order, nth.scatter_(1, torch.where(real, order, length), columns)
+
+
 def shift_real_tokens(
     x: Tensor, lag: int, real: Tensor | None, reset: Tensor | None, history: Tensor | None
 ) -> Tensor:
@@ -266,21 +277,13 @@ def shift_real_tokens(
         return history if length <= lag else torch.cat([history, x[:, : length - lag]], dim=1)
     # A row of at most T columns hears of tokens before it alone.
     extended = history if length <= lag else torch.cat([history, x], dim=1)
-    device = x.device
-    columns = torch.arange(length, device=device)
-    real_columns = real if real is not None else torch.ones(batch, length, dtype=torch.bool, device=device)
-    order = real_columns.long().cumsum(1) - 1
-    # Column of the n-th real token, after the T history entries.
-    nth = torch.zeros(batch, length + 1, dtype=torch.long, device=device)
-    nth.scatter_(1, torch.where(real_columns, order, length), columns.expand(batch, -1))
+    known, order, nth = _order(real, batch, length, x.device)
     wanted = order - lag
+    # The T history entries come first.
     source = torch.where(wanted < 0, wanted + lag, nth.gather(1, wanted.clamp_min(0)) + lag)
     source = source.clamp(0, extended.shape[1] - 1)
-    known = real_columns
     if reset is not None:
-        starts = reset & real_columns
-        segment_first = torch.where(starts, order, -lag).cummax(1).values
-        known = known & (wanted >= segment_first)
+        known = known & (wanted >= torch.where(reset & known, order, -lag).cummax(1).values)
     return extended.gather(1, source[:, :, None].expand(-1, -1, width)).masked_fill(~known[:, :, None], 0)
 
 
@@ -302,13 +305,8 @@ def last_real_tokens(x: Tensor, count: int, real: Tensor | None, reset: Tensor |
         # A window would keep the whole forward's inputs alive; `contiguous` leaves that of a single row as it is.
         return torch.cat([history[:, length:], newest], dim=1) if length < count else newest.clone()
     extended = torch.cat([history, x.to(history.dtype)], dim=1)
-    device = x.device
-    real_columns = real if real is not None else torch.ones(batch, length, dtype=torch.bool, device=device)
-    order = real_columns.long().cumsum(1) - 1
-    total = order[:, -1:] + 1
-    nth = torch.zeros(batch, length + 1, dtype=torch.long, device=device)
-    nth.scatter_(1, torch.where(real_columns, order, length), torch.arange(length, device=device).expand(batch, -1))
-    wanted = total - count + torch.arange(count, device=device)
+    real_columns, order, nth = _order(real, batch, length, x.device)
+    wanted = order[:, -1:] + 1 - count + torch.arange(count, device=x.device)
     source = torch.where(wanted < 0, wanted + count, nth.gather(1, wanted.clamp(0, length)) + count)
     source = source.clamp(0, count + length - 1)
     taken = extended.gather(1, source[:, :, None].expand(-1, -1, width))

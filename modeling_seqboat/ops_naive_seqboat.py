@@ -78,40 +78,24 @@ def windowed_attention_naive(
 
 
 def s4d_scan_naive(
-    x: Tensor,
-    log_decay: Tensor,
-    input_gain: Tensor,
-    output_gain: Tensor,
-    skip: Tensor | None,
-    *,
-    real: Tensor | None = None,
-    reset: Tensor | None = None,
-    state: Tensor | None = None,
+    x: Tensor, log_decay: Tensor, input_gain: Tensor, output_gain: Tensor, skip: Tensor | None, **marks: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """`s4d_scan` as a loop over columns: s = exp(z)*s + g*x_t, y_t = 2*Re(sum_n o_n*s_n) + skip*x_t."""
     gain, out = torch.view_as_complex(input_gain), torch.view_as_complex(output_gain)
     write, read = lambda token: gain * token[:, :, None], lambda s: 2 * (out * s).sum(-1).real
-    return _complex_loop(x, log_decay, write, read, skip, real, reset, state)
+    return _complex_loop(x, log_decay, write, read, skip, **marks)
 
 
 def s5_scan_naive(
-    x: Tensor,
-    log_decay: Tensor,
-    input_gain: Tensor,
-    output_gain: Tensor,
-    skip: Tensor | None,
-    *,
-    real: Tensor | None = None,
-    reset: Tensor | None = None,
-    state: Tensor | None = None,
+    x: Tensor, log_decay: Tensor, input_gain: Tensor, output_gain: Tensor, skip: Tensor | None, **marks: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """`s5_scan` as a loop over columns: s = exp(z)*s + G x_t, y_t = 2*Re(O s) + skip*x_t."""
     gain, out = torch.view_as_complex(input_gain), torch.view_as_complex(output_gain)
     write, read = lambda token: token.to(gain.dtype) @ gain.T, lambda s: 2 * (s @ out.T).real
-    return _complex_loop(x, log_decay, write, read, skip, real, reset, state)
+    return _complex_loop(x, log_decay, write, read, skip, **marks)
 
 
-def _complex_loop(x, log_decay, write, read, skip, real, reset, state) -> tuple[Tensor, Tensor]:
+def _complex_loop(x, log_decay, write, read, skip, real=None, reset=None, state=None) -> tuple[Tensor, Tensor]:
     batch, length, _ = x.shape
     decay = torch.view_as_complex(log_decay).exp()
     s = decay.new_zeros(batch, *decay.shape) if state is None else torch.view_as_complex(state)

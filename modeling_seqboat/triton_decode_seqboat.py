@@ -14,7 +14,7 @@ import re
 import torch
 from torch import Tensor
 
-from .triton_launch_seqboat import CHECKS, expect, jit, kernel, power_of_two
+from .triton_launch_seqboat import CHECKS, expect_all, jit, kernel, power_of_two
 
 try:
     import triton.language as tl
@@ -205,13 +205,11 @@ def _check_step(name: str, x: Tensor, inputs: dict, in_place: tuple[str, ...]) -
     """Raises where a tensor (name -> tensor or None, shape, dtypes) does not fit, or a gradient would be needed."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t, _, _ in inputs.values()):
         raise RuntimeError(f"{name} works in place and has no gradient; call it under torch.no_grad()")
-    for argument, (tensor, shape, dtypes) in inputs.items():
-        if tensor is not None:
-            if argument in in_place and not tensor.is_contiguous():
-                raise ValueError(
-                    f"{argument} is written in place and must be contiguous, its strides are {tensor.stride()}"
-                )
-            expect(argument, tensor, shape, dtypes, x)
+    for argument in in_place:
+        if not inputs[argument][0].is_contiguous():
+            strides = inputs[argument][0].stride()
+            raise ValueError(f"{argument} is written in place and must be contiguous, its strides are {strides}")
+    expect_all(inputs, x)
 
 
 def ema_step_triton(
@@ -296,37 +294,17 @@ def memory_step_triton(
     return out
 
 
-_SCHEMA = (
-    "(Tensor q, Tensor k_new, Tensor v_new, Tensor(a!) keys, Tensor(b!) values, Tensor(c!) positions, "
-    "Tensor activated_count, Tensor active, Tensor position, str activation, float scale, Tensor? bias_table, "
-    "int bias_center, bool bias_by_index) -> Tensor"
-)
-
-
-def _memory_step(
-    q, k_new, v_new, keys, values, positions, activated_count, active, position, activation, scale, bias_table,
-    bias_center, bias_by_index,
-) -> Tensor:
-    return memory_step_triton(
-        q, k_new, v_new, keys, values, positions, activated_count, active, position, activation=activation,
-        scale=scale, bias_table=bias_table, bias_center=bias_center, bias_by_index=bias_by_index,
-    )
-
-
 # For compilers, which take it as it is. A copy of this file that came with a checkpoint registers its own.
-_memory_step_op = torch.library.custom_op(
+memory_step_compiled = torch.library.custom_op(
     f"{re.sub(r'[^0-9a-zA-Z]', '_', __name__)}::memory_step",
-    _memory_step,
+    memory_step_triton,
     mutates_args=("keys", "values", "positions"),
-    schema=_SCHEMA,
+    schema="(Tensor q, Tensor k_new, Tensor v_new, Tensor(a!) keys, Tensor(b!) values, Tensor(c!) positions, "
+    "Tensor activated_count, Tensor active, Tensor position, *, str activation, float scale, Tensor? bias_table=None, "
+    "int bias_center=0, bool bias_by_index=False, Tensor? rows=None) -> Tensor",
 )
 
 
-@_memory_step_op.register_fake
-def _(q, k_new, v_new, *others) -> Tensor:
+@memory_step_compiled.register_fake
+def _(q, k_new, v_new, *others, **options) -> Tensor:
     return torch.empty_like(v_new)
-
-
-def memory_step_compiled(*args, activation, scale, bias_table=None, bias_center=0, bias_by_index=False, rows=None):
-    """`memory_step_triton` inside a compiled graph."""
-    return _memory_step_op(*args, activation, scale, bias_table, bias_center, bias_by_index)

@@ -26,7 +26,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .triton_launch_seqboat import CHECKS, expect, first_derivative_only, jit, kernel, power_of_two
+from .triton_launch_seqboat import CHECKS, expect_all, first_derivative_only, jit, kernel, power_of_two
 
 try:
     import triton.language as tl
@@ -847,7 +847,7 @@ def _check_scan(x, decay, input_gain, output_gain, skip, real, reset, state, del
         raise ValueError("delayed and delay_decay go together, one of them is None")
     batch, length, width = x.shape
     single, flag, table = (torch.float32,), (torch.bool,), (width, decay.shape[-1])
-    expected = {
+    inputs = {
         "x": (x, (batch, length, width), (torch.float32, torch.bfloat16, torch.float16)),
         "decay": (decay, table, single), "input_gain": (input_gain, table, single),
         "output_gain": (output_gain, table, single), "skip": (skip, (width,), single),
@@ -855,9 +855,7 @@ def _check_scan(x, decay, input_gain, output_gain, skip, real, reset, state, del
         "state": (state, (batch, *table), single), "delayed": (delayed, (batch, length, width), (x.dtype,)),
         "delay_decay": (delay_decay, table, single),
     }
-    for name, (tensor, shape, dtypes) in expected.items():
-        if tensor is not None:
-            expect(name, tensor, shape, dtypes, x)
+    expect_all(inputs, x)
 
 
 class _EmaParameters(torch.autograd.Function):

@@ -169,3 +169,10 @@ def expect(name: str, tensor: Tensor, shape: tuple, dtypes: tuple[torch.dtype, .
         raise ValueError(f"{name} is {tensor.dtype}, expected {' or '.join(map(str, dtypes))}")
     if tensor.device != like.device:
         raise ValueError(f"{name} is on {tensor.device}, expected {like.device}")
+
+
+def expect_all(inputs: dict[str, tuple[Tensor | None, tuple, tuple[torch.dtype, ...]]], like: Tensor) -> None:
+    """`expect` for a tensor, or None, with its shape and dtypes by name."""
+    for name, (tensor, shape, dtypes) in inputs.items():
+        if tensor is not None:
+            expect(name, tensor, shape, dtypes, like)
