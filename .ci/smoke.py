@@ -1,4 +1,5 @@
-"""One pass over what other libraries touch: forward, generate, a Trainer step, LoRA, a Hub folder in a process of its own.
+"""One pass over what other libraries touch: forward, generate, a Trainer step, LoRA, a Hub folder in a process of its
+own.
 
     python .ci/smoke.py
 

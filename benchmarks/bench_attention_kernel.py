@@ -209,7 +209,8 @@ def time_all():
 
 
 def captured(function):
-    """The function as a CUDA graph: its time is the device's, and capture fails where something waits for the device."""
+    """The function as a CUDA graph: its time is the device's, and capture fails where something waits for the
+    device."""
     function()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -312,7 +313,8 @@ def time_fused():
     for name, case in cases.items():
         found = profile(case)
         print(
-            f"{name}: {timed(case):.1f} us by events, {timed(captured(case)):.1f} us as a graph, kernels {sum(t for _, t in found):.1f} us",
+            f"{name}: {timed(case):.1f} us by events, {timed(captured(case)):.1f} us as a graph, kernels "
+            f"{sum(t for _, t in found):.1f} us",
             flush=True,
         )
         print("   ", ", ".join(f"{short(key)} {value:.1f}" for key, value in found), flush=True)

@@ -3,9 +3,9 @@
     python benchmarks/bench_long_context.py examples/pretrained/seqboat-enwik8-small --data enwik8.xz --split test \
         --output outputs/long_context
 
-Quality: blocks of bytes, evenly spaced over the split, are scored after contexts of several lengths. The blocks are the
-same for every length; the state starts empty, reads the context's bytes before the block, then the block, so that a
-scored byte sees the context and what precedes it in its block. Generation: the split's first bytes are read as a
+Quality: blocks of bytes, evenly spaced over the split, are scored after contexts of several lengths. The blocks are
+the same for every length; the state starts empty, reads the context's bytes before the block, then the block, so that
+a scored byte sees the context and what precedes it in its block. Generation: the split's first bytes are read as a
 prompt, and a continuation is sampled. Runs on a GPU where there is one, else on the CPU.
 
 Writes `long_context.json`, from which `python -m hub_upload build --records` makes a section of the model card,

@@ -3,10 +3,10 @@
     python benchmarks/bench_models.py --output outputs/benchmark --minutes 6
 
 Measures whole steps, the training step without an optimiser, decoding, forwards without a cache and prefill in chunks
-with one: SeqBoat launched op by op ("eager"), as a CUDA graph and compiled, a Llama, a Mistral with a sliding window, and
-Mamba-2 and GLA where `mamba_ssm` and `fla` are installed. On a GPU at the enwik8 shape (39.1 M parameters), under bfloat16
-autocast for training and forwards and in bfloat16 for prefill and decoding; without a GPU at a small shape in float32.
-Tokens are random; router biases are set so that the stated share of tokens is activated in every layer.
+with one: SeqBoat launched op by op ("eager"), as a CUDA graph and compiled, a Llama, a Mistral with a sliding window,
+and Mamba-2 and GLA where `mamba_ssm` and `fla` are installed. On a GPU at the enwik8 shape (39.1 M parameters), under
+bfloat16 autocast for training and forwards and in bfloat16 for prefill and decoding; without a GPU at a small shape in
+float32. Tokens are random; router biases are set so that the stated share of tokens is activated in every layer.
 
 Parts, in order of importance, with the time that each is expected to take on an H200 behind a slow host (10 to 20 µs a
 launch, 25 s to compile a model, empty Triton cache):
@@ -20,13 +20,14 @@ launch, 25 s to compile a model, empty Triton cache):
     prefill   8k to 1M in chunks of 8,192 with a cache, 1M also in chunks of 131,072     15 s
 
 Rows that a target depends on come first, whatever their part. `--minutes` bounds the whole: a row that would start
-later is skipped, and named in the results. A row that runs out of memory or fails is recorded as such. Every row is in the
-CSV as soon as it is measured, so that an interrupted run keeps what it has; `--from-csv` draws tables and plots of it.
+later is skipped, and named in the results. A row that runs out of memory or fails is recorded as such. Every row is in
+the CSV as soon as it is measured, so that an interrupted run keeps what it has; `--from-csv` draws tables and plots of
+it.
 
 Times are medians with the device synchronised, so they include waiting for the host. Peak memory is what torch has
-allocated, weights and gradients included; that of a CUDA graph is taken while it is captured. Decoding is the forward of
-one token, the choice of the next left out; the state of a batch of rows is one row's, repeated. The line of the least time
-in the plot is bytes / copy bandwidth + matmul FLOPs / matmul rate, see roofline.py.
+allocated, weights and gradients included; that of a CUDA graph is taken while it is captured. Decoding is the forward
+of one token, the choice of the next left out; the state of a batch of rows is one row's, repeated. The line of the
+least time in the plot is bytes / copy bandwidth + matmul FLOPs / matmul rate, see roofline.py.
 
 Writes results.csv, results.md, time_against_length.png and memory_against_length.png.
 """

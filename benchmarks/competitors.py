@@ -1,6 +1,7 @@
 """The models that are compared, all of about the same number of parameters, with random weights.
 
-Sizes: `enwik8` is the published SeqBoat shape (39.1 M parameters; the others have 36 to 38 M), `small` is for CPUs, `toy`
+Sizes: `enwik8` is the published SeqBoat shape (39.1 M parameters; the others have 36 to 38 M), `small` is for CPUs,
+    `toy`
 for tests. Mamba-2 and GLA are compared where the packages with their kernels are installed; without them transformers
 would run a slow path that nobody uses.
 """
@@ -27,8 +28,8 @@ from modeling_seqboat import SeqBoatConfig, SeqBoatForCausalLM
 VOCAB = 264
 # Package that brings the kernels of a model.
 PACKAGES = {"mamba2": "mamba_ssm", "gla": "fla"}
-# SDPA's causal flag in place of a mask: transformers builds one where it sees a stream being captured, which would keep
-# a graph from the flash kernel that the same model takes outside of it.
+# SDPA's causal flag in place of a mask: transformers builds one where it sees a stream being captured, which would
+# keep a graph from the flash kernel that the same model takes outside of it.
 UNMASKED = "unmasked_sdpa"
 AttentionInterface.register(UNMASKED, sdpa_attention_forward)
 

@@ -63,7 +63,8 @@ def train_step(model: nn.Module, ids: Tensor) -> None:
 
 
 def captured(run: Callable[[], object]) -> Callable[[], None]:
-    """`run` as a CUDA graph: returns what replays it. `run` must not wait for the device, and enters autocast itself."""
+    """`run` as a CUDA graph: returns what replays it. `run` must not wait for the device, and enters autocast
+    itself."""
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside):
@@ -78,7 +79,8 @@ def captured(run: Callable[[], object]) -> Callable[[], None]:
 
 @contextmanager
 def fixed_streams(model: nn.Module, run: Callable[[], object]) -> Iterator[None]:
-    """Gives every SeqBoat layer a capacity with headroom over what it activates in `run`, so that `run` can be captured."""
+    """Gives every SeqBoat layer a capacity with headroom over what it activates in `run`, so that `run` can be
+    captured."""
     layers = [module for module in model.modules() if hasattr(module, "stream_capacity")]
     for layer in layers:
         layer.counts_stream = True

@@ -2,11 +2,12 @@
 
     time = bytes / copy bandwidth + FLOPs / matmul rate
 
-Bytes: every tensor that one matrix product of a layer hands to the next is written once and read once, L tokens of which
-M are activated: 2 x bytes of an element x [3 D L + (Z + 3 V + D) M] a layer. These are the layer's input, the output of
-the recurrence and `hidden_proj` (D each), and of activated tokens the projection (Z + 2 V), the gated values (V) and the
-output (D). FLOPs: the products of `layer_flops`, the recurrence left out. A training step is three times a forward.
-The embedding, the output matrix and the weights are left out. Letters: D hidden width, Z query/key width, V value width.
+Bytes: every tensor that one matrix product of a layer hands to the next is written once and read once, L tokens of
+which M are activated: 2 x bytes of an element x [3 D L + (Z + 3 V + D) M] a layer. These are the layer's input, the
+output of the recurrence and `hidden_proj` (D each), and of activated tokens the projection (Z + 2 V), the gated values
+(V) and the output (D). FLOPs: the products of `layer_flops`, the recurrence left out. A training step is three times a
+forward. The embedding, the output matrix and the weights are left out. Letters: D hidden width, Z query/key width, V
+value width.
 """
 
 import torch

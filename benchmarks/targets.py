@@ -1,7 +1,7 @@
 """Whether the targets are met, judged from the rows of a run.
 
-A target whose rows are missing or failed is not judged. The published code is no part of a run: the time that a step took
-it was measured once on an H200, at the same shape.
+A target whose rows are missing or failed is not judged. The published code is no part of a run: the time that a step
+took it was measured once on an H200, at the same shape.
 """
 
 from dataclasses import dataclass
@@ -109,7 +109,8 @@ def _training_step(rows: Rows) -> list[Target]:
     for mode, how in MODES.items():
         targets.append(
             _target(
-                f"training step, 4 × 8,192, half of the tokens active, {how}: ≤ 22 ms (10 × the published code's 226 ms)",
+                f"training step, 4 × 8,192, half of the tokens active, {how}: ≤ 22 ms (10 × the published code's 226 "
+                "ms)",
                 [_step(rows, "seqboat", mode)], lambda ms: f"{ms:.1f} ms ({226 / ms:.1f} ×)", lambda ms: ms <= 22,
             )
         )  # fmt: skip
@@ -139,7 +140,7 @@ def _forward(rows: Rows) -> list[Target]:
         targets.append(
             _target(
                 f"forward, 8k → 128k → 1M tokens, {how}: time per token flat within 10 %", rates,
-                lambda *rates: " → ".join(f"{1e6 / rate:.3f}" for rate in rates) + f" µs (spread {_spread(*rates):.1%})",
+                lambda *all: " → ".join(f"{1e6 / rate:.3f}" for rate in all) + f" µs (spread {_spread(*all):.1%})",
                 lambda *rates: _spread(*rates) <= 0.1,
             )
         )  # fmt: skip
@@ -213,8 +214,8 @@ def _rates(rows: Rows) -> Target:
     """What attention adds to a step in which no token is activated, at 10 % of what it adds at 100 %."""
     none, some, every = (_step(rows, "seqboat", GRAPH, active=rate) for rate in (0.0, 0.1, 1.0))
     return _target(
-        "activation rate 10 % against 100 %, as a CUDA graph: the gated attention's time, over a step without activated "
-        "tokens, falls in proportion (to at most 15 %)",
+        "activation rate 10 % against 100 %, as a CUDA graph: the gated attention's time, over a step without "
+        "activated tokens, falls in proportion (to at most 15 %)",
         [none, some, every],
         lambda none, some, every: (
             f"{(some - none) / (every - none):.1%} ({some - none:.1f} of {every - none:.1f} ms)"

@@ -71,7 +71,8 @@ TOY = Scale(
 class Row:
     """One thing to measure; `measure` gives the numbers.
 
-    Rows of a lower `rank` come first, whatever their part: 0 are the headlines, 1 what else a target needs, 2 the rest.
+    Rows of a lower `rank` come first, whatever their part: 0 are the headlines, 1 what else a target needs, 2 the
+    rest.
     """
 
     part: str
@@ -138,7 +139,8 @@ class Workbench:
         return self.compiled[name]
 
     def seqboat_state(self, model: nn.Module, context: int) -> dict[str, Tensor]:
-        """The cache's tensors after `context` random tokens of one row; a longer context goes on from a shorter one."""
+        """The cache's tensors after `context` random tokens of one row; a longer context goes on from a shorter
+        one."""
         if context not in self.states:
             done, cache = self.filled or (0, SeqBoatCache(model.config))
             if done > context:

@@ -125,8 +125,8 @@ def map_text(name: str, config: SeqBoatConfig, source: str, data: bytes, limit: 
 
 
 def picture_settings(name: str) -> dict:
-    """What the model's image processor says of size, mean and standard deviation, if it has one: `size` (height, width),
-    `mean`, `std`. Raises ValueError for a file that says something else."""
+    """What the model's image processor says of size, mean and standard deviation, if it has one: `size` (height,
+    width), `mean`, `std`. Raises ValueError for a file that says something else."""
     file = Path(name) / "preprocessor_config.json"
     if not file.is_file():
         return {}

@@ -91,9 +91,9 @@ def _summary(shown: ActivationMap) -> str:
     report = shown.report
     rate = float(report.rates.mean())
     return (
-        f"{report.tokens:,} {_unit(shown)}s, {len(report.rates)} layers, memory of {report.config.memory_size:,} activated "
-        f"{_unit(shown)}s. On average a layer activates {rate:.1%} of them, which {_share(report.share_saved)} of what the layers cost with "
-        "attention always on."
+        f"{report.tokens:,} {_unit(shown)}s, {len(report.rates)} layers, memory of {report.config.memory_size:,} "
+        f"activated {_unit(shown)}s. On average a layer activates {rate:.1%} of them, which "
+        f"{_share(report.share_saved)} of what the layers cost with attention always on."
     )
 
 
@@ -193,7 +193,9 @@ def _draw_pixels(figure, shown: ActivationMap) -> None:
             continue
         confidence = shown.confidence[place - 1].view(height, width).double().numpy()
         image = axis.imshow(
-            np.ma.masked_equal(confidence, 0), cmap="viridis", vmin=0.5, vmax=shown.scale, interpolation="nearest", alpha=0.8
+            np.ma.masked_equal(confidence, 0), cmap="viridis", vmin=0.5, vmax=shown.scale,
+            interpolation="nearest",
+            alpha=0.8
         )  # fmt: skip
         axis.set_title(f"layer {place - 1}: {shown.report.rates[place - 1]:.0%}", fontsize=9)
     figure.colorbar(image, ax=axes.tolist(), label="confidence")

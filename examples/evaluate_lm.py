@@ -1,15 +1,16 @@
 """Bits per byte of a causal language model on a text, read once from front to back.
 
-    python examples/evaluate_lm.py outputs/train_from_scratch --data examples/data/tinyshakespeare.txt --split validation
+    python examples/evaluate_lm.py outputs/train_from_scratch --split validation \
+        --data examples/data/tinyshakespeare.txt
 
 Protocol: the text is tokenised without special tokens and fed in chunks through the cache, so that every token but the
-first is scored once, with everything before it as context (`--context N`: the state starts afresh every N tokens, whose
-first is not scored). Bits per byte = sum of -log2 p over the scored tokens / bytes that those tokens stand for. The
-result is printed, and written as the JSON that `python -m hub_upload build --evaluation` reads.
+first is scored once, with everything before it as context (`--context N`: the state starts afresh every N tokens,
+whose first is not scored). Bits per byte = sum of -log2 p over the scored tokens / bytes that those tokens stand for.
+The result is printed, and written as the JSON that `python -m hub_upload build --evaluation` reads.
 
-With `--context N --stride S` windows of N tokens start every S tokens, each read afresh, and the last S tokens of every
-window are scored (of the first, all but its first token): each token once, with N - S to N - 1 tokens before it (those of the
-first window with what there is). Any causal language model can be scored so, a Llama too.
+With `--context N --stride S` windows of N tokens start every S tokens, each read afresh, and the last S tokens of
+every window are scored (of the first, all but its first token): each token once, with N - S to N - 1 tokens before it
+(those of the first window with what there is). Any causal language model can be scored so, a Llama too.
 """
 
 import argparse
@@ -134,7 +135,8 @@ def score_windows(
     ends = list(range(min(context, len(tokens)), len(tokens), stride)) + [len(tokens)]
     options = {"output_router_probs": True} if isinstance(model, SeqBoatForCausalLM) else {}
     bits, scored, read, activated = 0.0, 0, 0, 0
-    # The first window is scored whole, the last may be short of `stride` new tokens: `known` says what is scored already.
+    # The first window is scored whole, the last may be short of `stride` new tokens: `known` says what is scored
+    # already.
     windows = [(max(0, end - context), end, known) for end, known in zip(ends, [1, *ends[:-1]], strict=True)]
     for first in tqdm(range(0, len(windows), batch_size), desc="bits per byte", leave=False):
         batch = windows[first : first + batch_size]

@@ -4,8 +4,8 @@
         --model outputs/lm/final --output_dir outputs/gsm8k
 
 Every argument of TrainingArguments is one here. Examples of a batch are packed into one row without padding, state and
-attention stopping at their borders. Writes checkpoints, `final/` and `report.json` to `output_dir`. Ctrl-C, or SIGTERM, saves
-a checkpoint after the current step and ends.
+attention stopping at their borders. Writes checkpoints, `final/` and `report.json` to `output_dir`. Ctrl-C, or
+SIGTERM, saves a checkpoint after the current step and ends.
 """
 
 import math
@@ -134,8 +134,8 @@ def load_data(a: FinetuneArguments, tokenizer: PreTrainedTokenizerBase) -> tuple
 
 
 def token_scores(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """(B, L, vocabulary) logits and (B, L) labels -> (B, L - 1, 2): whether the likeliest token is right, and -log p of
-    the label; -100 where there is no label, as in the Trainer's own padding."""
+    """(B, L, vocabulary) logits and (B, L) labels -> (B, L - 1, 2): whether the likeliest token is right, and -log p
+    of the label; -100 where there is no label, as in the Trainer's own padding."""
     targets = labels[:, 1:]
     losses = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), targets, reduction="none")
     hits = (logits[:, :-1].argmax(-1) == targets).float()

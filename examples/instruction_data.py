@@ -1,5 +1,5 @@
-"""Instruction sets for the example scripts: JSON lines of a prompt and its completion, or of chat messages, as token ids
-whose labels cover the answers alone."""
+"""Instruction sets for the example scripts: JSON lines of a prompt and its completion, or of chat messages, as token
+ids whose labels cover the answers alone."""
 
 from pathlib import Path
 from typing import Any
@@ -50,9 +50,11 @@ def _checked_messages(messages: Any, where: str) -> list[dict]:
 
 class Instructions(Dataset):
     """Conversations as {"input_ids": (L,), "labels": (L,)} int64, at most `length` tokens each. Labels are -100
-    outside the assistant's turns. What is longer is cut, and dropped where that leaves no label; `cut` and `dropped` count.
+    outside the assistant's turns. What is longer is cut, and dropped where that leaves no label; `cut` and `dropped`
+    count.
 
-    Raises ValueError if the tokenizer's chat template does not mark these turns, or if no answer begins within `length`.
+    Raises ValueError if the tokenizer's chat template does not mark these turns, or if no answer begins within
+    `length`.
     """
 
     def __init__(self, conversations: list[list[dict]], tokenizer: PreTrainedTokenizerBase, length: int):

@@ -77,8 +77,8 @@ class Saver:
 
     Args:
         folder: where they go; by default the folder of the arguments, for a run of its own.
-        states: what a checkpoint keeps as JSON beside model, optimizer and random states, by name; each has `state_dict`
-            and `load_state_dict`.
+        states: what a checkpoint keeps as JSON beside model, optimizer and random states, by name; each has
+            `state_dict` and `load_state_dict`.
         averaged: a model that is an average of the trained one's weights, or None.
     """
 
@@ -136,7 +136,8 @@ class Saver:
 def resume(
     accelerator: Accelerator, checkpoint: Path, states: dict[str, Any], averaged: torch.nn.Module | None = None
 ) -> None:
-    """Takes up model, optimizer, random states, `states` and averaged weights of a checkpoint that `find_checkpoint` has verified.
+    """Takes up model, optimizer, random states, `states` and averaged weights of a checkpoint that `find_checkpoint`
+    has verified.
 
     Nothing in it is executed. Raises ValueError where it holds something else than this run needs.
     """

@@ -2,8 +2,8 @@
 
     python examples/plot_training.py SeqBoat=outputs/boat Llama=outputs/llama --output curves.png
 
-Each argument is a name and a run's folder or its `metrics.jsonl`. The curves are those of the test split where all runs
-logged it (`--score_test True`), else of the validation split. The table goes to standard output as Markdown.
+Each argument is a name and a run's folder or its `metrics.jsonl`. The curves are those of the test split where all
+runs logged it (`--score_test True`), else of the validation split. The table goes to standard output as Markdown.
 """
 
 import argparse
@@ -60,8 +60,8 @@ def read_run(argument: str) -> Run:
         # A text nested too deeply is a RecursionError.
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ValueError(
-                f"{name}: line {number} of {path} is no entry of train_lm.py with step, train/seconds and train/tokens: "
-                f"{line[:80]!r}"
+                f"{name}: line {number} of {path} is no entry of train_lm.py with step, train/seconds and "
+                f"train/tokens: {line[:80]!r}"
             ) from error
         for entries, key in ((run.scores, SPLITS[1]), (run.losses, "train/loss")):
             # A run that was resumed from an earlier step says the steps after it again; the last word counts.
@@ -75,8 +75,8 @@ def read_run(argument: str) -> Run:
 
 
 def at_time(run: Run, key: str, seconds: float) -> float | None:
-    """The value of `key` at a time: on the line between two validations, None before the first, and the last one's up to
-    1 % after it, since runs of one `max_minutes` end a step apart."""
+    """The value of `key` at a time: on the line between two validations, None before the first, and the last one's up
+    to 1 % after it, since runs of one `max_minutes` end a step apart."""
     times = [entry["train/seconds"] for entry in run.scores]
     if not times[0] <= seconds <= 1.01 * times[-1]:
         return None

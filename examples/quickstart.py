@@ -3,8 +3,9 @@
     python examples/quickstart.py            # under two minutes on two cores
     python examples/quickstart.py --fast     # less of everything, to see that it runs
 
-Needs no network. Adapter, merged model and the activation picture are written to `outputs/quickstart`, which git ignores.
-The picture as a PNG needs matplotlib, the fine-tuning PEFT: both come with `pip install -c constraints.txt -e ".[train]"`,
+Needs no network. Adapter, merged model and the activation picture are written to `outputs/quickstart`, which git
+ignores. The picture as a PNG needs matplotlib, the fine-tuning PEFT: both come with
+`pip install -c constraints.txt -e ".[train]"`,
 and what is missing is left out.
 """
 
@@ -142,7 +143,8 @@ def fine_tune(folder: Path, tokenizer: PreTrainedTokenizerBase, plan: Plan, outp
     seconds = time.perf_counter() - start
     size = steps * plan.batch_size * plan.length
     print(
-        f"held-out bits per byte after: {validate(adapted, rows)[0]:.3f} ({steps} steps, {size:,} bytes, {seconds:.0f} s)"
+        f"held-out bits per byte after: {validate(adapted, rows)[0]:.3f} ({steps} steps, {size:,} bytes, "
+        f"{seconds:.0f} s)"
     )
     adapted.save_pretrained(output / "adapter")
 

@@ -11,8 +11,8 @@ LARGEST_SEED = 2**32 - 2**16
 
 @dataclass(frozen=True)
 class Range:
-    """Numbers from `low` to `high`; `above` leaves `low` out, `below` leaves `high` out. NaN lies outside, and infinity but
-    where `endless`."""
+    """Numbers from `low` to `high`; `above` leaves `low` out, `below` leaves `high` out. NaN lies outside, and
+    infinity but where `endless`."""
 
     low: float
     high: float = math.inf

@@ -34,7 +34,8 @@ def _recipe_flags(path: Path, known: set[str]) -> list[str]:
         raise FileNotFoundError(f"there is no recipe {str(path)!r}")
     try:
         values = yaml.safe_load(read_text(path)) or {}
-    # Its message names the line; a date that no calendar has is a ValueError, a text nested too deeply a RecursionError.
+    # Its message names the line; a date that no calendar has is a ValueError, a text nested too deeply a
+    # RecursionError.
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"recipe {str(path)!r} is no YAML: {error}") from None
     if not isinstance(values, dict):
@@ -60,8 +61,8 @@ def check_output_folder(folder: str, resuming: bool, overwrite: bool) -> Path:
 
 
 def checkpoint_folder(given: str | None, output_dir: str) -> Path | None:
-    """The folder to resume from: the one given, or for 'latest' the one that the run in `output_dir` wrote last; None where
-    none is given.
+    """The folder to resume from: the one given, or for 'latest' the one that the run in `output_dir` wrote last; None
+    where none is given.
 
     Raises ValueError where there is none, or a damaged one, naming the file.
     """
@@ -90,7 +91,8 @@ def find_checkpoint(given: str | None, output_dir: str, config: PreTrainedConfig
 
 
 def check_same_shape(folder: Path, config: PreTrainedConfig) -> None:
-    """Raises ValueError if `folder` is no checkpoint of these scripts, or one of a model that `config` does not describe."""
+    """Raises ValueError if `folder` is no checkpoint of these scripts, or one of a model that `config` does not
+    describe."""
     if not (folder / "config.json").is_file():
         raise ValueError(f"{str(folder)!r} is no checkpoint folder of this script: it has no config.json")
     kind = read_json_object(folder / "config.json").get("model_type")
@@ -114,7 +116,8 @@ def check_same_shape(folder: Path, config: PreTrainedConfig) -> None:
 
 
 def check_model_folder(name: str) -> None:
-    """Raises FileNotFoundError if `name` means a local folder, rather than a repository of the Hub, and no model is there."""
+    """Raises FileNotFoundError if `name` means a local folder, rather than a repository of the Hub, and no model is
+    there."""
     folder = Path(name)
     beside_others = len(folder.parts) > 1 and Path(folder.parts[0]).is_dir()
     if folder.exists() or folder.is_absolute() or name.startswith(".") or beside_others:
@@ -130,12 +133,14 @@ def check_model(name: str, config: PreTrainedConfig, tokenizer: PreTrainedTokeni
         raise ValueError(f"model {name!r} is a {config.model_type!r} model, not a SeqBoat")
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
-            f"the tokenizer has {len(tokenizer)} ids, the model's vocabulary {config.vocab_size}: they do not belong together"
+            f"the tokenizer has {len(tokenizer)} ids, the model's vocabulary {config.vocab_size}: they do not belong "
+            "together"
         )
 
 
 def check_launch(cpu: bool) -> None:
-    """Raises ValueError where `accelerate launch` was given an FSDP config for the CPU: Accelerate would not shard there."""
+    """Raises ValueError where `accelerate launch` was given an FSDP config for the CPU: Accelerate would not shard
+    there."""
     if cpu and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
         raise ValueError(
             "this launch asks for FSDP, but Accelerate shards on accelerators only: on the CPU launch with "

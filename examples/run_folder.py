@@ -1,9 +1,9 @@
 """The folder of a run: it belongs to one run, one process at a time writes to it, and a checkpoint in it says what it
 holds.
 
-A run's folder has a `run.json` with the run's id. Each `checkpoint-N` in it has a `manifest.json`: the run, the place among
-its checkpoints, the state that is plain numbers, and size and SHA-256 of every file. A checkpoint is written aside and
-renamed last; one whose files are not those of its manifest is not resumed from.
+A run's folder has a `run.json` with the run's id. Each `checkpoint-N` in it has a `manifest.json`: the run, the place
+among its checkpoints, the state that is plain numbers, and size and SHA-256 of every file. A checkpoint is written
+aside and renamed last; one whose files are not those of its manifest is not resumed from.
 """
 
 import hashlib
@@ -28,7 +28,8 @@ FORMAT = "seqboat-checkpoint-1"
 PARTIAL = ".partial-"
 # What the example scripts write into a run's folder, besides checkpoints. Whatever else lies there is somebody else's.
 OWNED = (
-    "averaged", "best", "final", "merged", "tensorboard", "runs", "README.md", "adapter_config.json", "adapter_model.safetensors",
+    "averaged", "best", "final", "merged", "tensorboard", "runs", "README.md", "adapter_config.json",
+    "adapter_model.safetensors",
     "metrics.jsonl", "report.json", "results.json", "training_record.json", "activations.png", "confusion_matrix.png",
 )  # fmt: skip
 # Processes that made batches for a run that was killed keep its lock until they notice.
@@ -133,8 +134,8 @@ def check_free(path: Path, resuming: bool, overwrite: bool) -> None:
         raise ValueError(f"output_dir {str(path)!r} is a file")
     if _entries(path) and not (resuming or overwrite):
         raise ValueError(
-            f"output_dir {str(path)!r} is not empty: name another one, or give --resume_from_checkpoint to go on there, or "
-            "--overwrite_output_dir True"
+            f"output_dir {str(path)!r} is not empty: name another one, or give --resume_from_checkpoint to go on "
+            "there, or --overwrite_output_dir True"
         )
 
 
@@ -158,8 +159,8 @@ def _claim(path: Path, checkpoint: Path | None, overwrite: bool) -> str:
     inside = checkpoint is not None and checkpoint.resolve().parent == path.resolve()
     if overwrite and inside:
         raise ValueError(
-            f"overwrite_output_dir would move {str(checkpoint)!r} away, which resume_from_checkpoint goes on from: give one "
-            "of the two"
+            f"overwrite_output_dir would move {str(checkpoint)!r} away, which resume_from_checkpoint goes on from: "
+            "give one of the two"
         )
     if overwrite:
         _set_aside(path)
@@ -180,7 +181,8 @@ def _claim(path: Path, checkpoint: Path | None, overwrite: bool) -> str:
         return manifest["run"]
     if manifest is not None and _entries(path) and not overwrite:
         raise ValueError(
-            f"output_dir {str(path)!r} is not empty, and the checkpoint {str(checkpoint)!r} lies elsewhere: name another one"
+            f"output_dir {str(path)!r} is not empty, and the checkpoint {str(checkpoint)!r} lies elsewhere: name "
+            "another one"
         )
     run = secrets.token_hex(8)
     origin = {} if manifest is None else {"resumed_from": {"run": manifest["run"], "step": manifest["step"]}}
@@ -270,7 +272,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST_FILE
     if not path.is_file():
         raise ValueError(
-            f"{str(folder)!r} has no {MANIFEST_FILE}: it is no whole checkpoint of this version, and is not resumed from"
+            f"{str(folder)!r} has no {MANIFEST_FILE}: it is no whole checkpoint of this version, and is not resumed "
+            "from"
         )
     manifest = read_json_object(path)
     checked = manifest.pop("sha256", None)
@@ -321,15 +324,16 @@ def verify_checkpoint(folder: Path, processes: int | None = None) -> dict[str, A
             raise ValueError(f"{str(path)!r} is not in the checkpoint's manifest: it does not belong there")
     if processes is not None and manifest["processes"] != processes:
         raise ValueError(
-            f"checkpoint {str(folder)!r} was written by {manifest['processes']} processes, this run has {processes}: it "
-            "would draw other random numbers and read other rows"
+            f"checkpoint {str(folder)!r} was written by {manifest['processes']} processes, this run has {processes}: "
+            "it would draw other random numbers and read other rows"
         )
     return manifest
 
 
 @contextmanager
 def no_unpickling() -> Iterator[None]:
-    """While it lasts, every `torch.load` reads tensors and plain values and runs no code, whatever its caller asked for."""
+    """While it lasts, every `torch.load` reads tensors and plain values and runs no code, whatever its caller asked
+    for."""
     names = {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": None}
     before = {name: os.environ.get(name) for name in names}
     try:
@@ -341,7 +345,8 @@ def no_unpickling() -> Iterator[None]:
 
 @contextmanager
 def weights_only(folder: Path) -> Iterator[None]:
-    """`no_unpickling` for the files of a checkpoint; raises ValueError that names it where they hold something else."""
+    """`no_unpickling` for the files of a checkpoint; raises ValueError that names it where they hold something
+    else."""
     try:
         with no_unpickling():
             yield

@@ -15,8 +15,8 @@ _LEFT_OUT = ("resume_from_checkpoint", "overwrite_output_dir")
 
 
 def published_command(script: str, argv: Sequence[str]) -> str:
-    """The command line of a run as it can be published: a recipe or model given first relative to the checkout, no other
-    folders, and as if the run had not been interrupted."""
+    """The command line of a run as it can be published: a recipe or model given first relative to the checkout, no
+    other folders, and as if the run had not been interrupted."""
     words = [script]
     arguments = iter(argv)
     for word in arguments:

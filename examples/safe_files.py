@@ -82,8 +82,8 @@ def json_lines(data: bytes, name: str) -> list[tuple[int, dict[str, Any]]]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path to write to, which takes the place of `path` once the block has ended well: whoever reads `path` finds the
-    old contents or the new ones, whole."""
+    """A path to write to, which takes the place of `path` once the block has ended well: whoever reads `path` finds
+    the old contents or the new ones, whole."""
     partial = path.with_name(f".{os.getpid()}.{path.name}")
     try:
         yield partial

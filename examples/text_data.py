@@ -31,7 +31,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def read_text_file(path: str) -> bytes:
-    """The contents of a plain, .gz or .xz file. Raises FileNotFoundError, and ValueError for a damaged or empty one."""
+    """The contents of a plain, .gz or .xz file. Raises FileNotFoundError, and ValueError for a damaged or empty
+    one."""
     file = Path(path)
     if not file.is_file():
         raise FileNotFoundError(f"there is no text file {path!r}")
@@ -43,8 +44,8 @@ def read_text_file(path: str) -> bytes:
 
 @dataclass
 class TokenSplits:
-    """Token ids (1-D integer arrays) of a text's parts, and how many bytes of text a token of validation and test stands
-    for; only enwik8 has a test part of its own."""
+    """Token ids (1-D integer arrays) of a text's parts, and how many bytes of text a token of validation and test
+    stands for; only enwik8 has a test part of its own."""
 
     train: np.ndarray
     validation: np.ndarray
@@ -73,8 +74,8 @@ def split_text(
     with_test: bool = False,
 ) -> TokenSplits:
     """The beginning of a text for training and its end for validation; enwik8 is known by its length of 100,000,000
-    bytes and split as usual, its last 5,000,000 bytes being the test, which is left alone unless `with_test`. `max_bytes` cuts the text
-    first."""
+    bytes and split as usual, its last 5,000,000 bytes being the test, which is left alone unless `with_test`.
+    `max_bytes` cuts the text first."""
     encode, test = text_encoder(tokenizer), None
     if len(text) == ENWIK8_BYTES and max_bytes is None:
         train, validation = text[: ENWIK8_SPLIT[0]], text[ENWIK8_SPLIT[0] : ENWIK8_SPLIT[1]]
@@ -166,7 +167,8 @@ class RowOrder(Sampler[int]):
 
 
 def text_of(example: dict, column: str) -> str:
-    """A column of a dataset's row. Raises ValueError if the row does not have it, or has something else than a text there."""
+    """A column of a dataset's row. Raises ValueError if the row does not have it, or has something else than a text
+    there."""
     if column not in example:
         raise ValueError(f"the dataset has no column {column!r}; it has {', '.join(example)}")
     if not isinstance(example[column], str):

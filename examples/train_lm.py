@@ -4,11 +4,12 @@
     accelerate launch --config_file configuration/accelerate/ddp_cpu.yaml examples/train_lm.py RECIPE --flag value
 
 Writes to `output_dir`: `checkpoint-N/` to resume from, `best/` (the model with the lowest validation loss), `final/`,
-`metrics.jsonl`, `training_record.json` and TensorBoard logs. Ctrl-C, or SIGTERM, saves a checkpoint after the current step
-and ends. A checkpoint is read without running anything in it, and resumed from only if every file is as it was written.
+`metrics.jsonl`, `training_record.json` and TensorBoard logs. Ctrl-C, or SIGTERM, saves a checkpoint after the current
+step and ends. A checkpoint is read without running anything in it, and resumed from only if every file is as it was
+written.
 
-`--average_decay` keeps an average of the weights beside them, scores it at each validation and writes it to `averaged/`. A
-layer whose router stops choosing is an entry `router/collapse` of `metrics.jsonl`.
+`--average_decay` keeps an average of the weights beside them, scores it at each validation and writes it to
+`averaged/`. A layer whose router stops choosing is an entry `router/collapse` of `metrics.jsonl`.
 
 `--max_minutes` ends the run after that much training time: the clock stops during validation and saving, a resumed run
 goes on with the time already used, and the learning rate falls by the share of time or of steps that is used,
@@ -103,7 +104,8 @@ def check_sharding(a: TrainArguments, kind: DistributedType) -> None:
 
 
 def build_budget(a: TrainArguments, model: torch.nn.Module, accelerator: Accelerator) -> RouterBudget | None:
-    """What holds the routers to the config's target rate; None where there is no target, or the loss has a term for it."""
+    """What holds the routers to the config's target rate; None where there is no target, or the loss has a term for
+    it."""
     if not a.router_gain or getattr(model.config, "router_target_rate", None) is None:
         return None
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
@@ -259,7 +261,8 @@ def train(
     monitor.close()
     if accelerator.is_main_process:
         write_record(folder.path, run_record(a, argv, accelerator, progress))
-    # Wrapped by DDP, a model holds on to the process group, and were it the last to do so, PyTorch's gloo could deadlock.
+    # Wrapped by DDP, a model holds on to the process group, and were it the last to do so, PyTorch's gloo could
+    # deadlock.
     del model, optimizer, schedule, saver
     accelerator.free_memory()
     accelerator.end_training()

@@ -1,5 +1,5 @@
-"""transformers' Trainer in a run's own folder: checkpoints that are whole or not there, resumed from without running what
-they hold, and signals that end a training with one."""
+"""transformers' Trainer in a run's own folder: checkpoints that are whole or not there, resumed from without running
+what they hold, and signals that end a training with one."""
 
 import shutil
 import signal
@@ -21,7 +21,8 @@ STATE_FILE = "trainer_state.json"
 
 
 class StopOnSignal(TrainerCallback):
-    """Ends a training after the step in which Ctrl-C or SIGTERM came, with a checkpoint; the second one ends it at once.
+    """Ends a training after the step in which Ctrl-C or SIGTERM came, with a checkpoint; the second one ends it at
+    once.
 
     Attributes:
         stopped: whether that has happened with steps left to do.
@@ -59,7 +60,8 @@ class StopOnSignal(TrainerCallback):
 
 
 class BestOfFolder(TrainerCallback):
-    """After a resume, the best checkpoint is the one of that step beside the checkpoint, whatever path the state names."""
+    """After a resume, the best checkpoint is the one of that step beside the checkpoint, whatever path the state
+    names."""
 
     def __init__(self, checkpoint: Path):
         self.folder = checkpoint.parent
@@ -111,7 +113,8 @@ class RunTrainer(SeqBoatTrainer):
         return f"stopped after step {step}; {saved}"
 
     def keep_model(self, folder: RunFolder, name: str, also: Callable[[Path], None] | None = None) -> None:
-        """Saves the model to `name` in the folder, in one step; `also` puts more into it. Every process has to call it."""
+        """Saves the model to `name` in the folder, in one step; `also` puts more into it. Every process has to call
+        it."""
         stage = folder.path / f"{PARTIAL}{name}"
         self.save_model(str(stage))
         self.accelerator.wait_for_everyone()

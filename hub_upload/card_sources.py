@@ -193,7 +193,8 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 
 def _state_of_metrics(path: Path, folder: str) -> dict[str, Any]:
-    """The log of `examples/train_lm.py` in the form of Trainer's state, up to the step whose weights `folder` holds."""
+    """The log of `examples/train_lm.py` in the form of Trainer's state, up to the step whose weights `folder`
+    holds."""
     entries = []
     for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
         if not line.strip():
@@ -377,7 +378,8 @@ def _eval_results(entry: Any, where: str) -> list[EvalResult]:
             or not _is_number(metric.get("value"))
         ):
             raise HubUploadError(
-                f"{where}: metric {metric!r:.200} must hold a text 'type', a finite number 'value', and may hold a text 'name'."
+                f"{where}: metric {metric!r:.200} must hold a text 'type', a finite number 'value', and may hold a "
+                "text 'name'."
             )
         name = metric.get("name")
         found.append(

@@ -271,13 +271,13 @@ def _usage(published: Published, options: CardOptions) -> str:
     if not published.has_code:
         code = "import modeling_seqboat\n" + code.replace(", trust_remote_code=True", "")
         return (
-            f"## Use\n\n```python\n{code}\n```\n\nThis folder comes with the package `modeling_seqboat`, which is what "
-            "makes the Auto classes know the model."
+            f"## Use\n\n```python\n{code}\n```\n\nThis folder comes with the package `modeling_seqboat`, which is "
+            "what makes the Auto classes know the model."
         )
     return (
         f"## Use\n\n```python\n{code}\n```\n\n`trust_remote_code=True` runs the Python files of this repo; they need "
-        f"`torch` and `transformers` (tested with {OLDEST_TESTED} to {NEWEST_TESTED}), and use `triton` on a GPU where it is "
-        "installed."
+        f"`torch` and `transformers` (tested with {OLDEST_TESTED} to {NEWEST_TESTED}), and use `triton` on a GPU "
+        "where it is installed."
     )
 
 

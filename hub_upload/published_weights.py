@@ -142,7 +142,8 @@ def layer_count(weights: dict[str, torch.Tensor]) -> int:
 
 
 def all_layers(one_layer: dict[str, torch.Tensor], count: int) -> dict[str, torch.Tensor]:
-    """The state dict of a model of `count` equal layers, from that of a model of one; of tensors only shapes matter."""
+    """The state dict of a model of `count` equal layers, from that of a model of one; of tensors only shapes
+    matter."""
     expected = {}
     for name, tensor in one_layer.items():
         if name.startswith("model.layers.0."):

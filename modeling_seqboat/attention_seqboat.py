@@ -43,11 +43,11 @@ class SeqBoatPositionBias(nn.Module):
 
 
 def wants_whole_texts(module: nn.Module) -> bool:
-    """Whether a module in the place of a linear layer has to be given (B, L, D), tokens that are not activated included.
+    """Whether a module in the place of a linear layer has to be given (B, L, D), activated tokens or not.
 
-    A linear layer, and LoRA's around one, treats every row of (M, D) for itself. Other adapters may look at texts (their
-    length, which tokens come last), and hooks of PEFT's too (which adapter a row of the batch has, which tokens are to be
-    learned from). Anybody else's hooks see what is computed.
+    A linear layer, and LoRA's around one, treats every row of (M, D) for itself. Other adapters may look at texts
+    (their length, which tokens come last), and hooks of PEFT's too (which adapter a row of the batch has, which tokens
+    are to be learned from). Anybody else's hooks see what is computed.
     """
     if any(map(_is_of_peft, (*module._forward_hooks.values(), *module._forward_pre_hooks.values()))):
         return True

@@ -1,4 +1,4 @@
-"""The file of a saved cache: a safetensors file of its buffers, whose metadata say what model it is of and hold a checksum.
+"""The file of a saved cache: a safetensors file of its buffers, whose metadata name its model and hold a checksum.
 
 Whatever a file holds, reading it runs nothing, allocates no more than the file is long, and ends in the state that was
 saved or in a ValueError.
@@ -27,8 +27,7 @@ _COUNTS = ("activated_count", "token_count")
 
 @dataclass
 class SavedState:
-    """What a file holds: the buffers by name, the signature of the model's config, the columns fed, and whether the cache
-    was static."""
+    """What a file holds: the buffers by name, the config's signature, the columns fed, whether it was static."""
 
     tensors: dict[str, Tensor]
     signature: dict[str, Any]
@@ -130,7 +129,7 @@ def check_buffer(
 
 
 def check_counts(path: str | os.PathLike, prefix: str, tensors: dict[str, Tensor], seen: int) -> None:
-    """Raises ValueError unless a layer has activated no more tokens than it counted, and counted no more than columns."""
+    """Raises ValueError unless a layer counts no more activated tokens than tokens, and no more tokens than columns."""
     activated, tokens = (tensors[f"{prefix}.{name}"] for name in _COUNTS)
     if (activated > tokens).any() or (tokens > seen).any():
         raise ValueError(

@@ -269,9 +269,9 @@ class SeqBoatCacheLayer(CacheLayerMixin):
         return Before(state, self.recent_inputs(length), self.steps_in_place(length), window)
 
     def _renews(self, length: int) -> bool:
-        """Whether a truncated state is made anew from its inputs before these columns, lest rounding pile up in it: whenever
-        the columns pass a multiple of `renewed_columns`, however they are cut. A static cache, whose number of columns is on
-        the device, does so before each prompt."""
+        """Whether a truncated state is made anew from its inputs before these columns, lest rounding pile up in it:
+        whenever the columns pass a multiple of `renewed_columns`, however they are cut. A static cache, whose number
+        of columns is on the device, does so before each prompt."""
         if self.truncation is None:
             return False
         if isinstance(self.seen, Tensor):

@@ -182,8 +182,8 @@ class SeqBoatConfig(PreTrainedConfig):
     with the byte tokenizer's vocabulary and no dropout.
 
     Values are checked on construction and on assignment alike: a field takes an int where a float is meant; an unknown
-    value, or one that contradicts another field, raises ValueError and leaves the config as it was. A special id that is
-    assigned before the embeddings have its row gets a warning only.
+    value, or one that contradicts another field, raises ValueError and leaves the config as it was. A special id that
+    is assigned before the embeddings have its row gets a warning only.
 
     Args:
         bidirectional: False builds a causal model with a cache, True an encoder.
@@ -192,7 +192,7 @@ class SeqBoatConfig(PreTrainedConfig):
         hidden_size: D, width of the residual stream.
         num_hidden_layers: number of layers.
         state_size: N, real states a channel (`ema`), complex states a channel (`s4d`), or complex states a layer
-            (`s5`): the same N gives all three 4*D*N parameters a layer and direction, but for terms without that product.
+            (`s5`): the same N gives all three 4*D*N parameters a layer and direction, but for smaller terms.
         qk_head_dim: Z, width of queries and keys; readable as `head_dim` too.
         v_head_dim: V, width of values.
         memory_size: W, activated tokens that one activated token sees before itself (encoders: after itself too).
@@ -203,17 +203,17 @@ class SeqBoatConfig(PreTrainedConfig):
             tokens), `t5` (32 learned buckets) or `none`.
         max_position_embeddings: P, for `simple` the distance beyond which it no longer tells distances apart.
         rope_theta: base of the rotary angles.
-        ssm_type: the recurrence over all tokens. `ema`: the multi-dimensional damped EMA. `s4d`: complex diagonal states
-            for each channel (arXiv 2206.11893). `s5`: complex diagonal states that all channels write to and read from
-            (arXiv 2208.04933). The last two: zero-order hold, S4D-Lin initial values, no Triton kernel.
+        ssm_type: the recurrence over all tokens. `ema`: the multi-dimensional damped EMA. `s4d`: complex diagonal
+            states for each channel (arXiv 2206.11893). `s5`: complex diagonal states that all channels write to and
+            read from (arXiv 2208.04933). The last two: zero-order hold, S4D-Lin initial values, no Triton kernel.
         ssm_truncation: T, length in tokens at which the EMA's kernel is cut, None for never; `ema` only.
         norm_type: `layernorm`, `scalenorm`, `rmsnorm` or `batchnorm` (encoders only).
         norm_first: normalise before a layer (True) or after it.
         norm_affine: learned scale and shift in the layers' norms.
         final_norm_affine: the same for the norm after the last layer, which exists with `norm_first` only.
         norm_eps: added to variances.
-        router_type: how tokens are chosen. Learned: `tempered_softmax` (the larger of two logits), `gumbel` (in training
-            with Gumbel noise on both, so that a token is drawn with probability sigmoid(u_1 - u_0)) and
+        router_type: how tokens are chosen. Learned: `tempered_softmax` (the larger of two logits), `gumbel` (in
+            training with Gumbel noise on both, so that a token is drawn with probability sigmoid(u_1 - u_0)) and
             `gumbel_straight_through` (the same, the attention's output enters with weight 1 instead of the soft
             probability, and with the gradient of it). Without router parameters: `always`, `never`, and `random` (at
             `router_random_rate`, whatever the token is).
@@ -221,10 +221,10 @@ class SeqBoatConfig(PreTrainedConfig):
         router_random_rate: share of tokens in (0, 1] that a `random` router activates.
         router_random_seed: of the `random` router. Its draw is a function of seed, layer and the token's place in its
             text, so the same tokens are drawn each time.
-        router_target_rate: share of activated tokens in [0, 1] that learned routers are held to in training, or None. Best by
-            `training_seqboat.RouterBudget`, which moves their biases after each optimiser step. Without one, the loss of
-            every head has a term for it with labels, also returned as `router_penalty`. Let r be the share of the batch's
-            real tokens that a layer activates, with the gradient of the mean soft probability
+        router_target_rate: share of activated tokens in [0, 1] that learned routers are held to in training, or None.
+            Best by `training_seqboat.RouterBudget`, which moves their biases after each optimiser step. Without one,
+            the loss of every head has a term for it with labels, also returned as `router_penalty`. Let r be the share
+            of the batch's real tokens that a layer activates, with the gradient of the mean soft probability
             sigmoid((u_1 - u_0) / temperature), the temperature held fixed. The term is router_target_weight * layers *
             (mean over layers of r - router_target_rate)^2 with scope `model`, and
             router_target_weight * mean over layers of (r - router_target_rate)^2 with scope `layer`.
@@ -247,9 +247,9 @@ class SeqBoatConfig(PreTrainedConfig):
             `vocab_size` is too small for them.
         kernel_backend: `auto`, `torch` or `triton`; the environment variable SEQBOAT_KERNEL_BACKEND overrides it.
         loss_implementation: `torch`, or `liger` for large vocabularies: in training, `SeqBoatForCausalLM` then has its
-            loss from Liger's fused linear cross entropy (the package liger-kernel, on a GPU), never holds the logits of
-            all tokens, and returns logits None. Where that cannot run, forward raises ValueError. Other heads have no
-            such loss and do not read it. Read at every forward.
+            loss from Liger's fused linear cross entropy (the package liger-kernel, on a GPU), never holds the logits
+            of all tokens, and returns logits None. Where that cannot run, forward raises ValueError. Other heads have
+            no such loss and do not read it. Read at every forward.
     """
 
     model_type = "seqboat"
@@ -371,7 +371,7 @@ class SeqBoatConfig(PreTrainedConfig):
         if value != 1:
             # Tools for sharding set it on any config.
             logger.warning_once(
-                f"SeqBoatConfig: num_attention_heads={value!r} changes nothing: the gated attention unit has a single head"
+                f"SeqBoatConfig: num_attention_heads={value!r} changes nothing: the attention has a single head"
             )
 
     @property

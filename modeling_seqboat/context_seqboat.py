@@ -180,8 +180,8 @@ def _checked(mask: Tensor) -> Tensor | None:
     if not plain:
         value = mask[(mask != 0) & (mask != 1)][0].item()
         raise ValueError(
-            f"attention_mask must be 1 at real tokens and 0 at padding, got {value}: number packed texts by seq_idx or "
-            "by position_ids that start anew, and give no mask that is added to scores"
+            f"attention_mask must be 1 at real tokens and 0 at padding, got {value}: number packed texts by seq_idx "
+            "or by position_ids that start anew, and give no mask that is added to scores"
         )
     return None if every else real
 

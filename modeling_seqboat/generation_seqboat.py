@@ -38,13 +38,13 @@ def untested_version(version: str) -> str | None:
     if Version(version).release[:2] <= Version(NEWEST_TESTED).release[:2]:
         return None
     return (
-        f"SeqBoat was tested with transformers {OLDEST_TESTED} to {NEWEST_TESTED}; this is {version}. Should something "
-        f'break, `pip install "transformers=={NEWEST_TESTED}.*"` gives the newest version that is known to work'
+        f"SeqBoat was tested with transformers {OLDEST_TESTED} to {NEWEST_TESTED}; this is {version}. Should "
+        f'something break, `pip install "transformers=={NEWEST_TESTED}.*"` gives the newest version that is known to work'
     )
 
 
-# A warning and no upper bound in the package's requirements: a bound would hold back a user's upgrade, whether anything
-# breaks or not, and folders that bring their code with them have no requirements that pip reads.
+# A warning and no upper bound in the package's requirements: a bound would hold back a user's upgrade, whether
+# anything breaks or not, and folders that bring their code with them have no requirements that pip reads.
 if untested_version(transformers.__version__) is not None:
     logger.warning(untested_version(transformers.__version__))
 
@@ -135,14 +135,14 @@ def _refuse_short_continuation(inputs: Tensor | None, kwargs: dict) -> None:
         if embeds is None and mask.shape[1] == past + width:
             return
         raise ValueError(
-            f"attention_mask has {mask.shape[1]} columns, {name} {width}, and past_key_values {past}: the mask must cover "
-            "the whole text"
+            f"attention_mask has {mask.shape[1]} columns, {name} {width}, and past_key_values {past}: the mask must "
+            "cover the whole text"
         )
     if width <= past:
         raise ValueError(
-            f"past_key_values holds {past} columns and {name} has {width}: generate() takes the whole text, cached part "
-            f"included, with at least one column that the cache lacks; new input_ids alone need an attention_mask of "
-            f"the whole text ({past + width} columns)"
+            f"past_key_values holds {past} columns and {name} has {width}: generate() takes the whole text, cached "
+            "part included, with at least one column that the cache lacks; new input_ids alone need an "
+            f"attention_mask of the whole text ({past + width} columns)"
         )
 
 
@@ -163,8 +163,8 @@ class SeqBoatGenerationMixin(GenerationMixin):
         seconds.
 
         Args:
-            prefill_progress: False for no bar, True for one at once, or a function that is called after each chunk with
-                the columns read and the columns to be read in all.
+            prefill_progress: False for no bar, True for one at once, or a function that is called after each chunk
+                with the columns read and the columns to be read in all.
         """
         cache = take_cache(kwargs)
         if cache is not None:
@@ -200,8 +200,8 @@ class SeqBoatGenerationMixin(GenerationMixin):
         prefill_progress=None,
         **kwargs,
     ):
-        """Positions are counted by the model, from the cache on. For a static cache the mask is cut to the new columns:
-        the padding before them is in the state already, and its width would change at every step."""
+        """Positions are counted by the model, from the cache on. For a static cache the mask is cut to the new
+        columns: the padding before them is in the state already, and its width would change at every step."""
         cache = take_cache(kwargs)
         if cache is not None:
             kwargs[CACHE_NAME] = cache
@@ -226,15 +226,15 @@ class SeqBoatGenerationMixin(GenerationMixin):
         return inputs
 
     def _prefill(self, input_ids, generation_config, model_kwargs, is_first_iteration=True):
-        """transformers' loop over chunks shows nothing of its progress, cuts no embeddings, and reads what a filled cache
-        holds once more before 5.18."""
+        """transformers' loop over chunks shows nothing of its progress, cuts no embeddings, and reads what a filled
+        cache holds once more before 5.18."""
         progress = model_kwargs.pop("prefill_progress", None)
         embeds, cache, mask = (model_kwargs.get(name) for name in ("inputs_embeds", CACHE_NAME, "attention_mask"))
         by_embeds = embeds is not None and is_first_iteration
         given, first = embeds if by_embeds else input_ids, 0
         size = generation_config.prefill_chunk_size
         if cache is not None:
-            # Ids narrower than the mask are the new ones alone. From 5.18 on a mask of ones is left out, and its width kept.
+            # Ids narrower than the mask are the new ones alone. From 5.18 on a mask of ones is left out.
             unmasked = getattr(generation_config, "_mask_length", given.shape[1])
             width = unmasked if mask is None else mask.shape[1]
             first = cache.get_seq_length() if by_embeds or width == given.shape[1] else 0
@@ -259,8 +259,8 @@ class SeqBoatGenerationMixin(GenerationMixin):
         return outputs
 
     def _get_stopping_criteria(self, *args, **kwargs) -> StoppingCriteriaList:
-        """Without the warning of a text longer than `max_position_embeddings`: that is the reach of a table of relative
-        positions, which clamps what is further away."""
+        """Without the warning of a text longer than `max_position_embeddings`: that is the reach of a table of
+        relative positions, which clamps what is further away."""
         criteria = super()._get_stopping_criteria(*args, **kwargs)
         for criterion in criteria:
             if isinstance(criterion, MaxLengthCriteria):
@@ -278,7 +278,8 @@ class SeqBoatGenerationMixin(GenerationMixin):
         if cache is not None:
             if not getattr(cache, "is_seqboat_cache", False):
                 raise ValueError(
-                    f"past_key_values must be a SeqBoatCache, got {type(cache).__name__}; use SeqBoatCache(model.config)"
+                    f"past_key_values must be a SeqBoatCache, got {type(cache).__name__}; use "
+                    "SeqBoatCache(model.config)"
                 )
             super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
             return

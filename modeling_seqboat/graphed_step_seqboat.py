@@ -19,20 +19,19 @@ from torch.nn.parallel import DistributedDataParallel
 _STEP, _SPARE = 256, 512
 # Steps over which the largest counts are remembered, for a smaller capacity.
 _WINDOW = 500
-# Gradients are averaged over processes in pieces of about this many bytes, so that the next one is copied together while
-# one travels.
+# Gradients are averaged over processes in pieces of about this many bytes, the next being copied while one travels.
 _BUCKET = 32 * 2**20
 
 
 def stream_capacity(count: int, headroom: float = 1.2) -> int:
-    """Room of a layer's stream that was seen to hold `count` tokens; more than all tokens is cut to that by the layer."""
+    """Room of a layer's stream that was seen to hold `count` tokens; the layer cuts it to all its tokens."""
     return -(-int(headroom * count + _SPARE) // _STEP) * _STEP
 
 
 @torch.no_grad()
 def average_gradients(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup | None = None) -> None:
-    """Replaces each parameter's gradient by its mean over the processes of `group`, in place; every process has to call
-    it with the same parameters. One that has no gradient on a process counts as zero there, so that none waits for it."""
+    """Replaces each parameter's gradient by its mean over the processes of `group`, in place; every process has to
+    call it with the same parameters. One that has no gradient on a process counts as zero there."""
     buckets: list[list[Tensor]] = []
     size, kind = 0, None
     for parameter in parameters:
@@ -59,19 +58,19 @@ class GraphedStep:
     """`loss = step(**batch)`: forward and backward of a model on a GPU, replayed as a CUDA graph.
 
     The loss of `model(**batch)` is computed, and gradients are added to the parameters' `.grad` as by
-    `(loss / divisor).backward()`; clipping, optimiser and `zero_grad` (of either kind) stay the caller's. The first call
-    runs as usual and measures, the second captures. A batch of another shape, or a call under other circumstances
+    `(loss / divisor).backward()`; clipping, optimiser and `zero_grad` (of either kind) stay the caller's. The first
+    call runs as usual and measures, the second captures. A batch of another shape, or a call under other circumstances
     (training or eval mode, autocast, trainable parameters, their memory, forward hooks), runs without a graph; when it
     comes twice in a row, it is captured in its place. So rows should be of one length. Mixed precision: call it under
     `torch.autocast`, or give a model that autocasts itself, as Accelerate's `prepare` makes it.
 
     Forward hooks run in captures, and what they do to tensors in place is part of the graph. A module's list
-    `written_by_hooks` names tensors that count each batch once, as buffers do, though it was captured or computed again:
-    `RouterMonitor` and `RouterBudget` count so.
+    `written_by_hooks` names tensors that count each batch once, as buffers do, though it was captured or computed
+    again: `RouterMonitor` and `RouterBudget` count so.
 
     Under data parallelism each process has a graph of its own, and captures and overflows when it does: nothing in it
-    waits for another process. Gradients are averaged after the backward pass, as DistributedDataParallel does: summed up
-    over micro-batches first, and not under its `no_sync()`.
+    waits for another process. Gradients are averaged after the backward pass, as DistributedDataParallel does: summed
+    up over micro-batches first, and not under its `no_sync()`.
 
     Args:
         model: a SeqBoat model with a head, on one CUDA device, as it is or wrapped by DistributedDataParallel.
@@ -83,9 +82,9 @@ class GraphedStep:
         overflows: steps that were computed again without the graph.
 
     Raises:
-        ValueError: for what a graph cannot hold, before work starts: a model that is wrapped otherwise, sharded, compiled
-            or not on a GPU, communication hooks, layers that cannot take the fused kernels, gradient checkpointing, float16 under autocast, hooks on
-            parameters, `loss_implementation` liger, batch norm under an attention mask.
+        ValueError: for what a graph cannot hold, before work starts: a model that is wrapped otherwise, sharded,
+            compiled or not on a GPU, communication hooks, layers that cannot take the fused kernels, gradient
+            checkpointing, float16 under autocast, hooks on parameters, `loss_implementation` liger, batch norm and a mask.
     """
 
     def __init__(self, model: nn.Module, divisor: float = 1.0, headroom: float = 1.2):
@@ -117,7 +116,7 @@ class GraphedStep:
         self._hooks: list[Callable] = []
 
     def __call__(self, **batch: Any) -> Tensor:
-        """batch: keyword arguments of the model, tensors on its device or plain values; returns the loss, (), detached."""
+        """batch: keyword arguments of the model, tensors on its device or plain values; returns the loss, ()."""
         parallel = self.parallel
         if parallel is not None and parallel.broadcast_buffers and parallel.require_forward_param_sync:
             for buffer in self.model.buffers():
@@ -186,8 +185,8 @@ class GraphedStep:
                 for parameter in model.parameters()
             ),
             f"loss_implementation={loss!r} waits for the device in every step; use 'torch'": loss != "torch",
-            "batch norm under an attention_mask picks the real positions, which waits for the device; where all rows are "
-            "of one length, leave the mask out": masked
+            "batch norm under an attention_mask picks the real positions, which waits for the device; where all rows "
+            "are of one length, leave the mask out": masked
             and any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self._modules),
             "no parameter is trainable": not any(parameter.requires_grad for parameter in model.parameters()),
         }
@@ -197,7 +196,7 @@ class GraphedStep:
 
     def _loss_of(self, batch: dict[str, Any], model: Callable) -> Tensor:
         kind = self.device.type
-        # Casts of weights belong to a step: one that autocast kept for later would tie its graph to the current stream.
+        # Casts of weights belong to a step: one that autocast kept for later would tie its graph to a stream.
         with torch.autocast(
             kind, torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind), cache_enabled=False
         ):
@@ -214,9 +213,9 @@ class GraphedStep:
         return loss.detach()
 
     def _on_aliases(self, buffers: dict[str, Tensor]) -> tuple[Callable, list[nn.Parameter]]:
-        """The model on leaves that share the parameters' memory, and those of them that are trained. Where autograd adds
-        up a gradient is tied to the stream on which a leaf was first used, and the parameters may be in use by a graph
-        that the caller holds.
+        """The model on leaves that share the parameters' memory, and those of them that are trained. Where autograd
+        adds up a gradient is tied to the stream on which a leaf was first used, and the parameters may be in use by a
+        graph that the caller holds.
 
         Args:
             buffers: what to use for buffers of these names.

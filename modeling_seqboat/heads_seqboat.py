@@ -35,9 +35,9 @@ from .modeling_seqboat import (
 
 @dataclass
 class SeqBoatClassifierOutput(RouterOutput, SequenceClassifierOutput):
-    """loss (scalar, with labels), logits (B, C), and the first text's hidden_states, router_probs and router_penalty (of
-    a pair: the mean of both texts') as in `SeqBoatModelOutput`; with `output_hidden_states` also pooled (B, features),
-    what the classifier reads."""
+    """loss (scalar, with labels), logits (B, C), and the first text's hidden_states, router_probs and router_penalty
+    (of a pair: the mean of both texts') as in `SeqBoatModelOutput`; with `output_hidden_states` also pooled (B,
+    features), what the classifier reads."""
 
     pooled: Tensor | None = None
 
@@ -127,8 +127,7 @@ class SeqBoatHead(SeqBoatPreTrainedModel):
                     init.zeros_(linear.bias)
 
     def _run_model(self, kwargs: dict, **inputs) -> tuple[SeqBoatModelOutput, Tensor | None]:
-        """The model's outputs for these inputs, with the extras that `kwargs` ask for, and its real columns (B, L) bool,
-        or None for all."""
+        """The model's outputs for these inputs, with the extras of `kwargs`, and the real columns (B, L) bool or None."""
         flags = {name: kwargs[name] for name in OUTPUT_FLAGS if name in kwargs}
         outputs = self.model(use_cache=False, return_dict=True, **inputs, **flags)
         return outputs, marks_of(outputs, self.config, inputs.get("attention_mask")).real
@@ -222,7 +221,7 @@ class SeqBoatForSequenceClassification(SeqBoatPooledClassifier):
 
 
 class SeqBoatForImageClassification(SeqBoatPooledClassifier):
-    """One label a picture of one channel, read as a sequence of pixels, row by row (Long Range Arena's image tasks)."""
+    """One label a picture of one channel, read as a sequence of pixels, row by row (Long Range Arena)."""
 
     main_input_name = "pixel_values"
     input_modalities = ("image",)
@@ -250,8 +249,8 @@ class SeqBoatForImageClassification(SeqBoatPooledClassifier):
             raise ValueError("give pixel_values of shape (batch, 1, height, width)")
         if pixel_values.ndim != 4 or pixel_values.shape[1] != 1:
             raise ValueError(
-                f"pixel_values must be of shape (batch, 1, height, width), got {tuple(pixel_values.shape)}: each pixel "
-                "is one step of the sequence, so a picture has one channel; make it grey first, for instance by "
+                f"pixel_values must be of shape (batch, 1, height, width), got {tuple(pixel_values.shape)}: each "
+                "pixel is one step of the sequence, so a picture has one channel; make it grey first, for instance by "
                 "np.asarray(image.convert('L'))"
             )
         if kwargs.get("attention_mask") is not None:
@@ -364,8 +363,8 @@ def _expect_real(name: str, positions: Tensor, real: Tensor | None, shape: tuple
     if bool(padding.any()):
         row = int(padding.nonzero()[0])
         raise ValueError(
-            f"{name} is {int(columns[row])} in row {row}, where attention_mask has padding: positions are columns of the "
-            "padded row, so padding on the left moves them"
+            f"{name} is {int(columns[row])} in row {row}, where attention_mask has padding: positions are columns of "
+            "the padded row, so padding on the left moves them"
         )
 
 

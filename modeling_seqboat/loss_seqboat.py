@@ -30,7 +30,8 @@ def why_not_liger(head: nn.Module) -> str | None:
     weight = getattr(head, "weight", None)
     # Adapters, quantisation and sharding act in a layer's forward, which is not run.
     if not isinstance(head, nn.Linear) or type(weight) not in (Tensor, nn.Parameter):
-        return f"lm_head must be a plain linear layer, got {type(head).__name__} whose weight is a {type(weight).__name__}"
+        kinds = type(head).__name__, type(weight).__name__
+        return f"lm_head must be a plain linear layer, got {kinds[0]} whose weight is a {kinds[1]}"
     expected, found = (head.out_features, head.in_features), tuple(weight.shape)
     on_gpu = weight.device.type == "cuda"
     table = (
@@ -40,7 +41,8 @@ def why_not_liger(head: nn.Module) -> str | None:
         (weight.dtype not in (torch.float32, torch.bfloat16, torch.float16),
          f"lm_head.weight is {weight.dtype}, Liger's kernels take float32, bfloat16 and float16"),
         (on_gpu and torch.cuda.is_current_stream_capturing(),
-         "Liger waits for the device in every step, which a CUDA graph (GraphedStep, cuda_graphs=True) does not allow"),
+         "Liger waits for the device in every step, which a CUDA graph (GraphedStep, cuda_graphs=True) does not "
+         "allow"),
         (_liger_sum() is None, "the package liger-kernel is not installed, or older than 0.6.2"),
     )  # fmt: skip
     return next((reason for applies, reason in table if applies), None)

@@ -54,8 +54,8 @@ AUTO_CLASSES: dict[str, str] = {
 # What every model takes that says what else to return.
 OUTPUT_FLAGS = ("output_hidden_states", "output_router_probs", "output_attentions")
 _PAGED_ARGUMENTS = ("read_index", "write_index", "block_table")
-# Arguments that may come along and say nothing that the model does not know: the longest packed segment, and the columns
-# that the cache counts itself.
+# Arguments that may come along and say nothing that the model does not know: the longest packed segment, and the
+# columns that the cache counts itself.
 _IMPLIED_ARGUMENTS = ("max_length_q", "max_length_k", "cache_position")
 # Arguments of other models under which ours would be looked for.
 _OTHER_NAMES = {"cu_seqlens": "cu_seq_lens_q", "cu_seqlens_q": "cu_seq_lens_q", "sequence_ids": "seq_idx"}
@@ -77,8 +77,8 @@ class RouterOutput(ModelOutput):
 
 @dataclass
 class SeqBoatModelOutput(RouterOutput, BaseModelOutputWithPast):
-    """Output of `SeqBoatModel`: last_hidden_state (B, L, D); the `SeqBoatCache` with `use_cache`, from transformers 5.24
-    on the field `cache`, which is read as `past_key_values` too, before that `past_key_values`; with
+    """Output of `SeqBoatModel`: last_hidden_state (B, L, D); the `SeqBoatCache` with `use_cache`, from transformers
+    5.24 on the field `cache`, which is read as `past_key_values` too, before that `past_key_values`; with
     `output_hidden_states` hidden_states, one (B, L, D) for the embeddings and one a layer, the last one normalised;
     attentions always None."""
 
@@ -140,12 +140,13 @@ def _trunc_normal(tensor: Tensor, std: float) -> None:
 
 
 def expect_class_ids(name: str, labels: Tensor, shape: tuple[int, ...], count: int) -> None:
-    """Raises ValueError unless `labels` are int64 of this shape and, where looking is free, -100 or in 0..count - 1."""
+    """Raises ValueError unless `labels` are int64 of this shape and, where looking is free, -100 or below `count`."""
     if labels.shape != shape:
         raise ValueError(f"{name} must be of shape {tuple(shape)}, got {tuple(labels.shape)}")
     if labels.dtype != torch.int64:
         raise ValueError(
-            f"{name} must be of dtype int64, got {labels.dtype}: -100, which marks what is ignored, needs a sign and room"
+            f"{name} must be of dtype int64, got {labels.dtype}: -100, which marks what is ignored, needs a sign and "
+            "room"
         )
     if labels.device.type != "cpu" or must_not_wait(labels.device) or labels.numel() == 0:
         return
@@ -163,8 +164,8 @@ def _expect_same_borders(queries: Tensor | None, keys: Tensor | None) -> None:
 
 
 def count_labels(labels: Tensor, num_items: Tensor | int | None) -> Tensor | int:
-    """What a loss summed over labels is divided by: all batches' number of labels where given, else this batch's, but at
-    least one, so that a batch without any label has the loss 0 and not NaN."""
+    """What a loss summed over labels is divided by: all batches' number of labels where given, else this batch's, but
+    at least one, so that a batch without any label has the loss 0 and not NaN."""
     return (labels != -100).sum().clamp_min(1) if num_items is None else num_items
 
 
@@ -172,13 +173,13 @@ def refuse_tracing(without_cache: bool) -> None:
     """Raises ValueError under torch.jit.trace, and under torch.export unless it is a step over a cache."""
     if torch.jit.is_tracing():
         raise ValueError(
-            "SeqBoat cannot be traced by torch.jit.trace: how many tokens attend depends on the data, and a trace would "
-            "hold the number of its example; use torch.compile"
+            "SeqBoat cannot be traced by torch.jit.trace: how many tokens attend depends on the data, and a trace "
+            "would hold the number of its example; use torch.compile"
         )
     if without_cache and torch.compiler.is_exporting():
         raise ValueError(
-            "SeqBoat's forward over a whole text cannot be exported by torch.export: its shapes depend on how many tokens "
-            "attend; a decode step over SeqBoatCache(config, static=True) can be exported"
+            "SeqBoat's forward over a whole text cannot be exported by torch.export: its shapes depend on how many "
+            "tokens attend; a decode step over SeqBoatCache(config, static=True) can be exported"
         )
 
 
@@ -289,8 +290,8 @@ class SeqBoatPreTrainedModel(PreTrainedModel):
         """`PreTrainedModel.resize_token_embeddings`.
 
         Raises:
-            ValueError: before anything changes, if a number is no positive integer, if a special id of the config would
-                have no row, or if the model reads no tokens.
+            ValueError: before anything changes, if a number is no positive integer, if a special id of the config
+                would have no row, or if the model reads no tokens.
         """
         if self.config.input_type != "tokens":
             raise ValueError(f"input_type={self.config.input_type!r} has no token embeddings to resize")
@@ -411,8 +412,8 @@ class SeqBoatModel(SeqBoatPreTrainedModel):
     def _run_layers(
         self, embeds: Tensor, context: SequenceContext, cache: SeqBoatCache | None, wanted: set[int]
     ) -> tuple[Tensor, tuple[Tensor | None, ...], tuple[Tensor, ...], list[Tensor | None]]:
-        """Embeddings (B, L, D) through all layers: the last hidden state, the hidden states of which those `wanted` are
-        there, and each layer's confidence and rate."""
+        """Embeddings (B, L, D) through all layers: the last hidden state, the hidden states of which those `wanted`
+        are there, and each layer's confidence and rate."""
         config = self.config
         hidden = embeds * math.sqrt(config.hidden_size) if config.scale_embeddings else embeds
         if self.absolute_positions is not None:
@@ -482,15 +483,15 @@ class SeqBoatModel(SeqBoatPreTrainedModel):
             past_key_values is not None or use_cache is not False
         ):
             raise ValueError(
-                f"the model has {len(self.layers)} layers, the cache {kept}: set config.num_hidden_layers to the number of "
-                "layers that run, and make the cache of that config"
+                f"the model has {len(self.layers)} layers, the cache {kept}: set config.num_hidden_layers to the "
+                "number of layers that run, and make the cache of that config"
             )
         # Without gradients, as in generate(), nothing is computed twice and a cache is as good as ever.
         if self.training and self.gradient_checkpointing and torch.is_grad_enabled():
             if past_key_values is not None and past_key_values.get_seq_length() > 0:
                 raise ValueError(
-                    "a filled past_key_values cannot be continued under gradient checkpointing, which runs every layer "
-                    "twice: use torch.no_grad(), model.eval() or model.gradient_checkpointing_disable()"
+                    "a filled past_key_values cannot be continued under gradient checkpointing, which runs every "
+                    "layer twice: use torch.no_grad(), model.eval() or model.gradient_checkpointing_disable()"
                 )
             if past_key_values is not None or use_cache:
                 logger.warning_once("no cache is kept under gradient checkpointing")
@@ -559,8 +560,8 @@ class SeqBoatForCausalLM(SeqBoatPreTrainedModel, SeqBoatGenerationMixin):
         Args:
             labels: (B, L) int64 next-token targets before shifting (labels[t] is compared with what is predicted at
                 the real token before t); -100, padding and the first token of a segment are ignored.
-            shift_labels: (B, L) int64, by keyword only, in place of what is made of `labels`: the target of each column
-                itself, as training with a sequence cut over processes passes them; -100 is ignored.
+            shift_labels: (B, L) int64, by keyword only, in place of what is made of `labels`: the target of each
+                column itself, as training with a sequence cut over processes passes them; -100 is ignored.
             use_cache: as in `SeqBoatModel.forward`, but by default not with labels.
             num_items_in_batch: how many targets all batches have whose gradients are summed; the loss is then the sum
                 over this batch divided by it.
@@ -571,8 +572,8 @@ class SeqBoatForCausalLM(SeqBoatPreTrainedModel, SeqBoatGenerationMixin):
         The other arguments are those of `SeqBoatModel.forward`.
 
         Raises:
-            ValueError: also where `loss_implementation` liger cannot run (the package is missing, the model is not on a
-                GPU or in float64, lm_head has adapters, is quantised or sharded), with the reason.
+            ValueError: also where `loss_implementation` liger cannot run (the package is missing, the model is not on
+                a GPU or in float64, lm_head has adapters, is quantised or sharded), with the reason.
         """
         # Not in the signature: Trainer takes every name there that holds "label" for a column that evaluation needs.
         shift_labels = kwargs.pop("shift_labels", None)

@@ -262,8 +262,8 @@ def _blocks(key_start: Tensor, key_end: Tensor) -> list[tuple[int, int, int, int
 
 
 def _attend(q, k, v, table, places, first, generator, *, activation, scale, center, dropout_p) -> Tensor:
-    """`windowed_attention` of one block of queries over the keys from number `first` on, with key_start, key_end, q_place
-    and k_place of these."""
+    """`windowed_attention` of one block of queries over the keys from number `first` on, with key_start, key_end,
+    q_place and k_place of these."""
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     key_start, key_end, q_place, k_place = places
     scores = (q.to(dtype) * scale) @ k.to(dtype).t()

@@ -1,5 +1,5 @@
-"""The multi-dimensional damped EMA (arXiv 2306.11197, section 3.1; Mega, arXiv 2209.10655, equation 4) as a scan, and the
-chunked scan that it shares with other diagonal recurrences.
+"""The multi-dimensional damped EMA (arXiv 2306.11197, section 3.1; Mega, arXiv 2209.10655, equation 4) as a scan, and
+the chunked scan that it shares with other diagonal recurrences.
 
 Letters: B batch, L columns, D channels, N states a channel, P parts of a number (1: real, 2: complex, the real part
 first), C chunk length, G chunks of a row, S slots of a row (G * C), J inputs a chunk reads (C, or 2C with truncation).
@@ -325,8 +325,8 @@ def chunked_scan(
     state: Tensor | None,
     plan: ScanPlan | None,
 ) -> tuple[Tensor, Tensor]:
-    """s_t = exp(z)*s_{t-1} + (sum over inputs of g*x_t), y_t = Re(sum_n o_n*s_{t,n}) + skip*x_t, of real numbers or, then
-    with twice that real part, of complex ones; x being the first input.
+    """s_t = exp(z)*s_{t-1} + (sum over inputs of g*x_t), y_t = Re(sum_n o_n*s_{t,n}) + skip*x_t, of real numbers or,
+    then with twice that real part, of complex ones; x being the first input.
 
     Args:
         inputs: pairs of x, (B, L, D), and g, (D, N, P).
@@ -335,8 +335,8 @@ def chunked_scan(
         state: (B, D, N, P) before column 0, or None for zeros.
 
     Returns:
-        y (B, L, D) of x's dtype, and the state (B, D, N, P) after the last column. Inside everything is float32 (float64
-        when x is).
+        y (B, L, D) of x's dtype, and the state (B, D, N, P) after the last column. Inside everything is float32
+        (float64 when x is).
     """
     batch, length, width = inputs[0][0].shape
     device, states, parts = log_decay.device, *log_decay.shape[1:]

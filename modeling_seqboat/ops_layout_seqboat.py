@@ -242,8 +242,8 @@ def to_columns(y: Tensor, plan: ScanPlan, length: int, real: Tensor | None) -> T
 
 
 def _order(real: Tensor | None, batch: int, length: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Of (B, L) columns: which are real; how many real ones come before each, -1 at pads before the first; and, in (B, L
-    + 1), the column of the n-th real token."""
+    """Of (B, L) columns: which are real; how many real ones come before each, -1 at pads before the first; and, in (B,
+    L + 1), the column of the n-th real token."""
     if real is None:
         real = torch.ones(batch, length, dtype=torch.bool, device=device)
     order = real.long().cumsum(1) - 1

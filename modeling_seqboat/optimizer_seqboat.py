@@ -49,8 +49,8 @@ class MuonAdamW(torch.optim.Optimizer):
     the others, in one object: schedules, clipping, checkpoints and Accelerate see a single optimizer.
 
     The update is that of `torch.optim.Muon` (Nesterov momentum, decoupled weight decay, a rate times
-    sqrt(max(1, rows / columns))), but all matrices of one shape are orthogonalised together: torch's goes through them one
-    by one, some 30 kernels each.
+    sqrt(max(1, rows / columns))), but all matrices of one shape are orthogonalised together: torch's goes through them
+    one by one, some 30 kernels each.
 
     Args:
         groups: parameters, or dictionaries of parameters and their settings.

@@ -29,7 +29,8 @@ class Before(NamedTuple):
         state: (B, *state_shape(config)) float32.
         history: (B, min(L, T), D), the first of the last T real inputs, oldest first; None without `ssm_truncation`.
         overwrite: whether one column may be computed in place of the state.
-        window: (B, T, D), the last T real inputs, oldest first, where the state is to be made from them anew; else None.
+        window: (B, T, D), the last T real inputs, oldest first, where the state is to be made from them anew; else
+        None.
     """
 
     state: Tensor
@@ -91,8 +92,8 @@ def register_recurrence(name: str, kind: type[Recurrence]) -> None:
         SSM_TYPES.append(name)
 
 
-# With a truncated kernel what enters the state leaves it again T tokens later, rounded, and with slow decays the remainders
-# pile up. So after this many columns of one forward the state is made anew from the T inputs that it stands for.
+# With a truncated kernel what enters the state leaves it again T tokens later, rounded, and with slow decays the
+# remainders pile up. So after this many columns of one forward the state is made anew from its T inputs.
 RENEWED_COLUMNS = 32_768
 
 
@@ -193,7 +194,7 @@ class SeqBoatEMA(Recurrence):
         history: Tensor | None,
         arguments: dict,
     ) -> tuple[Tensor, Tensor | None]:
-        """The scan of a long row, whose state is made anew every `RENEWED_COLUMNS`; arguments as `ema_scan` takes them."""
+        """The scan of a long row, whose state is made anew every `RENEWED_COLUMNS`; arguments of `ema_scan`."""
         ys, length = [], x.shape[1]
         window = x.new_zeros(x.shape[0], self.truncation, x.shape[2]) if history is None else history
         columns = {name: arguments[name] for name in ("real", "reset", "delayed")}

@@ -14,8 +14,8 @@ SPECIAL_TOKENS = (
     "<|end|>",
 )
 
-# The generation block marks what an assistant said, for losses on these tokens alone. A content is a text, or a list of
-# parts of type text, as servers write them; `developer` is a newer name of the system's role.
+# The generation block marks what an assistant said, for losses on these tokens alone. A content is a text, or a list
+# of parts of type text, as servers write them; `developer` is a newer name of the system's role.
 CHAT_TEMPLATE = (
     "{%- macro text_of(content) -%}"
     "{%- if content is string -%}{{- content -}}"
@@ -63,8 +63,8 @@ def build_byte_tokenizer(chat: bool = True) -> PreTrainedTokenizerFast:
     package.
 
     Args:
-        chat: whether it has a chat template. Tokenizers of encoders should have none: sentence-transformers writes every
-            text as a chat where there is one.
+        chat: whether it has a chat template. Tokenizers of encoders should have none: sentence-transformers writes
+            every text as a chat where there is one.
     """
     backend = Tokenizer(models.BPE(vocab={symbol: byte for byte, symbol in enumerate(_byte_symbols())}, merges=[]))
     # Without the regular expression a text is one piece, and no blank is treated specially.

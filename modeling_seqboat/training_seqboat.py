@@ -1,7 +1,7 @@
 """Training helpers: which parameters decay, and what the routers do. Nothing here is needed to run a model.
 
-Parts of a model are recognised by class and parameter name, so that the helpers also serve a model whose code came with
-its checkpoint (`trust_remote_code=True`), one wrapped by DDP, FSDP2 or torch.compile, and one with adapters.
+Parts of a model are recognised by class and parameter name, so that the helpers also serve a model whose code came
+with its checkpoint (`trust_remote_code=True`), one wrapped by DDP, FSDP2 or torch.compile, and one with adapters.
 """
 
 import re
@@ -150,8 +150,8 @@ class _ActivationCounter:
         return self._sums[layer]
 
     def take(self) -> tuple[list[int], Tensor]:
-        """Numbers of the layers that were run, and their (layers, 3) float64, the counts of all processes; every process
-        has to call it."""
+        """Numbers of the layers that were run, and their (layers, 3) float64, the counts of all processes; every
+        process has to call it."""
         layers = sorted(self._sums)
         if not layers:
             return [], torch.empty(0, 3, dtype=torch.float64)
@@ -205,27 +205,27 @@ class RouterMonitor(_Counting):
 
 
 class RouterBudget(_Counting):
-    """Holds a model's routers to the config's `router_target_rate` by moving their biases, in place of a term in the loss.
+    """Holds a model's routers to the config's `router_target_rate` by moving their biases, without a term in the loss.
 
     `step`, called after each optimiser step, moves the threshold of every router by
-    gain * (r - target), where r is the share of all real tokens that all layers together activated since the last call,
-    over micro-batches and processes. So layers may share the budget out among themselves, what they choose is learned from
-    the task's loss alone, and a step's parts add up exactly, however it is cut. With `router_target_scope` layer each
-    layer is held by its own rate.
+    gain * (r - target), where r is the share of all real tokens that all layers together activated since the last
+    call, over micro-batches and processes. So layers may share the budget out among themselves, what they choose is
+    learned from the task's loss alone, and a step's parts add up exactly, however it is cut. With
+    `router_target_scope` layer each layer is held by its own rate.
 
-    With scope `model`, a layer that comes within `floor` of activating nothing, or everything, is also pushed back: at the
-    very end as if its rate were off by 1, at `floor` not at all. Nothing else would reopen a layer that has shut, since
-    tokens that are not activated have no gradient.
+    With scope `model`, a layer that comes within `floor` of activating nothing, or everything, is also pushed back: at
+    the very end as if its rate were off by 1, at `floor` not at all. Nothing else would reopen a layer that has shut,
+    since tokens that are not activated have no gradient.
 
-    Nothing else is kept from step to step, so that a checkpoint of the parameters is all that a resumed run needs. While
-    a budget is attached, the loss has no term for the rate and `router_penalty` is None. `close` takes it off.
+    Nothing else is kept from step to step, so that a checkpoint of the parameters is all that a resumed run needs.
+    While a budget is attached, the loss has no term for the rate and `router_penalty` is None. `close` takes it off.
 
     Args:
-        model: with trainable routers, before or after it is wrapped by DDP or FSDP2. DeepSpeed keeps parameters of its own,
-            which would undo the moves.
-        gain: move of a step, in units of the two logits' difference, for a rate that is off by 1. The loss pushes back: the
-            rate settles where both are even, nearer to the target with more gain or a lower rate of the routers.
-        floor: layers are kept from rates below it and above 1 - floor; 0 for no such limit. Less for a target near 0 or 1.
+        model: with trainable routers, before or after it is wrapped by DDP or FSDP2. DeepSpeed keeps parameters of its
+            own, which would undo the moves.
+        gain: move of a step, in units of the two logits' difference, for a rate that is off by 1. The loss pushes
+            back: the rate settles where both are even, nearer to the target with more gain or slower routers.
+        floor: layers are kept from rates below it and above 1 - floor; 0 for no such limit. Less for targets near these.
 
     Raises:
         ValueError: if the config has no `router_target_rate`, or routers have no bias that can be moved (other router
@@ -251,7 +251,7 @@ class RouterBudget(_Counting):
 
     @torch.no_grad()
     def step(self) -> None:
-        """Moves the biases by what was counted since the last call; every process has to call it. It waits for nothing."""
+        """Moves the biases by what was counted since the last call; every process has to call it."""
         layers, table = self._counter.take()
         if not layers:
             return
@@ -394,15 +394,14 @@ class _BudgetCallback(TrainerCallback):
 
 class SeqBoatTrainerMixin:
     """Gives a Trainer the right weight decay: `class MyTrainer(SeqBoatTrainerMixin, SFTTrainer): pass`. The argument
-    `use_liger_kernel` sets the config's `loss_implementation`. Where the loss is not the model's own (SFTTrainer's, one of
-    `compute_loss_func`, label smoothing), the pull to `router_target_rate` is added to it.
+    `use_liger_kernel` sets the config's `loss_implementation`. Where the loss is not the model's own (SFTTrainer's,
+    one of `compute_loss_func`, label smoothing), the pull to `router_target_rate` is added to it.
 
     Args:
         cuda_graphs: run forward and backward of a batch as one CUDA graph (`GraphedStep`): with one GPU a process, in
-            float32 or bf16, where batches are of one shape. The loss is the model's own, whatever `compute_loss` is, and
-            a mean over the batch's labels.
-        router_gain: hold the routers to the config's `router_target_rate` by a `RouterBudget` of this gain, in place of a
-            term in the loss.
+            float32 or bf16, where batches are of one shape. The loss is the model's own, whatever `compute_loss` is,
+            and a mean over the batch's labels.
+        router_gain: hold the routers to the config's `router_target_rate` by a `RouterBudget` of this gain.
     """
 
     def __init__(self, *args, cuda_graphs: bool = False, router_gain: float | None = None, **kwargs):

@@ -67,8 +67,8 @@ def _chunk(
     length, chunk, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, UNROLL: tl.constexpr,
     DIRECTION: tl.constexpr,
 ):
-    """A program's chunk: its number among all rows' chunks, its channels and states, where its first token lies among all
-    B * L and where that token's channels do, how many tokens it has, and how many of them come UNROLL at a time."""
+    """A program's chunk: its number among all rows' chunks, its channels and states, where its first token lies among
+    all B * L and where that token's channels do, how many tokens it has, and how many come UNROLL at once."""
     index, row = tl.program_id(1), tl.program_id(2)
     slot = row.to(tl.int64) * tl.num_programs(1) + index
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -391,7 +391,8 @@ def _output_kernel(
         i += 1
     if tl.program_id(1) == tl.num_programs(1) - 1:
         gain = tl.load(pack_ptr + 2 * N * D + _tile_offsets(d, n, D, N))
-        tl.store(final_ptr + _state_offsets(tl.program_id(2), d, n, D, N), gain * z, mask=inside[:, None] & (n < N)[None, :])
+        final_ptr += _state_offsets(tl.program_id(2), d, n, D, N)
+        tl.store(final_ptr, gain * z, mask=inside[:, None] & (n < N)[None, :])
 
 
 @jit

@@ -39,8 +39,8 @@ def interpreted() -> bool:
 def first_derivative_only(backward: Callable) -> Callable:
     """For the backward of an autograd function that is not differentiable itself.
 
-    torch's `once_differentiable` lets `torch.autograd.grad` with respect to an input pass by what is missing, and gives
-    a wrong number; this one raises RuntimeError.
+    torch's `once_differentiable` lets `torch.autograd.grad` with respect to an input pass by what is missing, and
+    gives a wrong number; this one raises RuntimeError.
     """
 
     @functools.wraps(backward)
@@ -48,8 +48,8 @@ def first_derivative_only(backward: Callable) -> Callable:
         # Under `create_graph=True` alone a backward runs with gradients.
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError(
-                "SeqBoat has first derivatives only: create_graph=True, which asks for a graph of the gradients, is not "
-                "supported by its recurrence and attention"
+                "SeqBoat has first derivatives only: create_graph=True, which asks for a graph of the gradients, is "
+                "not supported by its recurrence and attention"
             )
         return backward(ctx, *grads)
 

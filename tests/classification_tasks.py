@@ -100,7 +100,8 @@ WRITERS = {
 
 def run(recipe, output, overrides=None, **settings):
     settings = {
-        "output_dir": output, "config_overrides": json.dumps(TINY | (overrides or {})), "max_steps": 2, "eval_steps": 1,
+        "output_dir": output, "config_overrides": json.dumps(TINY | (overrides or {})), "max_steps": 2,
+        "eval_steps": 1,
         "batch_size": 4, "eval_batch_size": 4, "gradient_accumulation_steps": 1, "validation_size": 4,
         "warmup_steps": 1, "logging_steps": 1, "use_cpu": True, **settings,
     }  # fmt: skip

@@ -3,7 +3,8 @@
 import importlib.util
 import os
 
-# The models here are tiny: one thread is faster than two, and threads that wait for work would slow a busy machine down.
+# The models here are tiny: one thread is faster than two, and threads that wait for work would slow a busy machine
+# down.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # What reaches a kernel is checked here, and not in a user's process.

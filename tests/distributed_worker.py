@@ -1,9 +1,9 @@
 """Started by test_distributed.py through `accelerate launch`: trains a few steps while the processes' routers activate
-nothing, about half and everything, and compares each step with one process that sees all the data. A `RouterBudget` holds
-the rate of all processes together; Muon takes the place of SGD where parameters are whole. All in float64.
+nothing, about half and everything, and compares each step with one process that sees all the data. A `RouterBudget`
+holds the rate of all processes together; Muon takes the place of SGD where parameters are whole. All in float64.
 
-Usage: distributed_worker.py REPORT.json, or distributed_worker.py train_lm FLAGS for examples/train_lm.py with FSDP2 on
-the CPU.
+Usage: distributed_worker.py REPORT.json, or distributed_worker.py train_lm FLAGS for examples/train_lm.py with FSDP2
+on the CPU.
 """
 
 import copy
@@ -61,7 +61,8 @@ def make_optimizer(model: torch.nn.Module, sharded: bool) -> torch.optim.Optimiz
 
 def make_accelerator(**settings) -> Accelerator:
     """On the CPU Accelerate takes no notice of an FSDP config, though all that `prepare` does for FSDP2 runs there. So
-    its state is told by hand, as it tells itself on a GPU; the plugin reads what `accelerate launch` took from the yaml."""
+    its state is told by hand, as it tells itself on a GPU; the plugin reads what `accelerate launch` took from the
+    yaml."""
     accelerator = Accelerator(**{**settings, "cpu": True})
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
@@ -131,7 +132,8 @@ def run(path: str) -> None:
         with open(path, "w", encoding="utf-8") as file:
             json.dump(report, file)
     accelerator.wait_for_everyone()
-    # Wrapped by DDP, a model holds on to the process group, and were it the last to do so, PyTorch's gloo could deadlock.
+    # Wrapped by DDP, a model holds on to the process group, and were it the last to do so, PyTorch's gloo could
+    # deadlock.
     del model, plain, optimizer, monitor
     accelerator.free_memory()
     accelerator.end_training()

@@ -1,5 +1,6 @@
-"""Started by test_distributed.py under torchrun: graphed steps, emulated on the CPU, in processes whose routers activate now
-few, now all tokens, so that they capture and overflow at different steps; each step against one process with all data.
+"""Started by test_distributed.py under torchrun: graphed steps, emulated on the CPU, in processes whose routers
+activate now few, now all tokens, so that they capture and overflow at different steps; each step against one process
+with all data.
 
 Usage: graphed_worker.py REPORT.json
 """
@@ -69,7 +70,8 @@ def main(path: str) -> None:
         with open(path, "w", encoding="utf-8") as file:
             json.dump(reports, file)
     dist.barrier()
-    # Wrapped by DDP, a model holds on to the process group, and were it the last to do so, PyTorch's gloo could deadlock.
+    # Wrapped by DDP, a model holds on to the process group, and were it the last to do so, PyTorch's gloo could
+    # deadlock.
     del wrapped, step
     dist.destroy_process_group()
 

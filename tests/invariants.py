@@ -1,4 +1,5 @@
-"""What every kind of router and recurrence has to keep, as checks on one model: batches, packing, chunks, the cache."""
+"""What every kind of router and recurrence has to keep, as checks on one model: batches, packing, chunks, the
+cache."""
 
 import torch
 from helpers import assert_same_cache, cache_tensors, spread_row, token_ids

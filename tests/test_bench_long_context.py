@@ -40,7 +40,8 @@ def folder(tmp_path_factory):
 def arguments(folder, output, *more):
     return [
         str(folder), "--data", str(folder.parent / "text.txt"), "--contexts", "16", "300", "--blocks", "3",
-        "--block-bytes", "50", "--prompts", "20", "900", "--new-tokens", "12", "--chunk-size", "64", "--batch-size", "2",
+        "--block-bytes", "50", "--prompts", "20", "900", "--new-tokens", "12", "--chunk-size", "64", "--batch-size",
+        "2",
         "--device", "cpu", "--output", str(output), *more,
     ]  # fmt: skip
 

@@ -1,4 +1,5 @@
-"""The benchmark at toy size on the CPU: every part runs, nothing measured is lost, and targets are judged by their rows."""
+"""The benchmark at toy size on the CPU: every part runs, nothing measured is lost, and targets are judged by their
+rows."""
 
 import csv
 import sys
@@ -336,7 +337,8 @@ def test_graph_rows_measure_streams_of_fixed_capacity(bench, monkeypatch):
 
 
 def test_graph_rows_of_training_take_each_models_own_graph(bench, monkeypatch):
-    """Without a GPU the graphs are plain calls; what is looked at is which one a model gets, and with which attention."""
+    """Without a GPU the graphs are plain calls; what is looked at is which one a model gets, and with which
+    attention."""
     import workloads
 
     seen = []

@@ -99,7 +99,8 @@ def test_listops_generator_follows_the_published_rules(tmp_path):
 
 
 def components(lit):
-    """Numbers of the connected areas (8 neighbours) of an (H, W) bool picture, 0 where dark, and how many there are."""
+    """Numbers of the connected areas (8 neighbours) of an (H, W) bool picture, 0 where dark, and how many there
+    are."""
     found, count = np.zeros(lit.shape, dtype=int), 0
     for place in map(tuple, np.argwhere(lit)):
         if found[place]:

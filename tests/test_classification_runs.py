@@ -313,7 +313,8 @@ def test_tasks_that_outlast_their_limit_are_ended(tmp_path):
         "quick": ["-c", "print('done')"],
         "stuck": [
             "-c",
-            "import pathlib, sys, time; pathlib.Path(sys.argv[1]).write_text('{}'); print('over', flush=True); time.sleep(60)",
+            "import pathlib, sys, time; pathlib.Path(sys.argv[1]).write_text('{}'); print('over', flush=True); "
+            "time.sleep(60)",
             str(tmp_path / "stuck/results.json"),
         ],
     }
@@ -377,7 +378,8 @@ def test_a_report_reads_archives_of_anybody(tmp_path):
         (dict(task="/tmp/x"), "task='/tmp/x' is none of text"), (dict(task="../text"), "is none of"),
         (dict(task=5), "task=5 is none of"), (dict(task=["text"]), "is none of"),
         (dict(files=[("text/activations.png", b"<script>")]), "is no PNG picture"),
-        (dict(device="<script>"), "where a plain line should be"), (dict(command="a\n# b"), "where a plain line should be"),
+        (dict(device="<script>"), "where a plain line should be"),
+        (dict(command="a\n# b"), "where a plain line should be"),
         (dict(steps="2"), "where a number should be"), (dict(activation_rate_by_layer=[None]), "a number should be"),
         (dict(minutes=float("nan")), "a number should be"), (dict(rows=[]), "are not what train.py writes"),
     ]  # fmt: skip

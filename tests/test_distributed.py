@@ -1,5 +1,5 @@
-"""Several processes over gloo, started by `accelerate launch` with the shipped configs: routers at 0, 50 and 100 % finish
-under DDP and FSDP2 with the gradients of a single process."""
+"""Several processes over gloo, started by `accelerate launch` with the shipped configs: routers at 0, 50 and 100 %
+finish under DDP and FSDP2 with the gradients of a single process."""
 
 import json
 import os
@@ -100,7 +100,8 @@ def test_fine_tuning_with_trainer_shares_the_work(tmp_path):
     for config, processes in (("cpu.yaml", 1), ("ddp_cpu.yaml", 2)):
         output = tmp_path / config
         launch(
-            config, processes, str(ROOT / "examples/finetune_trainer.py"), str(ROOT / "configuration/recipes/gsm8k.yaml"),
+            config, processes, str(ROOT / "examples/finetune_trainer.py"),
+            str(ROOT / "configuration/recipes/gsm8k.yaml"),
             "--model", str(model), "--max_steps", "3", "--per_device_train_batch_size", str(4 // processes),
             "--sequence_length", "300", "--validation_fraction", "0.02", "--eval_strategy", "no", "--save_strategy",
             "no", "--lr_scheduler_type", "constant", "--warmup_steps", "0", "--output_dir", str(output),

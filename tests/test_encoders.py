@@ -37,9 +37,11 @@ def test_published_encoder_reproduces_its_logits(name):
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     model = classifier(
         input_type="tokens" if name == "text" else "values", vocab_size=kind["vocab"] or 264, norm_type=kind["norm"],
-        norm_first=kind["prenorm"], attention_activation=kind["attention_activation"], position_embedding_type="simple",
+        norm_first=kind["prenorm"], attention_activation=kind["attention_activation"],
+        position_embedding_type="simple",
         add_absolute_positions=kind["absolute_positions"], max_position_embeddings=kind["max_positions"],
-        classifier_hidden_size=kind["classifier_hidden"], final_norm_affine=True, pad_token_id=1, bos_token_id=0, eos_token_id=2,
+        classifier_hidden_size=kind["classifier_hidden"], final_norm_affine=True, pad_token_id=1, bos_token_id=0,
+        eos_token_id=2,
     )  # fmt: skip
     renamed = {}
     for key, value in weights.items():
@@ -50,8 +52,10 @@ def test_published_encoder_reproduces_its_logits(name):
             continue
         for old, new in (
             ("embed_tokens.embed.", "embed_tokens."), ("pos_emb.", "absolute_positions."), ("move.", "ssm."),
-            ("mega_layer.gamma", "mega_layer.attention.qk_scale"), ("mega_layer.beta", "mega_layer.attention.qk_offset"),
-            ("rel_pos_bias.rel_pos_bias", "attention.position_bias.weight"), ("q_router.temp", "router.log_temperature"),
+            ("mega_layer.gamma", "mega_layer.attention.qk_scale"),
+            ("mega_layer.beta", "mega_layer.attention.qk_offset"),
+            ("rel_pos_bias.rel_pos_bias", "attention.position_bias.weight"),
+            ("q_router.temp", "router.log_temperature"),
             ("mx_proj", "attention.in_proj"), ("h_proj", "attention.out_proj"), ("mega_layer.", ""),
             ("classifier.0.0.", "classifier.dense."), ("sentence_projection_layer.", "classifier.output."),
         ):  # fmt: skip

@@ -1,5 +1,5 @@
-"""Fine-tuning with the Trainer in a short mode on real text and real instructions: the loss falls, a resumed run ends in
-the weights of an uninterrupted one, packing equals padding, and bad input is refused before training starts."""
+"""Fine-tuning with the Trainer in a short mode on real text and real instructions: the loss falls, a resumed run ends
+in the weights of an uninterrupted one, packing equals padding, and bad input is refused before training starts."""
 
 import json
 import sys
@@ -159,11 +159,13 @@ def test_numbers_out_of_range_are_refused_by_name(tmp_path, example, model):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"\xff\n", "line 1 of .* is no UTF-8"), (b'{"question": "a", "answer": "b"}\n[1]\n', "line 2 of .* it holds a list"),
+        (b"\xff\n", "line 1 of .* is no UTF-8"),
+        (b'{"question": "a", "answer": "b"}\n[1]\n', "line 2 of .* it holds a list"),
         (b"5\n", "line 1 of .* must hold a JSON object, it holds a int"), (b"[" * 50_000, "line 1 of .* is no JSON"),
         (b'{"question": 5, "answer": "b"}\n', "line 1 of .*: 'question' must be a text, got 5"),
         (b'{"question": null, "answer": "b"}\n', "must be a text, got None"),
-        (b'{"messages": "x"}\n', "line 1 of .*'messages' must be a list"), (b'{"messages": [1]}\n', "a message must hold"),
+        (b'{"messages": "x"}\n', "line 1 of .*'messages' must be a list"),
+        (b'{"messages": [1]}\n', "a message must hold"),
         (b'{"messages": [{"role": "user", "content": null}]}\n', "line 1 of .* a message must hold"),
     ],
 )  # fmt: skip

@@ -1,5 +1,5 @@
-"""Files of anybody: 2,000 mutations each of what the readers read end in what was written, in something valid, or in the
-documented error."""
+"""Files of anybody: 2,000 mutations each of what the readers read end in what was written, in something valid, or in
+the documented error."""
 
 import copy
 import importlib
@@ -28,7 +28,8 @@ ROOT = Path(__file__).resolve().parent.parent
 COUNT = 2_000
 # What stands where a value of JSON stood.
 VALUES = (
-    None, True, False, 0, 1, -1, 7, 2**31, 10**30, 0.5, -0.0, float("nan"), float("inf"), "", "x", "../../x", "1", "\ud800",
+    None, True, False, 0, 1, -1, 7, 2**31, 10**30, 0.5, -0.0, float("nan"), float("inf"), "", "x", "../../x", "1",
+    "\ud800",
     [], [1], [[]], {}, {"a": 1}, [None], {"": None}, "\u202e", "a" * 5000,
 )  # fmt: skip
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -145,7 +146,8 @@ def test_saved_caches(tmp_path):
         old = tensors[name]
         changed[name] = rng.choice(
             (
-                old.double(), old.half(), old.to(torch.int8), old.flatten(), old[:1].clone(), old[:0].clone(), old - 50,
+                old.double(), old.half(), old.to(torch.int8), old.flatten(), old[:1].clone(), old[:0].clone(),
+                old - 50,
                 torch.full_like(old, float("nan")) if old.is_floating_point() else -old - 1, old.new_zeros(()),
             )
         )  # fmt: skip
@@ -175,9 +177,11 @@ def test_published_checkpoints(tmp_path):
     def tensor_like(old):
         return rng.choice(
             (
-                old.double(), old.half(), old.to(torch.int32), old.to(torch.complex64), old.flatten(), old[:0], old.new_zeros(()),
+                old.double(), old.half(), old.to(torch.int32), old.to(torch.complex64), old.flatten(), old[:0],
+                old.new_zeros(()),
                 old.to_sparse(), torch.full_like(old, float("nan")), old.t() if old.ndim == 2 else old, old.to("meta"),
-                torch.zeros(1).expand(10**5, 10**5), torch.zeros(old.shape, dtype=torch.bool), old.to(torch.float8_e4m3fn),
+                torch.zeros(1).expand(10**5, 10**5), torch.zeros(old.shape, dtype=torch.bool),
+                old.to(torch.float8_e4m3fn),
             )
         )  # fmt: skip
 
@@ -213,7 +217,8 @@ def test_published_checkpoints(tmp_path):
 
 
 def test_configs(tmp_path):
-    """Read by SeqBoatConfig (OSError says that a file is no JSON), by `hub_upload build` and by the scripts that resume."""
+    """Read by SeqBoatConfig (OSError says that a file is no JSON), by `hub_upload build` and by the scripts that
+    resume."""
     rng = random.Random(2)
     SeqBoatForCausalLM(SeqBoatConfig.from_preset("tiny")).save_pretrained(tmp_path)
     path = tmp_path / "config.json"

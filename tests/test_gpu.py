@@ -17,7 +17,8 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 def build(seed=0, **overrides):
     torch.manual_seed(seed)
     fields = {
-        "hidden_size": 88, "num_hidden_layers": 3, "state_size": 16, "qk_head_dim": 32, "v_head_dim": 176, "memory_size": 64,
+        "hidden_size": 88, "num_hidden_layers": 3, "state_size": 16, "qk_head_dim": 32, "v_head_dim": 176,
+        "memory_size": 64,
     }  # fmt: skip
     model = SeqBoatForCausalLM(SeqBoatConfig(**(fields | overrides))).eval().cuda()
     with torch.no_grad():

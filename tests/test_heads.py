@@ -178,9 +178,11 @@ def test_pictures_are_read_row_by_row():
         (lambda: head("ImageClassification", input_type="tokens"), "input_type='values', got input_type='tokens'"),
         (lambda: head("AudioClassification", input_type="tokens"), "input_type='values', got input_type='tokens'"),
         (lambda: head("AudioClassification", pair_features="nli"), "pair_features must be 'none', got 'nli'"),
-        (lambda: head("AudioClassification")(input_values=values(2, 1, 9)), r"input_values must be of shape .*\(2, 1, 9\)"),
+        (lambda: head("AudioClassification")(input_values=values(2, 1, 9)),
+         r"input_values must be of shape .*\(2, 1, 9\)"),
         (lambda: head("MaskedLM", bidirectional=False), "bidirectional=True, got bidirectional=False"),
-        (lambda: head("QuestionAnswering")(token_ids(1, 5), start_positions=torch.tensor([1])), "end_positions is mis"),
+        (lambda: head("QuestionAnswering")(token_ids(1, 5), start_positions=torch.tensor([1])),
+         "end_positions is mis"),
         (lambda: head("TokenClassification")(token_ids(1, 5), output_attentions=True), "output_attentions"),
     ],
 )  # fmt: skip

@@ -18,7 +18,8 @@ from modeling_seqboat.kernels_seqboat import OPS, explain, requested_backend, se
 def model(**overrides):
     torch.manual_seed(0)
     fields = {
-        "hidden_size": 24, "num_hidden_layers": 2, "state_size": 4, "qk_head_dim": 16, "v_head_dim": 40, "memory_size": 8,
+        "hidden_size": 24, "num_hidden_layers": 2, "state_size": 4, "qk_head_dim": 16, "v_head_dim": 40,
+        "memory_size": 8,
     }  # fmt: skip
     built = SeqBoatForCausalLM(SeqBoatConfig(**(fields | overrides)))
     with torch.no_grad():

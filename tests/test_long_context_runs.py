@@ -242,7 +242,8 @@ def test_models_that_are_compared_are_of_one_size(train, kind):
 
 
 EASY = [*TINY, "--start_length", "20", "--stop_length", "30", "--batch_size", "4", "--good", "0.01", "--bad", "0.0",
-        "--window", "1", "--eval_texts", "2", "--logging_steps", "4", "--eval_steps", "10", "--save_steps", "4"]  # fmt: skip
+        "--window", "1", "--eval_texts", "2", "--logging_steps", "4", "--eval_steps", "10", "--save_steps",
+        "4"]  # fmt: skip
 
 
 @pytest.mark.parametrize(

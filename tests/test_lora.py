@@ -225,7 +225,8 @@ def test_a_stopped_training_keeps_its_adapter(tmp_path, example, monkeypatch):
     monkeypatch.setattr(example.RunTrainer, "training_step", interrupted)
     report = example.main([
         "--model", str(tmp_path / "model"), "--train_file", str(ROOT / "examples/data/tinyshakespeare.txt"),
-        "--max_bytes", "4000", "--sequence_length", "64", "--max_steps", "10", "--batch_size", "2", "--use_cpu", "True",
+        "--max_bytes", "4000", "--sequence_length", "64", "--max_steps", "10", "--batch_size", "2", "--use_cpu",
+        "True",
         "--output_dir", str(tmp_path / "adapter"),
     ])  # fmt: skip
     assert report["steps"] == 3

@@ -1,4 +1,5 @@
-"""The picture and the table of several pretraining runs, and the numbers that the pages quote from the recorded ones."""
+"""The picture and the table of several pretraining runs, and the numbers that the pages quote from the recorded
+ones."""
 
 import json
 from pathlib import Path

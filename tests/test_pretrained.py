@@ -1,4 +1,5 @@
-"""The model in the box: what its card says of it is so, it writes text, its attention is on, and it can be published."""
+"""The model in the box: what its card says of it is so, it writes text, its attention is on, and it can be
+published."""
 
 import re
 import sys
@@ -69,7 +70,8 @@ def test_continues_text_by_words(model):
     written = tokenizer.decode(new, skip_special_tokens=True)
     assert written.count("\N{REPLACEMENT CHARACTER}") <= 0.02 * len(written)
     words = re.findall(r"[A-Za-z]{4,}", written)
-    # Half of the long words in one part of the excerpt occur in the rest; of letters put together at random, hardly any.
+    # Half of the long words in one part of the excerpt occur in the rest; of letters put together at random, hardly
+    # any.
     assert len(words) >= 15 and sum(word in known for word in words) >= 0.4 * len(words), written
 
 

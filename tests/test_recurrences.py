@@ -1,5 +1,5 @@
-"""A recurrence of one's own: what the protocol asks for is enough for batches, packing, chunks and rollback, also where
-gates depend on the input, as in no recurrence of the package."""
+"""A recurrence of one's own: what the protocol asks for is enough for batches, packing, chunks and rollback, also
+where gates depend on the input, as in no recurrence of the package."""
 
 import functools
 
@@ -15,7 +15,8 @@ from modeling_seqboat.ssm_seqboat import Recurrence, register_recurrence
 
 
 def gated_average(gate, x, real, reset, state, history=None):
-    """s_t = a_t*s_{t-1} + (1 - a_t)*x_t with a_t = sigmoid(gate*x_t), column by column; y_t = s_t, and the last state."""
+    """s_t = a_t*s_{t-1} + (1 - a_t)*x_t with a_t = sigmoid(gate*x_t), column by column; y_t = s_t, and the last
+    state."""
     ys, wide = [], x.to(state.dtype)
     for t in range(x.shape[1]):
         is_real = torch.ones_like(x[:, t, :1], dtype=torch.bool) if real is None else real[:, t, None]

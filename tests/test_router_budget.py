@@ -1,4 +1,5 @@
-"""A budget for the whole model: `RouterBudget` holds the rate by the routers' biases, exactly however a step is cut (P22)."""
+"""A budget for the whole model: `RouterBudget` holds the rate by the routers' biases, exactly however a step is cut
+(P22)."""
 
 import copy
 

@@ -150,8 +150,8 @@ def test_many_rows_of_one_query_in_a_block(small_blocks):
 @pytest.mark.parametrize("activation", ["softmax", "relu2"])
 @pytest.mark.parametrize(("copies", "entries"), [(64, 2**17), (3, 2**17), (64, 1)])
 def test_bias_table(activation, dtype, copies, entries, small_blocks, monkeypatch):
-    """Offsets beyond the table take its ends; places have gaps and start again in each row. The sums do not depend on how
-    many tables they are collected in."""
+    """Offsets beyond the table take its ends; places have gaps and start again in each row. The sums do not depend on
+    how many tables they are collected in."""
     monkeypatch.setattr(triton_attention_seqboat, "_MOST_COPIES", copies)
     monkeypatch.setattr(triton_attention_seqboat, "_COPIED_ENTRIES", entries)
     window = 20

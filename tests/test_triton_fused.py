@@ -142,7 +142,8 @@ def test_gated_unit_of_nothing():
     leaves = [torch.zeros(*shape, device=DEVICE, requires_grad=True) for shape in ((0, 96), (2, 16), (2, 16), (9,))]
     nothing = torch.zeros(0, dtype=torch.long, device=DEVICE)
     out, keys, values = gated_unit_triton(
-        *leaves[:3], nothing, nothing, keep=True, attention="softmax", attention_scale=1.0, bias_table=leaves[3], q_place=nothing,
+        *leaves[:3], nothing, nothing, keep=True, attention="softmax", attention_scale=1.0, bias_table=leaves[3],
+        q_place=nothing,
         k_place=nothing, max_keys=9,
     )  # fmt: skip
     assert (out.shape, keys.shape, values.shape) == ((0, 40), (0, 16), (0, 40))

@@ -31,8 +31,10 @@ def make_trainer(folder, monkeypatch, **changes) -> PackingTrainer:
     prompts = [{"prompt": [{"role": "user", "content": row["question"][:60]}],
                 "completion": [{"role": "assistant", "content": row["answer"][:60]}]} for row in rows]  # fmt: skip
     settings = dict(
-        output_dir=str(folder / "run"), max_steps=20, per_device_train_batch_size=2, learning_rate=1e-2, max_length=256,
-        packing=True, weight_decay=0.1, logging_steps=1, save_strategy="no", report_to="none", use_cpu=True, bf16=False,
+        output_dir=str(folder / "run"), max_steps=20, per_device_train_batch_size=2, learning_rate=1e-2,
+        max_length=256,
+        packing=True, weight_decay=0.1, logging_steps=1, save_strategy="no", report_to="none", use_cpu=True,
+        bf16=False,
         disable_tqdm=True, lr_scheduler_type="constant",
     )  # fmt: skip
     return PackingTrainer(

@@ -1,5 +1,5 @@
-"""A truncated EMA stays cut, however long the text: its state is made anew from the inputs that it stands for, in a long
-forward, over chunks and while decoding (P9, P18)."""
+"""A truncated EMA stays cut, however long the text: its state is made anew from the inputs that it stands for, in a
+long forward, over chunks and while decoding (P9, P18)."""
 
 import copy
 

@@ -1,6 +1,7 @@
 """Random variants of training rows, drawn for a whole batch on the device it lies on.
 
-They read the generator that a checkpoint keeps, so that a resumed run draws what an uninterrupted one would have drawn.
+They read the generator that a checkpoint keeps, so that a resumed run draws what an uninterrupted one would have
+drawn.
 Letters: B rows, H and W height and width of a picture, L samples.
 """
 
@@ -19,7 +20,8 @@ NOISE = 0.05
 
 
 def vary_pictures(pictures: Tensor) -> Tensor:
-    """(B, 1, H, W), each mirrored left to right in half of the cases and moved by up to 2 pixels; edges are repeated."""
+    """(B, 1, H, W), each mirrored left to right in half of the cases and moved by up to 2 pixels; edges are
+    repeated."""
     batch, _, height, width = pictures.shape
     device = pictures.device
     down, right = torch.randint(-SHIFT, SHIFT + 1, (2, batch, 1), device=device).unbind()

@@ -68,7 +68,8 @@ def encode(text: str) -> list[int]:
 def random_trees(
     rng: np.random.Generator, count: int = BLOCK, lengths: tuple[int, int] | None = None
 ) -> Iterator[np.ndarray]:
-    """Those of `count` random trees whose length is within the limits (exclusive; default LENGTHS), as token ids (uint8).
+    """Those of `count` random trees whose length is within the limits (exclusive; default LENGTHS), as token ids
+    (uint8).
 
     The root is an operator at depth 1; below, a node is an operator with probability 0.25, and at depth 10 always a
     digit. All trees grow together, level by level: one at a time would take hours for a whole data set.
@@ -135,7 +136,8 @@ def generate(seed: int, count: int, lengths: tuple[int, int] | None = None) -> d
 def load(
     folder: Path, seed: int, count: int, lengths: tuple[int, int] | None = None
 ) -> tuple[list[np.ndarray], np.ndarray]:
-    """Trees and labels, generated into `folder` the first time; lengths (exclusive) other than the task's are named."""
+    """Trees and labels, generated into `folder` the first time; lengths (exclusive) other than the task's are
+    named."""
     which = "" if lengths is None else f"-lengths{lengths[0]}-{lengths[1]}"
     arrays = cached(folder / f"listops-seed{seed}-{count}{which}.npz", lambda: generate(seed, count, lengths))
     borders = np.cumsum(arrays["lengths"])[:-1]

@@ -167,7 +167,8 @@ def _grow(rng: np.random.Generator, taken: np.ndarray, dashes: int, dots: bool, 
 
 
 def draw(rng: np.random.Generator, count: int, drawing: Drawing | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Up to `count` pictures (B, H, W) uint8 and labels (B,) int64; pictures without room for all snakes are left out."""
+    """Up to `count` pictures (B, H, W) uint8 and labels (B,) int64; pictures without room for all snakes are left
+    out."""
     d = drawing or Drawing()
     if d.margin > 1 or d.thickness * d.antialias > 1:
         raise ValueError(

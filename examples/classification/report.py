@@ -2,8 +2,8 @@
 
     python examples/classification/report.py tasks.tar.gz [MORE.tar.gz] --page docs/classification.md
 
-The table stands between two comment lines of the page; what is written around them stays. Of a task in several files the
-last one counts.
+The table stands between two comment lines of the page; what is written around them stays. Of a task in several files
+the last one counts.
 """
 
 import argparse
@@ -32,7 +32,8 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def read(paths: list[Path]) -> tuple[dict[str, dict], dict[str, dict[str, bytes]]]:
-    """Results and pictures by task. Raises ValueError where a file holds no summary, a task that there is not, or none that
+    """Results and pictures by task. Raises ValueError where a file holds no summary, a task that there is not, or none
+    that
     ended well: tasks name files, so that only known ones are taken."""
     results, pictures = {}, {}
     for path in paths:
@@ -116,7 +117,8 @@ def _checked(found: object, task: str) -> dict:
 def table(results: dict[str, dict], folder: str) -> str:
     """Markdown: a row a task, then each one's command and pictures. `folder`: of the pictures, seen from the page."""
     lines = [
-        "| task | test accuracy | validation | steps (best) | minutes | tokens/s | activated % by layer | parameters | device |",
+        "| task | test accuracy | validation | steps (best) | minutes | tokens/s | activated % by layer | parameters "
+        "| device |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for task in [task for task in TITLES if task in results]:
@@ -124,8 +126,8 @@ def table(results: dict[str, dict], folder: str) -> str:
         rates = " ".join(f"{100 * rate:.0f}" for rate in found["activation_rate_by_layer"])
         lines.append(
             f"| {TITLES[task]} | {found['test_accuracy']:.1%} | {found['validation_accuracy']:.1%} | "
-            f"{found['steps']:,} ({found['best_step']:,}) | {found['minutes']:.1f} | {found['tokens_per_second']:,.0f} | "
-            f"{rates} | {found['parameters']:,} | {found['device']} |"
+            f"{found['steps']:,} ({found['best_step']:,}) | {found['minutes']:.1f} | "
+            f"{found['tokens_per_second']:,.0f} | {rates} | {found['parameters']:,} | {found['device']} |"
         )
     for task in [task for task in TITLES if task in results]:
         found = results[task]
@@ -148,8 +150,8 @@ def table(results: dict[str, dict], folder: str) -> str:
 
 
 def write_page(page: Path, results: dict[str, dict], pictures: dict[str, dict[str, bytes]]) -> None:
-    """Puts the table between the page's marks (a new page gets a title and them), the pictures into images/ and the results
-    as they are into a .json of the page's name."""
+    """Puts the table between the page's marks (a new page gets a title and them), the pictures into images/ and the
+    results as they are into a .json of the page's name."""
     folder = page.parent / "images/classification"
     text = page.read_text(encoding="utf-8") if page.is_file() else f"# Classification results\n\n{BEGIN}\n{END}\n"
     head, found, rest = text.partition(BEGIN)

@@ -141,7 +141,8 @@ def run_all(commands: dict[str, list[str]], output: Path, limit: float | None) -
 
 
 def summarise(commands: dict[str, list[str]], codes: dict[str, int], output: Path, began: float) -> list[dict]:
-    """One entry a task: the results that it wrote since `began` (seconds, as files have it), or the end of what it printed.
+    """One entry a task: the results that it wrote since `began` (seconds, as files have it), or the end of what it
+    printed.
 
     Results are the last that a task writes: one that was ended after that has not failed.
     """
@@ -165,8 +166,8 @@ def print_table(summary: list[dict]) -> None:
             continue
         rates = " ".join(f"{100 * rate:.0f}" for rate in found["activation_rate_by_layer"])
         print(
-            f"{entry['task']}: test {found['test_accuracy']:.2%}, validation {found['validation_accuracy']:.2%} at step "
-            f"{found['best_step']} of {found['steps']}, {found['minutes']:.1f} min, "
+            f"{entry['task']}: test {found['test_accuracy']:.2%}, validation {found['validation_accuracy']:.2%} at "
+            f"step {found['best_step']} of {found['steps']}, {found['minutes']:.1f} min, "
             f"{found['tokens_per_second']:,.0f} tokens/s, activated % by layer: {rates}"
         )
         print(f"    {entry['command']}")

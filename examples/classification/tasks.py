@@ -48,10 +48,12 @@ SOURCES = {
     "--data_path PIXELS --labels_path LABELS",
     "listops": "generated data: give --data_path FOLDER, where they are kept after the first run",
     "pathfinder": "generated data: give --data_path FOLDER, where they are kept after the first run",
-    "retrieval": "any set of text pairs, a .csv, .tsv or .jsonl file with two columns of texts (plain, .gz or .xz; the "
-    "published task pairs papers of the ACL Anthology Network, which its owners give out on request): give --data_path "
-    "FILE, and --first_column, --second_column and --label_column where the first two columns are not meant",
-    "speech": "recordings of Speech Commands v0.02 (https://arxiv.org/abs/1804.03209), packed by numpy.savez as `audio` "
+    "retrieval": "any set of text pairs, a .csv, .tsv or .jsonl file with two columns of texts (plain, .gz or .xz; "
+    "the published task pairs papers of the ACL Anthology Network, which its owners give out on request): give "
+    "--data_path FILE, and --first_column, --second_column and --label_column where the first two columns are not "
+    "meant",
+    "speech": "recordings of Speech Commands v0.02 (https://arxiv.org/abs/1804.03209), packed by numpy.savez as "
+    "`audio` "
     "(recordings, samples) int16 at 16 kHz, `label`, `is_test` and `words` (plain, .gz or .xz): give --data_path FILE",
 }
 
@@ -75,7 +77,8 @@ class DataArguments:
     easy_rows: int = field(
         default=0,
         metadata={
-            "help": "training rows more that are easier than the task's. pathfinder: contours of 4, 7 or 10 dashes instead of "
+            "help": "training rows more that are easier than the task's. pathfinder: contours of 4, 7 or 10 dashes "
+            "instead of "
             "14; listops: trees of 10 to 500 tokens"
         },
     )
@@ -103,17 +106,19 @@ class Rows(Dataset):
 
 
 class EpochOrder(Sampler[int]):
-    """Row numbers of an epoch: at random, in batches of rows of like length if there are lengths, easy rows first if asked.
+    """Row numbers of an epoch: at random, in batches of rows of like length if there are lengths, easy rows first if
+    asked.
 
-    The order depends on the seed and the epoch alone, so a resumed run reads what an uninterrupted one would have read.
+    The order depends on the seed and the epoch alone, so a resumed run reads what an uninterrupted one would have
+    read.
 
     Args:
         count: rows.
         batch_size: of all processes together, which take turns at batches.
         lengths: of each row, or None. Batches of like length have little padding; they come in random order.
         easy: that many rows at the end are easy ones.
-        easy_passes: how often the first epoch goes through them before it takes rows of all kinds, as many as are left of
-            an epoch's number.
+        easy_passes: how often the first epoch goes through them before it takes rows of all kinds, as many as are left
+            of an epoch's number.
     """
 
     POOL = 50
@@ -211,7 +216,8 @@ def stack_values(rows: list[dict]) -> dict[str, torch.Tensor]:
 
 
 def load_task(task: str, a: DataArguments, pad_id: int | None) -> TaskData:
-    """The data of one task. Raises ValueError and FileNotFoundError that say what is wrong and where data come from."""
+    """The data of one task. Raises ValueError and FileNotFoundError that say what is wrong and where data come
+    from."""
     loaders = {
         "text": load_text, "image": load_image, "listops": load_listops, "pathfinder": load_pathfinder,
         "retrieval": load_retrieval, "speech": load_speech,
@@ -241,7 +247,8 @@ def _arrays(task: str, path: Path) -> np.ndarray | dict[str, np.ndarray]:
         return found if isinstance(found, np.ndarray) else {name: found[name] for name in found.files}
     # A header of a size that no memory has is a MemoryError, one of no size at all an OverflowError or a SyntaxError.
     except (
-        ValueError, TypeError, OSError, EOFError, MemoryError, OverflowError, SyntaxError, KeyError, NotImplementedError,
+        ValueError, TypeError, OSError, EOFError, MemoryError, OverflowError, SyntaxError, KeyError,
+        NotImplementedError,
         zipfile.BadZipFile, zlib.error,
     ) as error:  # fmt: skip
         raise ValueError(f"task {task!r}: {str(path)!r} holds no numpy arrays ({error})") from error
@@ -303,7 +310,8 @@ def load_text(a: DataArguments, pad_id: int) -> TaskData:
 
     splits = _split(make, np.flatnonzero(~parts), np.flatnonzero(parts), a)
     return TaskData(
-        SeqBoatForSequenceClassification, collate=_pad_with(pad_id), processor=build_byte_tokenizer(chat=False), vocab_size=256,
+        SeqBoatForSequenceClassification, collate=_pad_with(pad_id), processor=build_byte_tokenizer(chat=False),
+        vocab_size=256,
         **splits,
     )  # fmt: skip
 
@@ -436,7 +444,8 @@ def read_pairs(path: Path, a: DataArguments) -> tuple[list[tuple[str, str]], lis
         for column in columns[:2]:
             if not isinstance(row[column], (str, type(None))):
                 raise ValueError(
-                    f"task 'retrieval': line {line} of {str(path)!r}: {column!r} must be a text, got {row[column]!r:.80}"
+                    f"task 'retrieval': line {line} of {str(path)!r}: {column!r} must be a text, got "
+                    f"{row[column]!r:.80}"
                 )
     pairs = [(row[columns[0]], row[columns[1]]) for row in rows]
     empty = next((i for i, pair in enumerate(pairs) if not all(pair)), None)
@@ -470,7 +479,8 @@ def load_retrieval(a: DataArguments, pad_id: int) -> TaskData:
         rng = np.random.default_rng([a.data_seed, 1])
         splits = {name: _with_random_pairs(rows.indices, encoded, rng) for name, rows in splits.items()}
     return TaskData(
-        SeqBoatForSequenceClassification, collate=_pad_with(pad_id), processor=build_byte_tokenizer(chat=False), vocab_size=256,
+        SeqBoatForSequenceClassification, collate=_pad_with(pad_id), processor=build_byte_tokenizer(chat=False),
+        vocab_size=256,
         **splits,
     )  # fmt: skip
 

@@ -4,8 +4,9 @@
         --data_path aclImdb_v1.tar.gz --output_dir outputs/lra-text
 
 Writes to `output_dir`: `checkpoint-N/` to resume from, `best/` (the model with the highest validation accuracy, ready
-for pipelines), `results.json`, `confusion_matrix.png` and `activations.png`. Ctrl-C, or SIGTERM, saves a checkpoint after the
-current step; interrupted in whatever way, it goes on from the last one with `--resume_from_checkpoint latest`. With `--max_minutes` it ends in time, the learning rate run down.
+for pipelines), `results.json`, `confusion_matrix.png` and `activations.png`. Ctrl-C, or SIGTERM, saves a checkpoint
+after the current step; interrupted in whatever way, it goes on from the last one with `--resume_from_checkpoint
+latest`. With `--max_minutes` it ends in time, the learning rate run down.
 """
 
 import math
@@ -244,7 +245,8 @@ def fit_config(config: SeqBoatConfig, data: TaskData, a: ClassificationArguments
         raise ValueError(f"augment is for image, pathfinder and speech; there are no variants for task {a.task!r}")
     if a.easy_passes * data.easy > len(data.train):
         raise ValueError(
-            f"easy_passes {a.easy_passes} times {data.easy} easy rows are more than the first epoch's {len(data.train)} rows"
+            f"easy_passes {a.easy_passes} times {data.easy} easy rows are more than the first epoch's "
+            f"{len(data.train)} rows"
         )
     pairs = "pair_input_ids" in data.train[0]
     if a.group_by_length and "input_ids" not in data.train[0]:
@@ -320,8 +322,8 @@ def build_trainer(
             warmup_steps=a.warmup_steps, lr_scheduler_type=a.lr_scheduler_type, max_grad_norm=a.max_grad_norm,
             bf16=a.mixed_precision == "bf16", fp16=a.mixed_precision == "fp16",
             dataloader_num_workers=a.num_workers, dataloader_persistent_workers=a.num_workers > 0,
-            # The thread that pins memory can hang the end of a process that stops in the middle of an epoch; batches are
-            # small beside their step.
+            # The thread that pins memory can hang the end of a process that stops in the middle of an epoch; batches
+            # are small beside their step.
             dataloader_pin_memory=False,
             # Looking for NaN at every step would wait for the device at every step.
             logging_nan_inf_filter=False,

@@ -62,7 +62,8 @@ def grid(bases: Bases) -> list[Planned]:
 
 
 def draw(learnt: list[Row], timed: list[Row], path: Path) -> None:
-    """The language models: quality against rate by what was varied; rate against the learning rate; rate in training."""
+    """The language models: quality against rate by what was varied; rate against the learning rate; rate in
+    training."""
     rows = [row for row in learnt if row[0]["task"] == "lm"]
     figure, axes = panels(3)
     groups: dict[str, list[tuple[str, list[dict]]]] = {}
@@ -95,7 +96,8 @@ def draw_points(axes: Axes, groups: dict, colors: dict) -> None:
 
 
 def draw_knobs(axes: Axes, groups: dict, colors: dict) -> None:
-    """Rate against a learning rate, with the deviation over seeds; the recipe's own value belongs to two of the lines."""
+    """Rate against a learning rate, with the deviation over seeds; the recipe's own value belongs to two of the
+    lines."""
     for name, members in groups.items():
         if not name.endswith("learning_rate"):
             continue
@@ -130,8 +132,8 @@ EXPERIMENT = Experiment(
     "activation_rate",
     "What decides the share of activated tokens: the task, or the optimiser? Each row differs from the recipe in what "
     "`varied` names. `router learns alike` gives the routers the learning rate of everything else, as the published "
-    "training does. With `router_target_rate`, whose penalty has weight 1, the routers learn alike too: compare it with "
-    "`router learns alike` at the recipe's learning rate.",
+    "training does. With `router_target_rate`, whose penalty has weight 1, the routers learn alike too: compare it "
+    "with `router learns alike` at the recipe's learning rate.",
     grid,
     draw,
 )

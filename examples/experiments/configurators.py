@@ -50,10 +50,11 @@ def draw(learnt: list[Row], timed: list[Row], path: Path) -> None:
 
 EXPERIMENT = Experiment(
     "configurators",
-    "Is a learned choice of tokens worth more than attention at the same rate on tokens drawn by lot, and how near does "
-    "it come to attention on all of them? The random router takes over the mean rate that the tempered softmax reached "
-    "with the same seed, the same in every layer. Gumbel routers draw tokens in training and take the likelier decision "
-    "when measured. `always` is the quality that attention on every token gives, `never` that of the recurrence alone.",
+    "Is a learned choice of tokens worth more than attention at the same rate on tokens drawn by lot, and how near "
+    "does it come to attention on all of them? The random router takes over the mean rate that the tempered softmax "
+    "reached with the same seed, the same in every layer. Gumbel routers draw tokens in training and take the "
+    "likelier decision when measured. `always` is the quality that attention on every token gives, `never` that of "
+    "the recurrence alone.",
     grid,
     draw,
 )

@@ -141,7 +141,8 @@ class ProcessWorker:
         self.process.stdin.flush()
 
     def __call__(self, recipe: RunRecipe) -> dict[str, Any]:
-        """Raises RuntimeError where the run failed; the process is ended, for its device may be in no state to go on."""
+        """Raises RuntimeError where the run failed; the process is ended, for its device may be in no state to go
+        on."""
         if self.process is None:
             self._start()
         try:
@@ -169,7 +170,8 @@ def make_runs(
 ) -> Results:
     """Makes the runs whose records are not in `output`/results.jsonl yet; `command` is kept in the records.
 
-    Raises ValueError where that file has runs on other data; FileNotFoundError and ValueError for data that are not there.
+    Raises ValueError where that file has runs on other data; FileNotFoundError and ValueError for data that are not
+    there.
     """
     results = Results(output / RESULTS)
     names = [settings.sources.train_file, settings.sources.validation_file]

@@ -52,9 +52,9 @@ def draw(learnt: list[Row], timed: list[Row], path: Path) -> None:
 EXPERIMENT = Experiment(
     "memory_size",
     "What does a larger memory buy? The memory size W is how many activated tokens one activated token sees (before "
-    "it; an encoder also after it). The span is the mean distance to them in tokens: sparser layers reach further with "
-    "the same W. The paper claims that local attention on activated tokens, at a cost linear in the length, gives an "
-    "attention span without a bound and a better trade of quality against cost than chunked attention.",
+    "it; an encoder also after it). The span is the mean distance to them in tokens: sparser layers reach further "
+    "with the same W. The paper claims that local attention on activated tokens, at a cost linear in the length, "
+    "gives an attention span without a bound and a better trade of quality against cost than chunked attention.",
     grid,
     draw,
 )

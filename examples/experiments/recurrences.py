@@ -66,11 +66,11 @@ def draw(learnt: list[Row], timed: list[Row], path: Path) -> None:
 
 EXPERIMENT = Experiment(
     "recurrences",
-    "What does the recurrence under the attention matter? Each has 4·D·N parameters a layer (but for terms without that "
-    "product): N real states a channel in the EMA, N complex ones a channel in S4D, N complex ones for all channels "
-    "together in S5. S4D and S5 have no Triton kernel. So the speeds compare all three on the torch path "
-    "(`kernel_backend=torch`, the attention included), and beside them the EMA with its kernels (`auto`). Timed steps are "
-    "launched kernel by kernel; where the EMA trains for quality, it replays a CUDA graph and is faster.",
+    "What does the recurrence under the attention matter? Each has 4·D·N parameters a layer (but for terms without "
+    "that product): N real states a channel in the EMA, N complex ones a channel in S4D, N complex ones for all "
+    "channels together in S5. S4D and S5 have no Triton kernel. So the speeds compare all three on the torch path "
+    "(`kernel_backend=torch`, the attention included), and beside them the EMA with its kernels (`auto`). Timed steps "
+    "are launched kernel by kernel; where the EMA trains for quality, it replays a CUDA graph and is faster.",
     grid,
     draw,
 )

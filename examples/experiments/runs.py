@@ -1,4 +1,5 @@
-"""Trains one model from a recipe and measures it: quality, activation rates, attention spans, saved FLOPs and speed."""
+"""Trains one model from a recipe and measures it: quality, activation rates, attention spans, saved FLOPs and
+speed."""
 
 import contextlib
 import math

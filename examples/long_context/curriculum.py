@@ -38,21 +38,22 @@ class CurriculumArguments:
             raise ValueError(f"bad {self.bad} must be below good {self.good}, both in [0, 1]")
         if self.window < 1 or self.grow <= 1 or not 0 < self.shrink < 1 or self.fill <= 0 or self.spare <= 0:
             raise ValueError(
-                f"window {self.window} must be at least 1, grow {self.grow} above 1, shrink {self.shrink} between 0 and 1, "
-                f"fill {self.fill} and spare {self.spare} above 0"
+                f"window {self.window} must be at least 1, grow {self.grow} above 1, shrink {self.shrink} between 0 "
+                f"and 1, fill {self.fill} and spare {self.spare} above 0"
             )
 
 
 class Curriculum:
     """The length of the next texts and the share of their tokens that all layers together may activate.
 
-    A routed model begins with all tokens activated, whatever its routers say. When it answers right the routers take over
-    and the budget falls, step by step, each time that the accuracy over a whole window is `good`. Once what a layer keeps
-    fills no more than `fill` of its memory, texts grow instead, until it does. Below `bad` the budget rises by a step. A
-    model without learned routers has longer texts each time that its accuracy is `good`.
+    A routed model begins with all tokens activated, whatever its routers say. When it answers right the routers take
+    over and the budget falls, step by step, each time that the accuracy over a whole window is `good`. Once what a
+    layer keeps fills no more than `fill` of its memory, texts grow instead, until it does. Below `bad` the budget
+    rises by a step. A model without learned routers has longer texts each time that its accuracy is `good`.
 
     Args:
-        memory_size: W; needed: tokens of a text that are worth keeping, as an average over layers, for the last budget.
+        memory_size: W; needed: tokens of a text that are worth keeping, as an average over layers, for the last
+            budget.
 
     Attributes:
         length, budget: of the next step; the budget is a share in (0, 1]. phase: `dense` or `routed`.
@@ -65,11 +66,11 @@ class Curriculum:
         self._recent: deque[float] = deque(maxlen=a.window)
 
     def record(self, accuracy: float, kept: float, rate: float) -> str | None:
-        """Takes note of a step: the share of right answers, activated tokens of a text in the busiest layer, and the share
-        of tokens that all layers together activate.
+        """Takes note of a step: the share of right answers, activated tokens of a text in the busiest layer, and the
+        share of tokens that all layers together activate.
 
-        Returns what was changed (`open`, `grow`, `lower`, `raise`, `done`) or None. After a change a whole window has to
-        pass again.
+        Returns what was changed (`open`, `grow`, `lower`, `raise`, `done`) or None. After a change a whole window has
+        to pass again.
         """
         a, recent = self.a, self._recent
         recent.append(accuracy)

@@ -3,9 +3,10 @@
     python examples/long_context/evaluate_recall.py outputs/routed/final outputs/always/final \
         --lengths 1024 16384 131072 1048576 --texts 8 --output_dir outputs/recall
 
-The task is the one that the first model was trained on (its `recall.json`), or what the flags say. Writes to `output_dir`:
-`results.jsonl` (a line for each model, length and number of pairs), `results.md` and `accuracy.png`. What `results.jsonl`
-holds already is not computed again. With flags after it, `train_recall.py` says what the task's mean.
+The task is the one that the first model was trained on (its `recall.json`), or what the flags say. Writes to
+`output_dir`: `results.jsonl` (a line for each model, length and number of pairs), `results.md` and `accuracy.png`.
+What `results.jsonl` holds already is not computed again. With flags after it, `train_recall.py` says what the task's
+mean.
 """
 
 import json

@@ -4,15 +4,17 @@
     lm_eval --model hf --model_args pretrained=MODEL,dtype=bfloat16,max_length=131072 --batch_size 1 \
         --include_path outputs/lm_eval --tasks long_bytes
 
-Each task is a YAML file beside its JSON lines; their paths are absolute, so the folder must not be moved. `long_bytes` is
-the group of all. lm-eval itself is not needed here.
+Each task is a YAML file beside its JSON lines; their paths are absolute, so the folder must not be moved. `long_bytes`
+is the group of all. lm-eval itself is not needed here.
 
 * `bits_per_byte_N`: documents of N bytes, scored whole (loglikelihood_rolling).
 * `niah_multikey_N`: facts ("The secret number of qzx is 4821.") in a text of N bytes; one is asked for.
 * `niah_multivalue_N`: one name has several numbers in the text; all are asked for, in their order.
-* `variable_tracking_N`: "VAR abc = 4821", "VAR xyz = VAR abc", ... among other chains; the value of a chain's last variable.
+* `variable_tracking_N`: "VAR abc = 4821", "VAR xyz = VAR abc", ... among other chains; the value of a chain's last
+  variable.
 
-The last three are in the style of RULER (arXiv 2404.06654), at bytes: prompts of at most N bytes, one line each to generate.
+The last three are in the style of RULER (arXiv 2404.06654), at bytes: prompts of at most N bytes, one line each to
+generate.
 """
 
 import json

@@ -2,17 +2,17 @@
 
     python examples/long_context/mixed_stream.py data --length 131072 --output outputs/stream.npz
 
-reads a folder of the user's data and writes one stream with its questions. What the folder may hold, each in the form that
-`PARTS` names:
+reads a folder of the user's data and writes one stream with its questions. What the folder may hold, each in the form
+that `PARTS` names:
 
     enwik8.xz, enwik8, or any .txt       text, cut 90/5/5 into train, validation and test as enwik8 is
     cifar10_gray_pixels.npy[.xz]         uint8 (pictures, pixels), with cifar10_labels.npy, integers below 10; the last
                                          sixth is the test
     speech_commands_*.npz[.xz]           audio int16 (clips, samples), label, is_test, words
 
-A picture is `PICTURE number pixels END`, a clip `AUDIO number samples END`, the text between them `TEXT bytes`. Numbers are
-two digits. A question is `QUESTION`, the mark of what it is about, the number (for a fact its name), and the answer: the
-class as a digit, the word's place as a letter, or the fact's digits.
+A picture is `PICTURE number pixels END`, a clip `AUDIO number samples END`, the text between them `TEXT bytes`.
+Numbers are two digits. A question is `QUESTION`, the mark of what it is about, the number (for a fact its name), and
+the answer: the class as a digit, the word's place as a letter, or the fact's digits.
 
 Letters: L tokens of a stream.
 """
@@ -109,8 +109,8 @@ def _pictures(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
     pixels, classes = np.load(_opened(path)), np.load(labels).astype(np.int64)
     if pixels.dtype != np.uint8 or pixels.ndim != 2 or classes.shape != pixels.shape[:1]:
         raise ValueError(
-            f"{path.name} must be uint8 (pictures, pixels) with one label a picture, got {pixels.dtype} {pixels.shape} "
-            f"and labels {classes.shape}"
+            f"{path.name} must be uint8 (pictures, pixels) with one label a picture, got {pixels.dtype} "
+            f"{pixels.shape} and labels {classes.shape}"
         )
     if classes.size and not 0 <= classes.min() <= classes.max() < 10:
         raise ValueError(f"labels must lie in 0..9, got {classes.min()}..{classes.max()}")
@@ -176,8 +176,8 @@ class MixedTask:
                 raise ValueError(f"{name} is {count}, but the data has none")
         if self.facts < 0 or self.queries < 1 or not (self.facts or self.clips or self.pictures):
             raise ValueError(
-                f"there must be something to ask for: facts {self.facts}, clips {self.clips}, pictures {self.pictures}, "
-                f"queries {self.queries}"
+                f"there must be something to ask for: facts {self.facts}, clips {self.clips}, pictures "
+                f"{self.pictures}, queries {self.queries}"
             )
 
     def example(self, length: int, generator: np.random.Generator) -> Example:

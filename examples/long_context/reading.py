@@ -1,8 +1,8 @@
 """Reads a long text once through a model's cache, and scores the questions at its end.
 
-What comes before the questions goes through in chunks of one size, of which no logits are kept, so that the memory needed
-does not depend on the length. The rest goes token by token, and what the attention of each layer weighs most is noted
-where an answer is predicted.
+What comes before the questions goes through in chunks of one size, of which no logits are kept, so that the memory
+needed does not depend on the length. The rest goes token by token, and what the attention of each layer weighs most is
+noted where an answer is predicted.
 
 Letters: B texts, L tokens, Q questions, A tokens of an answer, n layers, W memory size.
 """
@@ -42,7 +42,8 @@ class Reading:
 
 
 class SpanWatch:
-    """Notes, while a SeqBoat decodes token by token, how far back the key lies that each layer's attention weighs most.
+    """Notes, while a SeqBoat decodes token by token, how far back the key lies that each layer's attention weighs
+    most.
 
     Only where positions enter through queries and keys (`position_embedding_type` rotary or none); `spans` stays empty
     for other models. Use it as a context manager.

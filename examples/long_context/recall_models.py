@@ -1,5 +1,5 @@
-"""The models that the long-context tasks compare, of about equal size, and what they share: a cache to read a text with,
-and the tasks by name.
+"""The models that the long-context tasks compare, of about equal size, and what they share: a cache to read a text
+with, and the tasks by name.
 
 Letters: W memory size, which is the window of the transformer with one.
 """
@@ -88,8 +88,8 @@ def _text_of_split(path: str, split: str) -> np.ndarray:
 def build_model(a: ModelArguments, vocabulary: int) -> nn.Module:
     """A model with random weights, for training.
 
-    A transformer has as many layers as SeqBoat, four heads, and a feed-forward block that brings it to SeqBoat's number
-    of parameters, as far as whole channels do.
+    A transformer has as many layers as SeqBoat, four heads, and a feed-forward block that brings it to SeqBoat's
+    number of parameters, as far as whole channels do.
 
     Raises ValueError for a kind that does not exist.
     """

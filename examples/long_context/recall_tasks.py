@@ -1,7 +1,7 @@
 """Texts whose answers lie far back: key-value recall among noise, facts planted in real text, selective copying.
 
-Every text is a function of task, seed and number, of any length, in the byte tokenizer's 264 ids. Questions stand at the
-end, each followed by its answer, so that one forward over a text scores all of them.
+Every text is a function of task, seed and number, of any length, in the byte tokenizer's 264 ids. Questions stand at
+the end, each followed by its answer, so that one forward over a text scores all of them.
 
 Letters: L tokens of a text, Q questions, A tokens of an answer.
 """
@@ -106,7 +106,8 @@ class RecallTask:
 
 @dataclass(frozen=True)
 class CopyTask:
-    """Selective copying (arXiv 2312.00752): values among noise, to be written down in order after the question's mark."""
+    """Selective copying (arXiv 2312.00752): values among noise, to be written down in order after the question's
+    mark."""
 
     items: int = 8
     values: int = 16

@@ -1,12 +1,16 @@
 """What training adds to the loss so that routers keep what a later answer needs, and nothing else.
 
-A router's own gradient says whether a token's *attention output* was of use. It does not say whether it was of use that
-the token was kept: a key in the memory changes what later tokens read, and the decision to keep it is not differentiable.
-A pair's value in the last layer is an extreme case: nothing reads its output, everything depends on its being kept.
+A router's own gradient says whether a token's *attention output* was of use. It does not say whether it was of use
+that
+the token was kept: a key in the memory changes what later tokens read, and the decision to keep it is not
+differentiable. A pair's value in the last layer is an extreme case: nothing reads its output, everything depends on
+its being kept.
 
-With a router that draws at random in training (`router_type` gumbel or gumbel_straight_through) the missing gradient can
+With a router that draws at random in training (`router_type` gumbel or gumbel_straight_through) the missing gradient
+can
 be estimated: texts that were answered worse than others of the batch make the decisions that were drawn for them less
-likely (REINFORCE with the batch's mean as its baseline). Together with a pull to a budget, tokens that are not missed go.
+likely (REINFORCE with the batch's mean as its baseline). Together with a pull to a budget, tokens that are not missed
+go.
 
 Letters: B texts, L columns, n layers.
 """
@@ -19,8 +23,8 @@ from modeling_seqboat import SeqBoatForCausalLM
 
 # Added to the logit for skipping, so that no drawn noise keeps a token from attending.
 OPEN = -1e4
-# Tokens are pushed on until the difference of their logits is this far below 0. Sure decisions are what a text of a million
-# tokens needs: one token of noise in a thousand that is kept would fill a memory of 64 sixteen times.
+# Tokens are pushed on until the difference of their logits is this far below 0. Sure decisions are what a text of a
+# million tokens needs: one token of noise in a thousand that is kept would fill a memory of 64 sixteen times.
 MARGIN = 4.0
 
 
@@ -69,8 +73,8 @@ class RouterWatch:
         they like. Its force is |log(share / budget)|: as strong from 2 to 1 % as from 80 to 40 %.
 
         Above the budget the open tokens share the force evenly, however sure their router is: the gradient of the
-        logarithm itself would vanish where routers are sure, and a layer that is open everywhere would stay so. Below it
-        that gradient opens the tokens that routers are least sure of.
+        logarithm itself would vanish where routers are sure, and a layer that is open everywhere would stay so. Below
+        it that gradient opens the tokens that routers are least sure of.
         """
         rate = self.rate()
         known = rate.detach().clamp_min(1e-6)

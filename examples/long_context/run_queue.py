@@ -3,10 +3,10 @@
     python examples/long_context/run_queue.py configuration/recipes/long_context/plan.yaml \
         --output_dir outputs/recall --gpus 0 1 --set data=enwik8
 
-A plan is a list of runs, each a mapping with `name` and `recipe` (beside the plan), optionally `minutes`, and arguments of
-`train_recall.py`. Each run writes to its folder in `output_dir`, with its output in `run.log`; one that has `final/` already
-is left out, one that has a checkpoint goes on from it. A run that fails or takes longer than its minutes and five more is
-noted in `queue.jsonl`, and the next one begins. Runs start in the order of the plan.
+A plan is a list of runs, each a mapping with `name` and `recipe` (beside the plan), optionally `minutes`, and
+arguments of `train_recall.py`. Each run writes to its folder in `output_dir`, with its output in `run.log`; one that
+has `final/` already is left out, one that has a checkpoint goes on from it. A run that fails or takes longer than its
+minutes and five more is noted in `queue.jsonl`, and the next one begins. Runs start in the order of the plan.
 """
 
 import json
