@@ -129,7 +129,7 @@ def check_buffer(
 
 
 def check_counts(path: str | os.PathLike, prefix: str, tensors: dict[str, Tensor], seen: int) -> None:
-    """Raises ValueError unless a layer counts no more activated tokens than tokens, and no more tokens than columns."""
+    """Raises ValueError unless a layer has activated at most the tokens counted, and counted at most the columns."""
     activated, tokens = (tensors[f"{prefix}.{name}"] for name in _COUNTS)
     if (activated > tokens).any() or (tokens > seen).any():
         raise ValueError(

@@ -83,8 +83,8 @@ class GraphedStep:
 
     Raises:
         ValueError: for what a graph cannot hold, before work starts: a model that is wrapped otherwise, sharded,
-            compiled or not on a GPU, communication hooks, layers that cannot take the fused kernels, gradient
-            checkpointing, float16 under autocast, hooks on parameters, `loss_implementation` liger, batch norm and a mask.
+            compiled or not on a GPU, communication hooks, layers without the fused kernels, gradient checkpointing,
+            float16 under autocast, hooks on parameters, `loss_implementation` liger, batch norm under a mask.
     """
 
     def __init__(self, model: nn.Module, divisor: float = 1.0, headroom: float = 1.2):

@@ -127,7 +127,7 @@ class SeqBoatHead(SeqBoatPreTrainedModel):
                     init.zeros_(linear.bias)
 
     def _run_model(self, kwargs: dict, **inputs) -> tuple[SeqBoatModelOutput, Tensor | None]:
-        """The model's outputs for these inputs, with the extras of `kwargs`, and the real columns (B, L) bool or None."""
+        """The model's outputs for these inputs, extras of `kwargs` too, and the real columns (B, L) bool or None."""
         flags = {name: kwargs[name] for name in OUTPUT_FLAGS if name in kwargs}
         outputs = self.model(use_cache=False, return_dict=True, **inputs, **flags)
         return outputs, marks_of(outputs, self.config, inputs.get("attention_mask")).real

@@ -225,7 +225,7 @@ class RouterBudget(_Counting):
             own, which would undo the moves.
         gain: move of a step, in units of the two logits' difference, for a rate that is off by 1. The loss pushes
             back: the rate settles where both are even, nearer to the target with more gain or slower routers.
-        floor: layers are kept from rates below it and above 1 - floor; 0 for no such limit. Less for targets near these.
+        floor: layers are kept from rates below it and above 1 - floor; 0 for no limit. Less for targets near these.
 
     Raises:
         ValueError: if the config has no `router_target_rate`, or routers have no bias that can be moved (other router
