@@ -248,7 +248,7 @@ def ema_step_triton(
 
 def memory_step_triton(
     q: Tensor, k_new: Tensor, v_new: Tensor, keys: Tensor, values: Tensor, positions: Tensor, activated_count: Tensor,
-    active: Tensor, position: Tensor, *, activation: str, scale: float, bias_table: Tensor | None = None,
+    active: Tensor, position: Tensor, activation: str, scale: float, bias_table: Tensor | None = None,
     bias_center: int = 0, bias_by_index: bool = False, rows: Tensor | None = None,
 ) -> Tensor:
     """`memory_step` in two launches. Floats are float32, bfloat16 or float16; keys, values and positions are
@@ -300,7 +300,7 @@ memory_step_compiled = torch.library.custom_op(
     memory_step_triton,
     mutates_args=("keys", "values", "positions"),
     schema="(Tensor q, Tensor k_new, Tensor v_new, Tensor(a!) keys, Tensor(b!) values, Tensor(c!) positions, "
-    "Tensor activated_count, Tensor active, Tensor position, *, str activation, float scale, Tensor? bias_table=None, "
+    "Tensor activated_count, Tensor active, Tensor position, str activation, float scale, Tensor? bias_table=None, "
     "int bias_center=0, bool bias_by_index=False, Tensor? rows=None) -> Tensor",
 )
 

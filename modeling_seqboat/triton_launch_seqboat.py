@@ -87,8 +87,23 @@ class Kernel:
             with torch.cuda.device(device):
                 self(grid, *args, options=options, **constants)
             return
-        # Addresses as numbers: the launcher would look up those of tensors one by one through Python.
-        numbers, kinds = [], [current, *options.values()]
+        numbers, key = self.key(current, args, options, constants)
+        variant = self.variants.get(key)
+        if variant is None or CHECKS:
+            self._launch_first(grid, key, args, options, constants)
+            return
+        stream = active.get_current_stream(current)
+        grid += (1,) * (3 - len(grid))
+        variant.run(
+            *grid, stream, variant.function, variant.packed_metadata, None, None, None, *numbers, *constants.values()
+        )
+
+    def key(
+        self, device: int, args: tuple[Any, ...], options: dict[str, int], constants: dict[str, Any]
+    ) -> tuple[list[Any], tuple]:
+        """The arguments as the launcher takes them, tensors by address, which else it would look up one by one through
+        Python; and the key of the variant that fits them."""
+        numbers, kinds = [], [device, *options.values()]
         for arg, varies in zip(args, self.varies, strict=False):
             if isinstance(arg, Tensor):
                 arg, kind = arg.data_ptr(), arg.dtype
@@ -103,16 +118,7 @@ class Kernel:
                 kind = arg
             numbers.append(arg)
             kinds.append(kind)
-        key = (*kinds, *constants.values())
-        variant = self.variants.get(key)
-        if variant is None or CHECKS:
-            self._launch_first(grid, key, args, options, constants)
-            return
-        stream = active.get_current_stream(current)
-        grid += (1,) * (3 - len(grid))
-        variant.run(
-            *grid, stream, variant.function, variant.packed_metadata, None, None, None, *numbers, *constants.values()
-        )
+        return numbers, (*kinds, *constants.values())
 
     def _launch_first(self, grid, key, args, options, constants) -> None:
         names = self.function.arg_names[len(args) :]
