@@ -110,13 +110,13 @@ class SeqBoatAttention(nn.Module):
             out (M, D), without meaning in rows that are not activated; and what the cache is to keep, keys (M, Z) and
             values (M, V), or None.
         """
-        ops = context.ops
-        if packed.skips:
+        ops, steps = context.ops, packed.steps
+        if steps and packed.skips:
             return x.new_zeros(0, x.shape[2]), None, None
         projected = self._on_activated(self.in_proj, x, packed, ops)
         keys = values = None
         with without_autocast(x.device):
-            if packed.steps:
+            if steps:
                 gated = self._step(projected, active[:, 0], packed.index, context, cache)
             else:
                 gated, keys, values = self._over_window(projected, packed, context, cache)

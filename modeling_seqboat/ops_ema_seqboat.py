@@ -379,7 +379,8 @@ def chunked_scan(
         for slots, weights in zip(pairs[::2], writers, strict=True):
             tail = slots.gather(1, index).to(dtype).masked_fill(~filled[:, :, None], 0)
             final = final + torch.einsum("dsc,bcd->bds", weights, tail).view(batch, width, states, parts)
-        return y.to(pairs[0].dtype), final
+        # Steps may write it in place, by kernels that take it for contiguous.
+        return y.to(pairs[0].dtype), final.contiguous()
 
     if state is None:
         state = log_decay.new_zeros(batch, *log_decay.shape)

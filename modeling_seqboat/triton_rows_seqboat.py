@@ -22,7 +22,6 @@ from .triton_launch_seqboat import (
     CHECKS,
     expect,
     first_derivative_only,
-    interpreted,
     jit,
     kernel,
     power_of_two,
@@ -376,7 +375,7 @@ class _PendingPacked:
         if capacity is None:
             sizes = self.count if memory is None else torch.cat([self.count, memory[1].sum()[None].int()])
             self._sizes = sizes.to("cpu", non_blocking=True)
-            self._arrival = None if interpreted() else torch.cuda.Event()
+            self._arrival = torch.cuda.Event() if self.count.is_cuda else None
             if self._arrival is not None:
                 self._arrival.record()
 
