@@ -93,7 +93,8 @@ def _with_a_cache(rows: Rows) -> list[Target]:
     ]
     return [
         _target(
-            "forward of 1 × 8,192 that makes a cache by default: ≤ 1.1 × the same with use_cache=False", [defaults, plain],
+            "forward of 1 × 8,192 that makes a cache by default: ≤ 1.1 × the same with use_cache=False",
+            [defaults, plain],
             lambda ours, plain: f"{ours / plain:.2f} × ({ours:.1f} against {plain:.1f} ms)",
             lambda ours, plain: ours <= 1.1 * plain,
         ),

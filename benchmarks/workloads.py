@@ -25,8 +25,8 @@ class Scale:
         size: of the models, see competitors.SIZES.
         train: (B, L) of the training step; train_lengths: L of further steps at batch 1.
         forward_lengths: L of forwards without a cache; llama_lengths: those that the Llama does too.
-        chunk, prefill_lengths: columns a forward with a cache, and of the whole prompt; wide_chunk: columns of the forwards
-            in which the longest prompt is read once more.
+        chunk, prefill_lengths: columns a forward with a cache, and of the whole prompt; wide_chunk: columns of the
+            forwards in which the longest prompt is read once more.
         contexts: tokens in the state before decoding; wide: (B, context) of a batch.
         graphs: whether CUDA graphs are there to be measured; compile_options: of `torch.compile`, None without it.
         compiled_steps, eager_steps: tokens that one timing of decoding takes.
