@@ -391,8 +391,8 @@ def _output_kernel(
         i += 1
     if tl.program_id(1) == tl.num_programs(1) - 1:
         gain = tl.load(pack_ptr + 2 * N * D + _tile_offsets(d, n, D, N))
-        final_ptr += _state_offsets(tl.program_id(2), d, n, D, N)
-        tl.store(final_ptr, gain * z, mask=inside[:, None] & (n < N)[None, :])
+        target = final_ptr + _state_offsets(tl.program_id(2), d, n, D, N)
+        tl.store(target, gain * z, mask=inside[:, None] & (n < N)[None, :])
 
 
 @jit

@@ -172,18 +172,12 @@ def norm_residual_triton(
     x: Tensor, norm: Callable | None, weight: Tensor | None, bias: Tensor | None, eps: float, centered: bool,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """A norm at the entry of a layer, and x itself for the residual: their gradients meet inside the backward kernel.
+    """`norm_residual`, with one kernel each way, in which the gradients of the norm and the residual meet.
 
     Args:
-        x: (..., D), any floating dtype but float64.
-        norm: what the torch twin runs; not read here.
-        weight, bias: (D,); layer norm has both or neither.
-        eps: added to the variance.
+        x: (..., D), any floating dtype but float64; norm: what the torch twin runs, not read here.
+        weight, bias: (D,), or None; eps: added to the variance; dtype: of the normalised output, float32 inside.
         centered: whether the mean is taken off, as layer norm does and RMS norm does not.
-        dtype: of the normalised output.
-
-    Returns:
-        The normalised (..., D) of `dtype`, float32 inside, and x.
     """
     if CHECKS:
         for name, tensor in (("weight", weight), ("bias", bias)):
@@ -465,11 +459,13 @@ def _kept(seed, place, dropout):
     return tl.where(tl.rand(tl.load(seed), place) >= dropout, 1 / (1 - dropout), 0.0)
 
 
-@kernel("count", "dropout")
-def _extract_kernel(
-    hidden, residual, out, confidence, packed_index, result, count, seed, dropout,
+@jit
+def _extracted(
+    hidden, residual, out, confidence, packed_index, count, seed, dropout,
     DROPOUT: tl.constexpr, ALL: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):
+    """A block of rows before its activation: the sum, the rows' numbers, place and extent, what of `out` they take,
+    from where and how much of it, and what dropout left."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, WIDTH)
     source = rows.to(tl.int64)
@@ -479,12 +475,26 @@ def _extract_kernel(
     inside = (rows < count)[:, None] & (columns < D)[None, :]
     place = rows.to(tl.int64)[:, None] * D + columns[None, :]
     chosen = inside & (source >= 0)[:, None]
+    value_place = source[:, None] * D + columns[None, :]
     total = tl.load(hidden + place, mask=inside, other=0.0).to(tl.float32)
-    value = tl.load(out + source[:, None] * D + columns[None, :], mask=chosen, other=0.0).to(tl.float32)
+    value = tl.load(out + value_place, mask=chosen, other=0.0).to(tl.float32)
     total += tl.where(chosen, factor[:, None] * value, 0.0)
+    kept = factor
     if DROPOUT:
-        total *= _kept(seed, place, dropout)
+        kept = _kept(seed, place, dropout)
+        total *= kept
     total += tl.load(residual + place, mask=inside, other=0.0).to(tl.float32)
+    return total, rows, place, inside, value, value_place, chosen, factor, kept
+
+
+@kernel("count", "dropout")
+def _extract_kernel(
+    hidden, residual, out, confidence, packed_index, result, count, seed, dropout,
+    DROPOUT: tl.constexpr, ALL: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+):
+    total, _, place, inside, _, _, _, _, _ = _extracted(
+        hidden, residual, out, confidence, packed_index, count, seed, dropout, DROPOUT, ALL, D, ROWS, WIDTH
+    )
     tl.store(result + place, (total * tl.sigmoid(total)).to(result.dtype.element_ty), mask=inside)
 
 
@@ -495,23 +505,9 @@ def _extract_backward_kernel(
     DROPOUT: tl.constexpr, SAME: tl.constexpr, ALL: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    columns = tl.arange(0, WIDTH)
-    source = rows.to(tl.int64)
-    if not ALL:
-        source = tl.load(packed_index + rows, mask=rows < count, other=-1).to(tl.int64)
-    factor = tl.load(confidence + rows, mask=rows < count, other=0.0)
-    inside = (rows < count)[:, None] & (columns < D)[None, :]
-    place = rows.to(tl.int64)[:, None] * D + columns[None, :]
-    chosen = inside & (source >= 0)[:, None]
-    total = tl.load(hidden + place, mask=inside, other=0.0).to(tl.float32)
-    value_place = source[:, None] * D + columns[None, :]
-    value = tl.load(out + value_place, mask=chosen, other=0.0).to(tl.float32)
-    total += tl.where(chosen, factor[:, None] * value, 0.0)
-    if DROPOUT:
-        kept = _kept(seed, place, dropout)
-        total *= kept
-    total += tl.load(residual + place, mask=inside, other=0.0).to(tl.float32)
+    total, rows, place, inside, value, value_place, chosen, factor, kept = _extracted(
+        hidden, residual, out, confidence, packed_index, count, seed, dropout, DROPOUT, ALL, D, ROWS, WIDTH
+    )
     _, slope = silu_slope(total)
     slope = slope * tl.load(grad + place, mask=inside, other=0.0).to(tl.float32)
     if not SAME:
