@@ -228,11 +228,13 @@ def _load_queries(
 
 @jit
 def _tile_scores(
-    q_tile, start, length, q_places, tile, k, k_place, table, mk, k_stride, table_size, table_center, scale,
-    table_factor, Z: tl.constexpr, HIDDEN: tl.constexpr, HAS_TABLE: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_Z: tl.constexpr,
+    queries, tile, k, k_place, table, numbers, Z: tl.constexpr, HIDDEN: tl.constexpr, HAS_TABLE: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_Z: tl.constexpr,
 ):
-    """Scores of a tile, HIDDEN where a query does not see the key."""
+    """Scores of a tile, HIDDEN where a query does not see the key. queries: of `_load_queries`; numbers: mk, k_stride,
+    table_size, table_center, scale, table_factor."""
+    q_tile, start, length, q_places = queries
+    mk, k_stride, table_size, table_center, scale, table_factor = numbers
     k_tile, keys, k_places = _load_keys(k, k_place, tile, mk, k_stride, Z, HAS_TABLE, BLOCK_N, BLOCK_Z)
     scores = _scores(
         q_tile, k_tile, table, q_places, k_places, table_size, table_center, scale, table_factor, HAS_TABLE, PRECISION
@@ -271,9 +273,9 @@ def _weights_kernel(
     if fits:
         row = block * BLOCK_M + part * ROWS
         local = tl.arange(0, ROWS)
-        q_tile, start, length, q_places = _load_queries(
-            q, key_start, key_end, q_place, row, m, q_stride, Z, HAS_TABLE, ROWS, BLOCK_Z
-        )
+        queries = _load_queries(q, key_start, key_end, q_place, row, m, q_stride, Z, HAS_TABLE, ROWS, BLOCK_Z)
+        length = queries[2]
+        numbers = (mk, k_stride, table_size, table_center, scale, table_factor)
         tile_offset = local[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
         place = weights + (tl.cast(base - first, tl.int64) * BLOCK_M + part * ROWS) * BLOCK_N
         if SOFTMAX:
@@ -282,9 +284,7 @@ def _weights_kernel(
             total = tl.zeros((ROWS,), tl.float32)
             for tile in range(first, end):
                 scores = _tile_scores(
-                    q_tile, start, length, q_places, tile, k, k_place, table, mk, k_stride,
-                    table_size, table_center, scale, table_factor,
-                    Z, float("-inf"), HAS_TABLE, PRECISION, BLOCK_N, BLOCK_Z,
+                    queries, tile, k, k_place, table, numbers, Z, float("-inf"), HAS_TABLE, PRECISION, BLOCK_N, BLOCK_Z
                 )
                 highest = tl.max(scores, 1)
                 top = tl.maximum(top, highest)
@@ -302,9 +302,8 @@ def _weights_kernel(
                 shift = tl.where(seen, reference, 0.0)
                 for tile in range(first, end):
                     scores = _tile_scores(
-                        q_tile, start, length, q_places, tile, k, k_place, table, mk, k_stride,
-                        table_size, table_center, scale, table_factor,
-                        Z, float("-inf"), HAS_TABLE, PRECISION, BLOCK_N, BLOCK_Z,
+                        queries, tile, k, k_place, table, numbers, Z, float("-inf"), HAS_TABLE, PRECISION,
+                        BLOCK_N, BLOCK_Z,
                     )
                     found = tl.exp2(scores - shift[:, None])
                     total += tl.sum(found, 1)
@@ -318,9 +317,7 @@ def _weights_kernel(
         else:
             for tile in range(first, end):
                 scores = _tile_scores(
-                    q_tile, start, length, q_places, tile, k, k_place, table, mk, k_stride,
-                    table_size, table_center, scale, table_factor,
-                    Z, 0.0, HAS_TABLE, PRECISION, BLOCK_N, BLOCK_Z,
+                    queries, tile, k, k_place, table, numbers, Z, 0.0, HAS_TABLE, PRECISION, BLOCK_N, BLOCK_Z
                 )
                 positive = tl.maximum(scores, 0.0)
                 target = place + tl.cast(tile, tl.int64) * (BLOCK_M * BLOCK_N)
@@ -490,13 +487,10 @@ def _score_grads_kernel(
         row = block * BLOCK_M
         local = tl.arange(0, BLOCK_M)
         columns = tl.arange(0, BLOCK_N)
-        q_tile, start, length, q_places = _load_queries(
-            q, key_start, key_end, q_place, row, m, q_stride, Z, HAS_TABLE, BLOCK_M, BLOCK_Z
-        )
+        queries = _load_queries(q, key_start, key_end, q_place, row, m, q_stride, Z, HAS_TABLE, BLOCK_M, BLOCK_Z)
+        numbers = (mk, k_stride, table_size, table_center, scale, table_factor)
         scores = _tile_scores(
-            q_tile, start, length, q_places, tile, k, k_place, table, mk, k_stride,
-            table_size, table_center, scale, table_factor,
-            Z, float("-inf"), HAS_TABLE, PRECISION, BLOCK_N, BLOCK_Z,
+            queries, tile, k, k_place, table, numbers, Z, float("-inf"), HAS_TABLE, PRECISION, BLOCK_N, BLOCK_Z
         )
         place = item.to(tl.int64) * (BLOCK_M * BLOCK_N) + local[:, None] * BLOCK_N + columns[None, :]
         if SOFTMAX:
