@@ -60,6 +60,13 @@ def _ordinary_tensors() -> AbstractContextManager:
     return nullcontext() if torch.compiler.is_compiling() else torch.inference_mode(False)
 
 
+def _grown(ring: Tensor, slots: int) -> Tensor:
+    """(B, n, ...) with zeros behind it, (B, slots, ...)."""
+    grown = ring.new_zeros(ring.shape[0], slots, *ring.shape[2:])
+    grown[:, : ring.shape[1]] = ring
+    return grown
+
+
 @dataclass
 class _Columns:
     """What one forward gives one layer of the cache.
@@ -212,10 +219,7 @@ class SeqBoatCacheLayer(CacheLayerMixin):
         if wanted > slots:
             with _ordinary_tensors():
                 for name in _RING:
-                    old = getattr(self, name)
-                    ring = old.new_zeros(old.shape[0], wanted, *old.shape[2:])
-                    ring[:, :slots] = old
-                    setattr(self, name, ring)
+                    setattr(self, name, _grown(getattr(self, name), wanted))
 
     def _ring_size(self, count: int) -> int:
         """W, or W divided by a power of 4 where that is enough: a decode kernel is compiled for each size."""
@@ -245,9 +249,7 @@ class SeqBoatCacheLayer(CacheLayerMixin):
         tensors = self._buffers()
         for name in _RING:
             if name in tensors and tensors[name].shape[1] < self.memory_size:
-                ring = tensors[name]
-                tensors[name] = ring.new_zeros(ring.shape[0], self.memory_size, *ring.shape[2:])
-                tensors[name][:, : ring.shape[1]] = ring
+                tensors[name] = _grown(tensors[name], self.memory_size)
         return tensors
 
     def recent_inputs(self, count: int | None = None) -> Tensor | None:

@@ -132,6 +132,25 @@ class SeqBoatHead(SeqBoatPreTrainedModel):
         outputs = self.model(use_cache=False, return_dict=True, **inputs, **flags)
         return outputs, marks_of(outputs, self.config, inputs.get("attention_mask")).real
 
+    def _answer_tokens(
+        self,
+        outputs: SeqBoatModelOutput,
+        real: Tensor | None,
+        logits: Tensor,
+        labels: Tensor | None,
+        kwargs: dict,
+        **options,
+    ) -> SeqBoatTokenOutput:
+        """Logits (B, L, C), and their loss where there are labels, which are -100 at padding whatever the collator
+        wrote. options: of the loss function."""
+        loss, num_items = None, kwargs.get("num_items_in_batch")
+        if labels is not None:
+            expect_class_ids("labels", labels, logits.shape[:2], logits.shape[2])
+            labels = labels if real is None else labels.masked_fill(~real, -100)
+            counted = count_labels(labels, num_items)
+            loss = self.loss_function(logits=logits, labels=labels, num_items_in_batch=counted, **options)
+        return self._output(SeqBoatTokenOutput, outputs, loss, labels, num_items, logits=logits)
+
 
 class SeqBoatPooledClassifier(SeqBoatHead):
     """What the heads share that give one answer a row: pooling, the classifier and the loss."""
@@ -289,11 +308,6 @@ class SeqBoatForAudioClassification(SeqBoatPooledClassifier):
         return self._answer(outputs, features, labels, kwargs)
 
 
-def _ignore_padding(labels: Tensor, real: Tensor | None) -> Tensor:
-    """Labels at padding are -100, whatever the collator wrote there. real: (B, L) bool, or None for all."""
-    return labels if real is None else labels.masked_fill(~real, -100)
-
-
 class SeqBoatForTokenClassification(SeqBoatHead):
     """One label a token."""
 
@@ -335,14 +349,7 @@ class SeqBoatForTokenClassification(SeqBoatHead):
             seq_idx=seq_idx,
         )
         hidden = F.dropout(outputs.last_hidden_state, self.config.hidden_dropout, self.training)
-        logits = self.classifier(hidden)
-        loss, num_items = None, kwargs.get("num_items_in_batch")
-        if labels is not None:
-            expect_class_ids("labels", labels, hidden.shape[:2], self.config.num_labels)
-            labels = _ignore_padding(labels, real)
-            counted = count_labels(labels, num_items)
-            loss = self.loss_function(logits, labels, self.config, num_items_in_batch=counted)
-        return self._output(SeqBoatTokenOutput, outputs, loss, labels, num_items, logits=logits)
+        return self._answer_tokens(outputs, real, self.classifier(hidden), labels, kwargs, config=self.config)
 
 
 def _expect_real(name: str, positions: Tensor, real: Tensor | None, shape: tuple[int, int]) -> None:
@@ -478,13 +485,7 @@ class SeqBoatForMaskedLM(SeqBoatHead):
             seq_idx=seq_idx,
         )
         logits = self.lm_head(outputs.last_hidden_state)
-        loss, num_items = None, kwargs.get("num_items_in_batch")
-        if labels is not None:
-            expect_class_ids("labels", labels, logits.shape[:2], self.config.vocab_size)
-            labels = _ignore_padding(labels, real)
-            counted, size = count_labels(labels, num_items), self.config.vocab_size
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=size, num_items_in_batch=counted)
-        return self._output(SeqBoatTokenOutput, outputs, loss, labels, num_items, logits=logits)
+        return self._answer_tokens(outputs, real, logits, labels, kwargs, vocab_size=self.config.vocab_size)
 
 
 HEADS = (

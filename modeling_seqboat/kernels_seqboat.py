@@ -143,29 +143,23 @@ def requested_backend(config_value: str) -> str:
 
 
 def _why_not_triton(entry: Op, facts: Facts) -> str | None:
-    general = (
+    away = f"tensors are on {facts.device}, Triton needs a CUDA device"
+    reasons = (
+        (facts.requested == "torch", "kernel_backend='torch'"),
+        # The interpreter is for tests: it runs only where it is asked for.
+        (facts.requested == "auto" and facts.device != "cuda", away),
         (entry.triton is None, entry.missing),
         (triton is None, "the triton package is not installed, or too old"),
-        (
-            facts.device != "cuda" and not facts.interpreted,
-            f"tensors are on {facts.device}, Triton needs a CUDA device",
-        ),
+        (facts.device != "cuda" and not facts.interpreted, away),
         (facts.dtype == torch.float64, "the kernels have no float64"),
+        *((need(facts) is not None, need(facts)) for need in entry.needs),
     )
-    reasons = [reason for applies, reason in general if applies] + [need(facts) for need in entry.needs]
-    return next((reason for reason in reasons if reason), None)
+    return next((reason for applies, reason in reasons if applies), None)
 
 
 def _choice(name: str, entry: Op, facts: Facts) -> Choice:
-    if facts.requested == "torch":
-        return Choice(name, "torch", "kernel_backend='torch'")
-    # The interpreter is for tests: it runs only where it is asked for.
-    if facts.requested == "auto" and facts.device != "cuda":
-        return Choice(name, "torch", f"tensors are on {facts.device}, Triton needs a CUDA device")
     reason = _why_not_triton(entry, facts)
-    if reason is None:
-        return Choice(name, "triton", None)
-    return Choice(name, "torch", reason)
+    return Choice(name, "triton" if reason is None else "torch", reason)
 
 
 def _facts(

@@ -584,10 +584,7 @@ class SeqBoatForCausalLM(SeqBoatPreTrainedModel, SeqBoatGenerationMixin):
         if use_cache is None and has_targets:
             # Whoever scores a text does not go on writing it, and would pay for a state.
             use_cache = False
-        skip_logits = self.training if skip_logits is None else skip_logits
-        fused = skip_logits and has_targets and self.config.loss_implementation == "liger"
-        if fused:
-            expect_liger(self.lm_head)
+        fused = has_targets and self._fuses(skip_logits)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -630,6 +627,14 @@ class SeqBoatForCausalLM(SeqBoatPreTrainedModel, SeqBoatGenerationMixin):
                 raise ValueError(f"logits_to_keep must be at least 0 (0: all columns), got {kept}")
         elif getattr(kept, "dtype", None) not in (torch.int64, torch.int32):
             raise ValueError(f"logits_to_keep must be an integer or int64 indices of columns, got {kept!r}")
+
+    def _fuses(self, skip_logits: bool | None) -> bool:
+        """Whether Liger makes the loss. Raises ValueError where it should and cannot."""
+        wanted = self.training if skip_logits is None else skip_logits
+        fused = wanted and self.config.loss_implementation == "liger"
+        if fused:
+            expect_liger(self.lm_head)
+        return fused
 
     def _loss(self, hidden: Tensor, logits: Tensor | None, targets: Tensor, num_items: Tensor | int | None) -> Tensor:
         """Mean cross entropy of each column's target, from logits or, where there are none, by Liger."""
