@@ -208,7 +208,7 @@ def segment_starts(
     if position_ids is None and seq_idx is None and cu_seq_lens_q is None:
         return None
     filled = cache is not None and cache.is_initialized
-    found: dict[str, Tensor] = {}
+    starts_by: dict[str, Tensor] = {}
     known = torch.ones(batch, length, dtype=torch.bool, device=device) if real is None else real
     before = _real_before(known)
     has_before = known & (before >= 0)
@@ -221,14 +221,14 @@ def segment_starts(
         if filled:
             started_before = cache.layers[0].token_count.to(device)[:, None] > 0
             starts = starts | (known & (before < 0) & (position_ids == 0) & started_before)
-        found["position_ids"] = starts
+        starts_by["position_ids"] = starts
     for name, given in (("seq_idx", seq_idx), ("cu_seq_lens_q", cu_seq_lens_q)):
         if given is not None and (given.is_floating_point() or given.is_complex()):
             raise ValueError(f"{name} must be integers, got dtype {given.dtype}")
     if seq_idx is not None:
         if seq_idx.shape != (batch, length):
             raise ValueError(f"seq_idx must be of shape {(batch, length)}, got {tuple(seq_idx.shape)}")
-        found["seq_idx"] = has_before & (seq_idx != previous(seq_idx))
+        starts_by["seq_idx"] = has_before & (seq_idx != previous(seq_idx))
     if cu_seq_lens_q is not None:
         if batch != 1:
             raise ValueError(f"cu_seq_lens_q needs a batch of one packed row, got {batch} rows")
@@ -238,19 +238,19 @@ def segment_starts(
         ):
             raise ValueError(f"cu_seq_lens_q must rise from 0 to the row's length {length}, got {borders.tolist()}")
         index = torch.searchsorted(borders, torch.arange(length, device=device), right=True)[None]
-        found["cu_seq_lens_q"] = has_before & (index != previous(index))
+        starts_by["cu_seq_lens_q"] = has_before & (index != previous(index))
     if filled and (seq_idx is not None or cu_seq_lens_q is not None) and cache.get_seq_length() > 0:
         given = "seq_idx" if seq_idx is not None else "cu_seq_lens_q"
         raise ValueError(
             f"{given} cannot continue a filled past_key_values: it does not say whether its first segment is new; "
             "use position_ids"
         )
-    names = list(found)
+    names = list(starts_by)
     for name in names[1:]:
-        if not must_not_wait(device) and not torch.equal(found[names[0]], found[name]):
-            at = (found[names[0]] != found[name]).nonzero()[0].tolist()
+        if not must_not_wait(device) and not torch.equal(starts_by[names[0]], starts_by[name]):
+            at = (starts_by[names[0]] != starts_by[name]).nonzero()[0].tolist()
             raise ValueError(f"{names[0]} and {name} disagree on where segments start (row {at[0]}, column {at[1]})")
-    return found[names[0]] if names else None
+    return starts_by[names[0]] if names else None
 
 
 def build_context(

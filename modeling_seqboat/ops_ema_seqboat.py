@@ -348,26 +348,26 @@ def chunked_scan(
     def scan(log_decay, output_gain, skip, state, *pairs):
         steps = torch.arange(size, device=device, dtype=dtype)
         powers = complex_powers(log_decay, steps)  # (D, N, C, P), a^0 .. a^(C-1)
-        kernels, writers, columns = [], [], []
+        kernels, input_matrices, columns = [], [], []
         for slots, gain in zip(pairs[::2], pairs[1::2], strict=True):
             # What an input is worth in the state some steps later, and in the output then.
             later = complex_product(gain[:, :, None], powers)
             kernels.append(torch.einsum("dnp,dncp->dc", readout(output_gain), later))
-            writers.append(later.flip(2).permute(0, 1, 3, 2).reshape(width, -1, size))
+            input_matrices.append(later.flip(2).permute(0, 1, 3, 2).reshape(width, -1, size))
             columns.append(slots.view(batch, chunks, size, width).permute(3, 2, 1, 0).to(dtype))
         if skip is not None:
             kernels[0] = torch.cat([kernels[0][:, :1] + skip[:, None], kernels[0][:, 1:]], dim=1)
         matrix = torch.cat([toeplitz(kernel) for kernel in kernels], dim=-1)  # (D, C, J)
-        writer = torch.cat(writers, dim=-1)  # (D, N * P, J)
+        input_matrix = torch.cat(input_matrices, dim=-1)  # (D, N * P, J)
         # One matrix product a channel: (D, J, G * B).
         columns = torch.cat(columns, dim=1).reshape(width, -1, chunks * batch)
-        added = torch.bmm(writer, columns).view(width, states, parts, chunks, batch).permute(3, 4, 0, 1, 2)
+        added = torch.bmm(input_matrix, columns).view(width, states, parts, chunks, batch).permute(3, 4, 0, 1, 2)
         whole = complex_powers(log_decay, steps[-1:] + 1)[..., 0, :]
         borders = scan_borders(torch.cat([state[None], added]), whole, plan.first_chunk)
-        reader = readout(complex_product(output_gain[:, :, None], complex_powers(log_decay, steps + 1)))
-        reader = reader.permute(0, 2, 1, 3).reshape(width, size, -1)  # (D, C, N * P)
+        output_matrix = readout(complex_product(output_gain[:, :, None], complex_powers(log_decay, steps + 1)))
+        output_matrix = output_matrix.permute(0, 2, 1, 3).reshape(width, size, -1)  # (D, C, N * P)
         read = borders[:-1].permute(2, 3, 4, 0, 1).reshape(width, -1, chunks * batch)
-        y = torch.baddbmm(torch.bmm(matrix, columns), reader, read)
+        y = torch.baddbmm(torch.bmm(matrix, columns), output_matrix, read)
         y = y.view(width, size, chunks, batch).permute(3, 2, 1, 0).reshape(batch, -1, width)
         # The last chunk may be partly filled: its tokens, moved to the chunk's end, enter with the same weights.
         entry = borders[plan.last_chunk, torch.arange(batch, device=device)]
@@ -376,7 +376,7 @@ def chunked_scan(
         filled = index >= plan.last_chunk[:, None] * size
         index = index.clamp_min(0)[:, :, None].expand(-1, -1, width)
         final = complex_product(tail_decay, entry)
-        for slots, weights in zip(pairs[::2], writers, strict=True):
+        for slots, weights in zip(pairs[::2], input_matrices, strict=True):
             tail = slots.gather(1, index).to(dtype).masked_fill(~filled[:, :, None], 0)
             final = final + torch.einsum("dsc,bcd->bds", weights, tail).view(batch, width, states, parts)
         # Steps may write it in place, by kernels that take it for contiguous.

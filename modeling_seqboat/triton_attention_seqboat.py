@@ -108,7 +108,7 @@ class AttentionCall(NamedTuple):
     scale: float
     table_center: int
     list_size: int
-    lift: float
+    upscale: float
 
 
 def _score_arguments(call: AttentionCall, table: Tensor | None) -> tuple[int, int, float, float]:
@@ -245,7 +245,8 @@ def _tile_scores(
 @kernel("m", "mk", "n_blocks", "n_key_blocks", "list_size", "table_size", "table_center")
 def _weights_kernel(
     q, k, key_start, key_end, table, q_place, k_place, weights, row_stats, plan,
-    m, mk, n_blocks, n_key_blocks, list_size, q_stride, k_stride, table_size, table_center, scale, table_factor, lift,
+    m, mk, n_blocks, n_key_blocks, list_size, q_stride, k_stride, table_size, table_center, scale, table_factor,
+    upscale,
     Z: tl.constexpr, SOFTMAX: tl.constexpr, HAS_TABLE: tl.constexpr, PRECISION: tl.constexpr, RISE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_Z: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
 ):
@@ -321,7 +322,7 @@ def _weights_kernel(
                 )
                 positive = tl.maximum(scores, 0.0)
                 target = place + tl.cast(tile, tl.int64) * (BLOCK_M * BLOCK_N)
-                tl.store(target + tile_offset, (positive * positive * lift).to(weights.dtype.element_ty))
+                tl.store(target + tile_offset, (positive * positive * upscale).to(weights.dtype.element_ty))
 
 
 @jit
@@ -405,7 +406,7 @@ def _store_values(
 
 @kernel("m", "mk", "n_blocks", "list_size")
 def _values_kernel(
-    tiles, v, plan, row_stats, gate, out, gated, m, mk, n_blocks, list_size, v_stride, gate_stride, lowering,
+    tiles, v, plan, row_stats, gate, out, gated, m, mk, n_blocks, list_size, v_stride, gate_stride, downscale,
     V: tl.constexpr, SOFTMAX: tl.constexpr, GATE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, INNER: tl.constexpr, WIDTH: tl.constexpr, SLICES: tl.constexpr,
 ):
@@ -426,7 +427,7 @@ def _values_kernel(
     if SOFTMAX:
         rows = row + tl.arange(0, BLOCK_M)
         acc = acc * tl.load(row_stats + m + rows, mask=rows < m, other=0.0)[:, None]
-    acc = acc * tl.where(fits, lowering, float("nan"))
+    acc = acc * tl.where(fits, downscale, float("nan"))
     if WIDTH >= 128:
         left, right = _column_halves(acc)
         _store_values(left, gate, out, gated, row, column, m, gate_stride, V, GATE, BLOCK_M, WIDTH // 2)
@@ -473,7 +474,7 @@ def _row_sums_kernel(
 def _score_grads_kernel(
     q, k, v, grad_out, key_start, key_end, table, q_place, k_place, row_stats, row_sums, plan, weights, score_grads,
     top, m, mk, n_blocks, n_key_blocks, list_size, q_stride, k_stride, v_stride, grad_stride,
-    table_size, table_center, scale, table_factor, lift, lowering,
+    table_size, table_center, scale, table_factor, upscale, downscale,
     Z: tl.constexpr, V: tl.constexpr, SOFTMAX: tl.constexpr, HAS_TABLE: tl.constexpr, WANT_TOP: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_Z: tl.constexpr, INNER: tl.constexpr,
@@ -498,7 +499,7 @@ def _score_grads_kernel(
             found = tl.exp2(scores - log_sum[:, None])
         else:
             positive = tl.maximum(scores, 0.0)
-            found = positive * positive * lift
+            found = positive * positive * upscale
         # Read back below: registers that held the weights during the product would keep a second program off the SM.
         tl.store(weights + place, found.to(weights.dtype.element_ty))
 
@@ -520,7 +521,7 @@ def _score_grads_kernel(
         if SOFTMAX:
             found = found * (acc - tl.load(row_sums + row + local, mask=row + local < m, other=0.0)[:, None])
         else:
-            found = 2 * tl.sqrt(found * lowering) * acc
+            found = 2 * tl.sqrt(found * downscale) * acc
         tl.store(score_grads + place, found.to(score_grads.dtype.element_ty))
         if WANT_TOP:
             # Bit patterns of floats >= 0 order as the floats do, NaN above all.
@@ -557,7 +558,7 @@ def _store_rows(acc, target, row, count, Z: tl.constexpr, ROWS: tl.constexpr, WI
 @kernel("m", "mk", "n_blocks", "n_key_blocks", "list_size")
 def _input_grads_kernel(
     tiles, grad_out, score_grads, q, k, raw, plan, grad_v, grad_q, grad_k,
-    m, mk, n_blocks, n_key_blocks, list_size, q_stride, k_stride, grad_stride, raw_stride, grad_v_stride, lowering,
+    m, mk, n_blocks, n_key_blocks, list_size, q_stride, k_stride, grad_stride, raw_stride, grad_v_stride, downscale,
     scale, V: tl.constexpr, Z: tl.constexpr, SILU: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, INNER: tl.constexpr, WIDTH: tl.constexpr, SLICES: tl.constexpr,
     BLOCK_Z: tl.constexpr,
@@ -583,7 +584,7 @@ def _input_grads_kernel(
                 acc, tiles, grad_out, bases, key_block, low, steps, column, m, V, grad_stride,
                 PRECISION, BLOCK_M, BLOCK_N, INNER, WIDTH,
             )
-            acc = acc * tl.where(fits, lowering, float("nan"))
+            acc = acc * tl.where(fits, downscale, float("nan"))
             if WIDTH >= 128:
                 half: tl.constexpr = WIDTH // 2
                 left, right = _column_halves(acc)
@@ -675,7 +676,7 @@ def attention_forward(
         (n_blocks * (blocks.m // blocks.rows),),
         q, k, ranges.key_start, ranges.key_end, table, ranges.q_place, ranges.k_place, weights, row_stats, plan,
         m, mk, n_blocks, n_key_blocks, call.list_size, q.stride(0), k.stride(0),
-        *_score_arguments(call, table), call.lift, options=blocks.weights_options,
+        *_score_arguments(call, table), call.upscale, options=blocks.weights_options,
         Z=z, SOFTMAX=softmax, HAS_TABLE=table is not None, PRECISION=precision, RISE=_RISE[q.dtype],
         BLOCK_M=blocks.m, BLOCK_N=blocks.n, BLOCK_Z=power_of_two(z), ROWS=blocks.rows,
         CHUNK=128 if n_blocks <= _MANY_BLOCKS else 1024,
@@ -686,7 +687,7 @@ def attention_forward(
     slices = -(-width // columns)
     _values_kernel(
         (n_blocks * slices,), weights, v, plan, row_stats, gate, out, gated,
-        m, mk, n_blocks, call.list_size, v.stride(0), 0 if gate is None else gate.stride(0), 1 / call.lift,
+        m, mk, n_blocks, call.list_size, v.stride(0), 0 if gate is None else gate.stride(0), 1 / call.upscale,
         options=blocks.values_options, V=width, SOFTMAX=softmax, GATE=gate_form, PRECISION=precision,
         BLOCK_M=blocks.m, BLOCK_N=blocks.n, INNER=blocks.inner, WIDTH=columns, SLICES=slices,
     )
@@ -726,7 +727,7 @@ def attention_backward(
         (call.list_size,), q, k, v, grad_out, ranges.key_start, ranges.key_end, table, ranges.q_place, ranges.k_place,
         row_stats, sums if softmax else None, plan, weights, score_grads, top,
         *sizes, q.stride(0), k.stride(0), v.stride(0), grad_out.stride(0),
-        *_score_arguments(call, table), call.lift, 1 / call.lift, options=blocks.score_grads_options,
+        *_score_arguments(call, table), call.upscale, 1 / call.upscale, options=blocks.score_grads_options,
         Z=z, V=width, SOFTMAX=softmax, HAS_TABLE=table is not None, WANT_TOP=table is not None, PRECISION=precision,
         BLOCK_M=blocks.m, BLOCK_N=blocks.n, BLOCK_Z=power_of_two(z), INNER=blocks.inner,
     )
@@ -738,7 +739,7 @@ def attention_backward(
     _input_grads_kernel(
         (n_key_blocks * (slices + 1) + n_blocks,),
         weights, grad_out, score_grads, q, k, raw_v, plan, grad_v, grad_q, grad_k,
-        *sizes, q.stride(0), k.stride(0), *strides, 1 / call.lift, call.scale, options=blocks.input_grads_options,
+        *sizes, q.stride(0), k.stride(0), *strides, 1 / call.upscale, call.scale, options=blocks.input_grads_options,
         V=width, Z=z, SILU=raw_v is not None, PRECISION=precision,
         BLOCK_M=blocks.m, BLOCK_N=blocks.n, INNER=blocks.inner, WIDTH=columns, SLICES=slices, BLOCK_Z=power_of_two(z),
     )
@@ -799,8 +800,8 @@ def plan_attention(
     # rounding to tiles adds less than two a block.
     tiles = min((count * longest + mk) // blocks.n + 2 * count, count * -(-mk // blocks.n)) if width else 0
     # Products of small relu2 scores leave the range of float16; a power of two brings them back and costs nothing.
-    lift = 1.0 if activation == "softmax" else 2.0 ** round(-math.log2(scale))
-    return AttentionCall(activation, scale, center, tiles, lift)
+    upscale = 1.0 if activation == "softmax" else 2.0 ** round(-math.log2(scale))
+    return AttentionCall(activation, scale, center, tiles, upscale)
 
 
 def windowed_attention_triton(

@@ -147,9 +147,9 @@ def _memory_combine_kernel(
     BLOCK_W: tl.constexpr, BLOCK_Z: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_S: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    """Adds up the splits and the token itself, then writes the token into its slot.
+    """Adds up the splits and the token itself, then writes the token into the ring.
 
-    The slot's old content takes part in this very step, so the write waits for a launch of its own.
+    What stood there takes part in this very step, so the write waits for a launch of its own.
     """
     row = tl.program_id(1).to(tl.int64)
     v = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -187,11 +187,11 @@ def _memory_combine_kernel(
     if ACTIVATION == "softmax":
         out = out / total
     tl.store(out_ptr + row * V + v, out.to(out_ptr.dtype.element_ty), mask=inside)
-    slot = row * W + count % W
-    tl.store(values_ptr + slot * V + v, value.to(values_ptr.dtype.element_ty), mask=inside)
+    ring_index = row * W + count % W
+    tl.store(values_ptr + ring_index * V + v, value.to(values_ptr.dtype.element_ty), mask=inside)
     if tl.program_id(0) == 0:
-        tl.store(keys_ptr + slot * Z + z, key.to(keys_ptr.dtype.element_ty), mask=z < Z)
-        tl.store(positions_ptr + slot, tl.load(position_ptr + row))
+        tl.store(keys_ptr + ring_index * Z + z, key.to(keys_ptr.dtype.element_ty), mask=z < Z)
+        tl.store(positions_ptr + ring_index, tl.load(position_ptr + row))
 
 
 def _overwritten(*tensors: Tensor) -> None:

@@ -47,8 +47,8 @@ _UNROLL = {"chunk_state": (16, 8), "output": (8, 8), "adjoint": (16, 8), "input_
 _VARYING = (
     "x_ptr", "decay_ptr", "input_gain_ptr", "output_gain_ptr", "skip_ptr", "delay_decay_ptr", "delayed_ptr",
     "real_ptr", "reset_ptr", "state_ptr", "y_ptr", "out_ptr", "final_ptr", "grad_ptr", "final_grad_ptr", "x_grad_ptr",
-    "delayed_grad_ptr", "state_grad_ptr", "pack_ptr", "local_ptr", "span_ptr", "entry_ptr", "arriving_ptr",
-    "leaving_ptr", "product_ptr", "length", "chunk", "chunks",
+    "delayed_grad_ptr", "state_grad_ptr", "pack_ptr", "local_ptr", "span_ptr", "entry_ptr", "carry_in_ptr",
+    "carry_out_ptr", "product_ptr", "length", "chunk", "chunks",
 )
 
 
@@ -70,7 +70,7 @@ def _chunk(
     """A program's chunk: its number among all rows' chunks, its channels and states, where its first token lies among
     all B * L and where that token's channels do, how many tokens it has, and how many come UNROLL at once."""
     index, row = tl.program_id(1), tl.program_id(2)
-    slot = row.to(tl.int64) * tl.num_programs(1) + index
+    chunk_id = row.to(tl.int64) * tl.num_programs(1) + index
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     at = index * chunk
     if DIRECTION < 0:
@@ -78,7 +78,7 @@ def _chunk(
     token = row.to(tl.int64) * length + at
     tokens = tl.minimum(chunk, length - index * chunk)
     place = token * D + tl.minimum(d, D - 1)
-    return slot, d, tl.arange(0, BLOCK_N), token, place, tokens, tokens // UNROLL * UNROLL
+    return chunk_id, d, tl.arange(0, BLOCK_N), token, place, tokens, tokens // UNROLL * UNROLL
 
 
 @jit
@@ -254,7 +254,7 @@ def _chunk_state_kernel(
 ):
     """z at the end of each chunk when it starts from zero (B, chunks, N, D); the chunk's count of real tokens, -1 if
     a segment starts in it (B, chunks)."""
-    slot, d, n, token, place, tokens, whole = _chunk(length, chunk, D, BLOCK_D, BLOCK_N, UNROLL, DIRECTION)
+    chunk_id, d, n, token, place, tokens, whole = _chunk(length, chunk, D, BLOCK_D, BLOCK_N, UNROLL, DIRECTION)
     at = (x_ptr + place, delayed_ptr + place, real_ptr + token, reset_ptr + token)
     # The next tokens are on their way while these are worked on.
     values = _load_tokens(at, 0, whole > 0, D, DIRECTION, UNROLL, HAS)
@@ -275,10 +275,10 @@ def _chunk_state_kernel(
         last = _load_tokens(at, i, i < tokens, D, DIRECTION, 1, HAS)
         z, count, cut = _chunk_state_block(z, count, cut, last, q, qt, 1, HAS)
         i += 1
-    _store_tile(local_ptr + slot * (N * D), z, d, n, D, N)
+    _store_tile(local_ptr + chunk_id * (N * D), z, d, n, D, N)
     if (_REAL | _RESET) & HAS:
         if tl.program_id(0) == 0:
-            tl.store(span_ptr + slot, tl.where(cut > 0, -1, count))
+            tl.store(span_ptr + chunk_id, tl.where(cut > 0, -1, count))
 
 
 @jit
@@ -351,7 +351,7 @@ def _output_kernel(
     HAS_SKIP: tl.constexpr, HAS_STATE: tl.constexpr, HAS_ENTRY: tl.constexpr, SILU: tl.constexpr, SAVE_Y: tl.constexpr,
 ):
     """Outputs of a chunk from its entry state, and the final state from the last chunk."""
-    slot, d, n, token, place, tokens, whole = _chunk(length, chunk, D, BLOCK_D, BLOCK_N, UNROLL, DIRECTION)
+    chunk_id, d, n, token, place, tokens, whole = _chunk(length, chunk, D, BLOCK_D, BLOCK_N, UNROLL, DIRECTION)
     inside = d < D
     column = tl.minimum(d, D - 1)
     STEP: tl.constexpr = DIRECTION * D
@@ -369,7 +369,7 @@ def _output_kernel(
         skip = tl.load(skip_ptr + column)
     z = tl.zeros((BLOCK_D, BLOCK_N), tl.float32)
     if HAS_ENTRY:
-        z = _load_tile(entry_ptr + slot * (N * D), d, n, D, N)
+        z = _load_tile(entry_ptr + chunk_id * (N * D), d, n, D, N)
     elif HAS_STATE:
         gain = tl.load(pack_ptr + 2 * N * D + _tile_offsets(d, n, D, N))
         z = tl.load(state_ptr + _state_offsets(tl.program_id(2), d, n, D, N)) / gain
@@ -432,13 +432,13 @@ def _adjoint_block(
 
 @kernel(*_VARYING)
 def _adjoint_kernel(
-    x_ptr, delayed_ptr, real_ptr, reset_ptr, pack_ptr, y_ptr, grad_ptr, leaving_ptr, product_ptr, length, chunk,
+    x_ptr, delayed_ptr, real_ptr, reset_ptr, pack_ptr, y_ptr, grad_ptr, carry_out_ptr, product_ptr, length, chunk,
     D: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, UNROLL: tl.constexpr,
     DIRECTION: tl.constexpr, HAS: tl.constexpr,
     SILU: tl.constexpr, EAGER: tl.constexpr,
 ):
     """The chunk's own share of the carry that leaves it at its entry, and sum_t u_t a_t; both (B, chunks, N, D)."""
-    slot, d, n, token, place, tokens, whole = _chunk(length, chunk, D, BLOCK_D, BLOCK_N, UNROLL, DIRECTION)
+    chunk_id, d, n, token, place, tokens, whole = _chunk(length, chunk, D, BLOCK_D, BLOCK_N, UNROLL, DIRECTION)
     STEP: tl.constexpr = DIRECTION * D
     at = (x_ptr + place, delayed_ptr + place, real_ptr + token, reset_ptr + token)
     y_ptr += place
@@ -469,19 +469,19 @@ def _adjoint_kernel(
         values = following
         grads = following_grads
         i -= UNROLL
-    _store_tile(leaving_ptr + slot * (N * D), carry, d, n, D, N)
-    _store_tile(product_ptr + slot * (N * D), product, d, n, D, N)
+    _store_tile(carry_out_ptr + chunk_id * (N * D), carry, d, n, D, N)
+    _store_tile(product_ptr + chunk_id * (N * D), product, d, n, D, N)
 
 
 @kernel(*_VARYING)
 def _carry_adjoint_kernel(
-    pack_ptr, state_ptr, local_ptr, span_ptr, leaving_ptr, product_ptr, final_grad_ptr,
-    entry_ptr, arriving_ptr, gain_grad_ptr, state_grad_ptr, length, chunk, chunks,
+    pack_ptr, state_ptr, local_ptr, span_ptr, carry_out_ptr, product_ptr, final_grad_ptr,
+    entry_ptr, carry_in_ptr, gain_grad_ptr, state_grad_ptr, length, chunk, chunks,
     D: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr, BITS: tl.constexpr,
     HAS_STATE: tl.constexpr, HAS_FINAL_GRAD: tl.constexpr, HAS_SPAN: tl.constexpr, EAGER: tl.constexpr,
 ):
-    """Entry states again, the carry arriving at the end of each chunk (B, chunks, N, D), the gradients of the initial
-    state (B, D, N) and, one sum a row, of the input gain and the output gain (B, 2, N, D)."""
+    """Entry states again, the carry into the end of each chunk (B, chunks, N, D), the gradients of the initial state
+    (B, D, N) and, one sum a row, of the input gain and the output gain (B, 2, N, D)."""
     row = tl.program_id(1).to(tl.int64)
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = i < N * D
@@ -512,26 +512,26 @@ def _carry_adjoint_kernel(
     output_sum = tl.zeros((BLOCK,), tl.float32)
     first = 0
     while first < chunks:
-        locals_, entries, leavings, products = (), (), (), ()
+        locals_, entries, carries_out, products = (), (), (), ()
         for j in tl.static_range(UNROLL):
             index = chunks - 1 - first - j
             at = base + index * (N * D)
             where = inside & (index >= 0)
             locals_ = locals_ + (tl.load(local_ptr + at, mask=where, other=0.0),)
             entries = entries + (tl.load(entry_ptr + at, mask=where, other=0.0),)
-            leavings = leavings + (tl.load(leaving_ptr + at, mask=where, other=0.0),)
+            carries_out = carries_out + (tl.load(carry_out_ptr + at, mask=where, other=0.0),)
             products = products + (tl.load(product_ptr + at, mask=where, other=0.0),)
         for j in tl.static_range(UNROLL):
             index = chunks - 1 - first - j
             at = base + index * (N * D)
-            tl.store(arriving_ptr + at, carry, mask=inside & (index >= 0))
+            tl.store(carry_in_ptr + at, carry, mask=inside & (index >= 0))
             input_sum += products[j] + to_state * carry * locals_[j]
-            output_sum += products[j] + to_state * leavings[j] * entries[j]
+            output_sum += products[j] + to_state * carries_out[j] * entries[j]
             if HAS_SPAN:
                 power = _chunk_power(span_ptr + index, q, index >= 0, BITS)
             else:
                 power = tl.where(index == chunks - 1, last_power, whole_power)
-            carry = tl.where(index >= 0, power * carry + leavings[j], carry)
+            carry = tl.where(index >= 0, power * carry + carries_out[j], carry)
         first += UNROLL
     tl.store(state_grad_ptr + state_offset, output_gain * to_state * carry, mask=inside)
     tl.store(gain_grad_ptr + row * (2 * N * D) + i, output_gain * input_sum, mask=inside)
@@ -571,7 +571,7 @@ def _input_grad_block(
 
 @kernel(*_VARYING)
 def _input_grad_kernel(
-    x_ptr, delayed_ptr, real_ptr, reset_ptr, pack_ptr, skip_ptr, y_ptr, grad_ptr, entry_ptr, arriving_ptr,
+    x_ptr, delayed_ptr, real_ptr, reset_ptr, pack_ptr, skip_ptr, y_ptr, grad_ptr, entry_ptr, carry_in_ptr,
     x_grad_ptr, delayed_grad_ptr, part_ptr, length, chunk,
     D: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, UNROLL: tl.constexpr,
     DIRECTION: tl.constexpr, HAS: tl.constexpr,
@@ -583,7 +583,7 @@ def _input_grad_kernel(
     the inputs before t and the entry state, so one backward sweep does: the slope sum_{t>j} q^(t-1-j) a_t is what
     multiplies input j.
     """
-    slot, d, n, token, place, tokens, whole = _chunk(length, chunk, D, BLOCK_D, BLOCK_N, UNROLL, DIRECTION)
+    chunk_id, d, n, token, place, tokens, whole = _chunk(length, chunk, D, BLOCK_D, BLOCK_N, UNROLL, DIRECTION)
     inside = d < D
     column = tl.minimum(d, D - 1)
     STEP: tl.constexpr = DIRECTION * D
@@ -603,7 +603,7 @@ def _input_grad_kernel(
     skip = tl.zeros((BLOCK_D,), tl.float32)
     if HAS_SKIP:
         skip = tl.load(skip_ptr + column)
-    carry = _load_tile(arriving_ptr + slot * (N * D), d, n, D, N)
+    carry = _load_tile(carry_in_ptr + chunk_id * (N * D), d, n, D, N)
     slope = tl.zeros((BLOCK_D, BLOCK_N), tl.float32)
     decay_sum = tl.zeros((BLOCK_D, BLOCK_N), tl.float32)
     delay_sum = tl.zeros((BLOCK_D, BLOCK_N), tl.float32)
@@ -631,9 +631,9 @@ def _input_grad_kernel(
         i -= UNROLL
     input_gain = _load_tile(pack_ptr + 2 * N * D, d, n, D, N)
     output_gain = _load_tile(pack_ptr + 3 * N * D, d, n, D, N)
-    entry = _load_tile(entry_ptr + slot * (N * D), d, n, D, N)
+    entry = _load_tile(entry_ptr + chunk_id * (N * D), d, n, D, N)
     ROWS: tl.constexpr = 2 * N + 1 if _DELAY & HAS else N + 1
-    part_ptr += slot * (ROWS * D)
+    part_ptr += chunk_id * (ROWS * D)
     # Each factor keeps its own gain: with both gains near zero the bare product would overflow.
     _store_tile(part_ptr, c * decay_sum + (input_gain * entry) * (output_gain * slope), d, n, D, N)
     if _DELAY & HAS:
@@ -781,16 +781,16 @@ class _EmaScan(torch.autograd.Function):
         grad = torch.zeros_like(x) if grad is None else grad.contiguous()
         tokens = x, x if delayed is None else delayed, x if real is None else real, x if reset is None else reset
         state_, y_ = pack if state is None else state, x if y is None else y
-        leaving, product, entry, arriving = torch.empty(4, *local.shape, **float32).unbind()
+        carry_out, product, entry, carry_in = torch.empty(4, *local.shape, **float32).unbind()
         _adjoint_kernel(
-            grid, *tokens, pack, y_, grad, leaving, product, length, chunk, options=_WARPS,
+            grid, *tokens, pack, y_, grad, carry_out, product, length, chunk, options=_WARPS,
             **shape, UNROLL=_UNROLL["adjoint"][many], **common, SILU=silu, EAGER=eager,
         )
         gain_grad = torch.empty(batch, 2, states, width, **float32)
         state_grad = torch.empty(batch, width, states, **float32)
         _carry_adjoint_kernel(
-            (-(-size // 128), batch), pack, state_, local, pack if span is None else span, leaving, product,
-            pack if final_grad is None else final_grad.contiguous(), entry, arriving, gain_grad, state_grad,
+            (-(-size // 128), batch), pack, state_, local, pack if span is None else span, carry_out, product,
+            pack if final_grad is None else final_grad.contiguous(), entry, carry_in, gain_grad, state_grad,
             length, chunk, chunks, D=width, N=states, BLOCK=128, UNROLL=8, BITS=chunk.bit_length(),
             HAS_STATE=state is not None, HAS_FINAL_GRAD=final_grad is not None, HAS_SPAN=span is not None, EAGER=eager,
         )
@@ -798,7 +798,7 @@ class _EmaScan(torch.autograd.Function):
         delayed_grad = x_grad if delayed is None else torch.empty_like(delayed)
         parts = torch.empty(batch * chunks, rows, width, **float32)
         _input_grad_kernel(
-            grid, *tokens, pack, pack if skip is None else skip, y_, grad, entry, arriving,
+            grid, *tokens, pack, pack if skip is None else skip, y_, grad, entry, carry_in,
             x_grad, delayed_grad, parts, length, chunk, options=_WARPS, **shape, UNROLL=_UNROLL["input_grad"][many],
             **common, HAS_SKIP=skip is not None, SILU=silu, EAGER=eager,
         )
