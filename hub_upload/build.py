@@ -9,7 +9,6 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-import modeling_seqboat
 from modeling_seqboat.configuration_seqboat import SeqBoatConfig
 
 from .code_files import auto_classes, auto_map, code_files, license_file
@@ -211,8 +210,3 @@ def _refuse_tokens(folder: Path) -> None:
                 f"{file.name} would hold something that looks like an access token of the Hub; remove it from the "
                 "model folder or the card's sources first."
             )
-
-
-def package_version() -> str:
-    """Version of this package, as it stands in the model card."""
-    return modeling_seqboat.__version__

@@ -40,10 +40,6 @@ EVALUATION = {
 }
 FAKE_TOKEN = "hf_" + "A1b2C3d4E5" * 4
 
-needs_classifier = pytest.mark.skipif(
-    not hasattr(modeling_seqboat, "SeqBoatForSequenceClassification"), reason="no classification head yet"
-)
-
 
 def stranger(folder):
     """Environment of a process that shares no cache and no token with this one."""
@@ -573,7 +569,6 @@ def test_a_model_fine_tuned_from_the_hub_is_saved_built_and_verified_again(built
     assert weights["model.embed_tokens.weight"].double().sum().item() == float(result.stdout.split()[-1])
 
 
-@needs_classifier
 @pytest.mark.parametrize("kind", ["tokens", "values"])
 def test_classifiers_are_built_and_verified(kind, tmp_path):
     extra = {"input_type": "values", "vocab_size": 40} if kind == "values" else {}

@@ -23,10 +23,6 @@ LANGUAGE_MODELS = ("lm_rotary", "lm_relu2_ffn")
 ENCODERS = ("encoder_text", "encoder_pixels")
 PUBLISHED_PAD = 1
 
-needs_classifier = pytest.mark.skipif(
-    not hasattr(modeling_seqboat, "SeqBoatForSequenceClassification"), reason="no classification head yet"
-)
-
 
 @pytest.fixture(scope="module")
 def checkpoint():
@@ -120,7 +116,6 @@ def test_bytes_that_the_dictionary_lacks_share_the_unknown_row_and_are_never_gen
     assert not set(new[0, prompt.shape[1] :].tolist()) & set(lacking)
 
 
-@needs_classifier
 @pytest.mark.parametrize("name", ENCODERS)
 def test_encoder_reproduces_its_golden(name, tmp_path):
     from transformers import AutoModelForSequenceClassification

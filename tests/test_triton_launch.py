@@ -45,6 +45,11 @@ def test_an_equal_key_means_an_equal_variant(launches):
         assert len(set(variants.values())) > 1, function
 
 
+def test_constants_come_in_the_order_of_the_kernels_parameters(launches):
+    for kernel, args, _, constants in launches:
+        assert list(constants) == list(kernel.function.arg_names[len(args) :]), kernel.function.fn.__name__
+
+
 def test_what_varies_from_call_to_call_makes_no_variants(launches):
     for kernel, args, options, constants in launches:
         for place, (arg, varies) in enumerate(zip(args, kernel.varies, strict=False)):
