@@ -39,7 +39,7 @@ class _RowNorm(nn.Module):
         if op is None:
             return self.normed(x)
         weight = self.weight
-        if weight is not None:
+        if weight is not None and weight.numel() == 1:
             weight = weight.expand(x.shape[-1])
         return op(x, self.normed, weight, getattr(self, "bias", None), self.eps, self.centered, dtype)
 
