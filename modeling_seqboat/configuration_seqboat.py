@@ -371,7 +371,8 @@ class SeqBoatConfig(PreTrainedConfig):
         if value != 1:
             # Tools for sharding set it on any config.
             logger.warning_once(
-                f"SeqBoatConfig: num_attention_heads={value!r} changes nothing: the attention has a single head"
+                f"SeqBoatConfig: num_attention_heads={value!r} changes nothing: the gated attention unit has a single "
+                "head"
             )
 
     @property

@@ -39,7 +39,8 @@ def untested_version(version: str) -> str | None:
         return None
     return (
         f"SeqBoat was tested with transformers {OLDEST_TESTED} to {NEWEST_TESTED}; this is {version}. Should "
-        f'something break, `pip install "transformers=={NEWEST_TESTED}.*"` gives the newest version known to work'
+        f'something break, `pip install "transformers=={NEWEST_TESTED}.*"` gives the newest version that is known to '
+        "work"
     )
 
 
