@@ -6,7 +6,7 @@ T truncation, M activated tokens of one forward.
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.nn import functional as F
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .cache_file_seqboat import SavedState, check_buffer, check_counts, memory_of, read_state, write_state
@@ -23,6 +22,7 @@ from .configuration_seqboat import SeqBoatConfig
 from .context_seqboat import SequenceContext
 from .ops_ema_seqboat import without_autocast
 from .ops_layout_seqboat import Packed, last_real_tokens
+from .ops_packed_seqboat import write_memory
 from .ssm_seqboat import RECURRENCES, Before, Replay
 
 # Config fields that a state's shape or meaning depends on: a cache made under other values is refused.
@@ -74,7 +74,7 @@ class _Columns:
     Attributes:
         hidden: (B, L, D), inputs of the recurrence.
         real: (B, L) bool or None; reset: (B, L) bool or None, True where a segment starts.
-        active: (B, L) bool.
+        active: (B, L) bool; total: (B, L) integer, activated tokens of the batch up to and including each.
         index: (M,) int64, places of the activated tokens among the B * L, in order.
         keys, values: (M, Z), (M, V); positions: (M,) int64.
         replay: how to compute the state after columns like these.
@@ -84,6 +84,7 @@ class _Columns:
     real: Tensor | None
     reset: Tensor | None
     active: Tensor
+    total: Tensor
     index: Tensor
     keys: Tensor
     values: Tensor
@@ -100,9 +101,10 @@ class _Columns:
         column = self.index % length
         chosen = (column >= first) & (column < end)
         index = (self.index // length * (end - first) + column - first)[chosen]
-        marks = (None if t is None else t[:, first:end].clone() for t in (self.real, self.reset, self.active))
+        marks = [None if t is None else t[:, first:end].clone() for t in (self.real, self.reset, self.active)]
+        total = marks[2].flatten().cumsum(0).view_as(marks[2])
         rows = (t[chosen] for t in (self.keys, self.values, self.positions))
-        return _Columns(self.hidden[:, first:end].clone(), *marks, index, *rows, self.replay)
+        return _Columns(self.hidden[:, first:end].clone(), *marks, total, index, *rows, self.replay)
 
 
 @dataclass
@@ -326,13 +328,13 @@ class SeqBoatCacheLayer(CacheLayerMixin):
             return
         positions = context.positions.flatten()[packed.index]
         columns = _Columns(
-            hidden.detach(), context.real, context.reset, active, packed.index, keys.detach(), values.detach(),
-            positions, replay,
+            hidden.detach(), context.real, context.reset, active, packed.total.view_as(active), packed.index,
+            keys.detach(), values.detach(), positions, replay,
         )  # fmt: skip
         # Autograd may keep the state, and a later step may overwrite the cache's.
         state = state.detach().clone() if state.requires_grad else state
         if not self.record_past:
-            self._write(columns, state)
+            self._write(columns, state, context.ops.write_memory)
             return
         extra = columns.length - self.rollback_limit
         if extra > 0:
@@ -373,25 +375,22 @@ class SeqBoatCacheLayer(CacheLayerMixin):
             state = columns.replay(columns.hidden, columns.real, columns.reset, self.ssm_state, history)
         return self._write(columns, state)
 
-    def _write(self, columns: _Columns, state: Tensor) -> _Undo:
+    def _write(self, columns: _Columns, state: Tensor, write_memory: Callable = write_memory) -> _Undo:
         """Takes the columns in, and returns how to take them out again. No value is read off the device."""
-        batch, length = columns.active.shape
+        length = columns.length
         before = {name: getattr(self, name) for name in ("ssm_state", "ssm_inputs", *_COUNTS)}
         if self.static:
             before = {}
         inputs = self.recent_inputs()
-        total = columns.active.flatten().cumsum(0)
-        row_end = total.view(batch, length)[:, -1]
-        row_start = F.pad(row_end, (1, 0))[:-1]
         tokens = length if columns.real is None else columns.real.sum(1)
-        counts = {name: getattr(self, name) for name in _COUNTS}
+        counts, first = {name: getattr(self, name) for name in _COUNTS}, None
         self.make_room(min(length, columns.index.shape[0]))
         if columns.reset is not None:
             begun = columns.reset.any(1)
             last = torch.where(columns.reset, torch.arange(length, device=begun.device), 0).amax(1, keepdim=True)
-            # Activated tokens of all rows before the row's last segment.
-            at = (total.view(batch, length) - columns.active.long()).gather(1, last)[:, 0]
-            row_start = torch.where(begun, at, row_start)
+            # Activated tokens of all rows before the row's last segment; before the row where none starts.
+            first = torch.where(begun, last[:, 0], 0)[:, None]
+            first = (columns.total - columns.active.to(columns.total.dtype)).gather(1, first)[:, 0]
             counted = torch.arange(length, device=begun.device) >= last
             tokens = (counted if columns.real is None else counted & columns.real).sum(1)
             counts = {name: count.masked_fill(begun, 0) for name, count in counts.items()}
@@ -400,25 +399,10 @@ class SeqBoatCacheLayer(CacheLayerMixin):
                 if self.record_past:
                     before[name] = ring.clone()
                 ring.masked_fill_(begun.view(-1, *[1] * (ring.dim() - 1)), 0)
-        new = row_end - row_start
         self._store("token_count", counts["token_count"] + tokens)
-        self._store("activated_count", counts["activated_count"] + new)
-        slots = self.keys.shape[1]
-        written = min(slots, length, columns.index.shape[0])
-        ring_index, overwritten = None, {}
-        if written > 0:
-            # The last tokens of each row, newest first, and where they stand in the memory.
-            age = torch.arange(written, device=new.device)
-            is_new = age < new[:, None]
-            place = (row_end[:, None] - 1 - age).clamp_min(0)
-            ring_index = (self.activated_count[:, None] - 1 - age) % slots
-            for name in _RING:
-                ring, values = getattr(self, name), getattr(columns, name)
-                shape = (batch, written, *[1] * (ring.dim() - 2))
-                at = ring_index.view(shape).expand(batch, written, *ring.shape[2:])
-                overwritten[name] = ring.gather(1, at)
-                values = values[place].to(ring.dtype)
-                ring.scatter_(1, at, torch.where(is_new.view(shape), values, overwritten[name]))
+        ring, new = ([getattr(owner, name) for name in _RING] for owner in (self, columns))
+        activated, ring_index, overwritten = write_memory(ring, new, columns.total, first, counts["activated_count"])
+        self._store("activated_count", activated)
         if inputs is not None:
             inputs = last_real_tokens(columns.hidden, self.truncation, columns.real, columns.reset, inputs)
             # From oldest first to the slots that the new counts give.
@@ -426,7 +410,7 @@ class SeqBoatCacheLayer(CacheLayerMixin):
             self._store("ssm_inputs", inputs.gather(1, order[:, :, None].expand_as(inputs)))
         self._store("ssm_state", state.to(self.ssm_state.dtype))
         self._count(length)
-        return _Undo(columns, before, ring_index, overwritten)
+        return _Undo(columns, before, ring_index, dict(zip(_RING, overwritten, strict=False)))
 
     def _drop_empty_slots(self) -> None:
         if not self.static:

@@ -18,6 +18,7 @@ from .triton_rows_seqboat import (
     linear_triton,
     norm_residual_triton,
     pack_triton,
+    write_memory_triton,
 )
 
 
@@ -104,6 +105,45 @@ def pack_step(active: Tensor, all_rows: bool) -> Packed:
 def gather_rows(x: Tensor, index: Tensor, packed_index: Tensor | None) -> Tensor:
     """Compress: (R, D) -> (M, D), the rows of the activated tokens; arguments as in `Packed`."""
     return x.index_select(0, index)
+
+
+@op("write_memory", triton=write_memory_triton, used=lambda facts: not facts.bidirectional)
+def write_memory(
+    ring: list[Tensor], new: list[Tensor], total: Tensor, first: Tensor | None, activated_count: Tensor
+) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+    """Puts the activated tokens of some columns in the memory, in place: that with ordinal i of its segment in slot i % S,
+    where a later one takes its place (arXiv 2306.11197, section 3.4).
+
+    Args:
+        ring: keys (B, S, Z), values (B, S, V) and positions (B, S).
+        new: the same of the activated tokens, (M, Z), (M, V) and (M,), in order.
+        total: (B, L) integer, activated tokens of the batch up to and including each.
+        first: (B,) integer, activated tokens of the batch before each row's first that is to be written; None for all.
+        activated_count: (B,) int64, activated tokens of each row's segment before these columns.
+
+    Returns:
+        The new activated_count (B,); and what was written over: (B, n) int64 slots, and the entries of each ring (B, n, ...).
+        The kernel does not keep these: None and nothing.
+    """
+    batch, length = total.shape
+    end = total[:, -1].long()
+    begin = F.pad(end, (1, 0))[:-1] if first is None else first
+    count, slots = end - begin, ring[0].shape[1]
+    after = activated_count + count
+    written = min(slots, length, new[0].shape[0])
+    if written == 0:
+        return after, None, []
+    # The last tokens of each row, newest first, and where they stand in the memory.
+    age = torch.arange(written, device=count.device)
+    is_new = age < count[:, None]
+    place = (end[:, None] - 1 - age).clamp_min(0)
+    slot, overwritten = (after[:, None] - 1 - age) % slots, []
+    for entries, rows in zip(ring, new, strict=True):
+        shape = (batch, written, *[1] * (entries.dim() - 2))
+        at = slot.view(shape).expand(batch, written, *entries.shape[2:])
+        overwritten.append(entries.gather(1, at))
+        entries.scatter_(1, at, torch.where(is_new.view(shape), rows[place].to(entries.dtype), overwritten[-1]))
+    return after, slot, overwritten
 
 
 @op("extract_residual", triton=extract_residual_triton, needs=(needs_silu,))

@@ -413,6 +413,56 @@ def pack_triton(
     return _PendingPacked(packed, None if capacity is None else room, length, memory_size, memory)
 
 
+@kernel("length", "slots")
+def _write_memory_kernel(
+    total, first, before, keys, values, positions, new_keys, new_values, new_positions, after, length, slots,
+    FIRST: tl.constexpr, Z: tl.constexpr, V: tl.constexpr, ROWS: tl.constexpr, KEY_WIDTH: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr,
+):
+    row = tl.program_id(1).to(tl.int64)
+    slot = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    end = tl.load(total + (row + 1) * length - 1).to(tl.int64)
+    if FIRST:
+        begin = tl.load(first + row).to(tl.int64)
+    else:
+        begin = tl.load(total + row * length - 1, mask=row > 0, other=0).to(tl.int64)
+    count = tl.load(before + row)
+    last = count + end - begin - 1
+    # The newest token that belongs in the slot, or one from before these columns.
+    ordinal = last - (last - slot + slots) % slots
+    written = (slot < slots) & (ordinal >= count)
+    source = begin + ordinal - count
+    entry = row * slots + slot
+    columns = tl.arange(0, KEY_WIDTH)
+    inside = written[:, None] & (columns < Z)[None, :]
+    value = tl.load(new_keys + source[:, None] * Z + columns[None, :], mask=inside)
+    tl.store(keys + entry[:, None] * Z + columns[None, :], value, mask=inside)
+    columns = tl.arange(0, VALUE_WIDTH)
+    inside = written[:, None] & (columns < V)[None, :]
+    value = tl.load(new_values + source[:, None] * V + columns[None, :], mask=inside)
+    tl.store(values + entry[:, None] * V + columns[None, :], value, mask=inside)
+    tl.store(positions + entry, tl.load(new_positions + source, mask=written), mask=written)
+    if tl.program_id(0) == 0:
+        tl.store(after + row, last + 1)
+
+
+def write_memory_triton(
+    ring: list[Tensor], new: list[Tensor], total: Tensor, first: Tensor | None, activated_count: Tensor
+) -> tuple[Tensor, None, list[Tensor]]:
+    """`write_memory` in one launch; what is written over is lost. Numbers of rows and positions are int64."""
+    (keys, values, positions), (batch, slots) = ring, ring[2].shape
+    after = torch.empty_like(activated_count)
+    first = None if first is None else first.contiguous()
+    rows, value_width = row_block(values.shape[2])
+    _write_memory_kernel(
+        (max(1, -(-slots // rows)), batch), total.contiguous(), first, activated_count, keys, values, positions,
+        *(t.contiguous() for t in new), after, total.shape[1], max(1, slots),
+        FIRST=first is not None, Z=keys.shape[2], V=values.shape[2], ROWS=rows,
+        KEY_WIDTH=power_of_two(keys.shape[2]), VALUE_WIDTH=value_width,
+    )
+    return after, None, []
+
+
 @kernel("count")
 def _gather_kernel(x, index, out, count, x_stride, D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)

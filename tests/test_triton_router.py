@@ -7,9 +7,9 @@ from triton_interpreter import DEVICE  # first, before anything imports triton
 
 from modeling_seqboat.ops_ema_seqboat import ema_parameters
 from modeling_seqboat.ops_layout_seqboat import segment_bounds
-from modeling_seqboat.ops_packed_seqboat import pack
+from modeling_seqboat.ops_packed_seqboat import pack, write_memory
 from modeling_seqboat.triton_ema_seqboat import ema_parameters_triton
-from modeling_seqboat.triton_rows_seqboat import norm_residual_triton, pack_triton, route_triton
+from modeling_seqboat.triton_rows_seqboat import norm_residual_triton, pack_triton, route_triton, write_memory_triton
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -90,6 +90,36 @@ def test_the_list_of_activated_tokens_is_what_torch_builds(shape, rate, segments
             assert found.memory.num_keys == expected.memory.num_keys
             for name in ("row", "ring_index", "key_index", "new_index"):
                 assert torch.equal(getattr(found.memory, name).cpu(), getattr(expected.memory, name)), name
+
+
+@pytest.mark.parametrize("segments", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("slots", "rate"), [(1, 0.5), (7, 0.5), (7, 1.0), (40, 0.7), (7, 0.0)])
+def test_the_memory_is_written_as_torch_writes_it(slots, rate, dtype, segments):
+    batch, length, generator = 3, 19, torch.Generator().manual_seed(5)
+    active = torch.rand(batch, length, generator=generator) < rate
+    active[1] = False
+    total = active.flatten().cumsum(0).view(batch, length)
+    tokens, widths = int(total[-1, -1]), ((12,), (20,), ())
+    ring = [torch.randn(batch, slots, *width, generator=generator).to(dtype) for width in widths]
+    new = [torch.randn(tokens, *width, generator=generator) for width in widths]
+    ring[2], new[2] = ring[2].long(), torch.arange(tokens)
+    first = (total - active.long())[:, 4] if segments else None
+    before = torch.tensor([0, 5, 1000])
+    found = [entries.to(DEVICE) for entries in ring]
+    after, *_ = write_memory_triton(
+        found, [rows.to(DEVICE) for rows in new], total.int().to(DEVICE), None if first is None else first.to(DEVICE),
+        before.to(DEVICE),
+    )  # fmt: skip
+    old = [entries.clone() for entries in ring]
+    wanted, slot, overwritten = write_memory(ring, new, total, first, before)
+    assert torch.equal(after.cpu(), wanted)
+    for one, other in zip(found, ring, strict=True):
+        assert torch.equal(one.cpu(), other)
+    # With what was written over the memory is as before.
+    for entries, kept, gone in zip(ring, old, overwritten, strict=False):
+        at = slot.view(*slot.shape, *[1] * (entries.dim() - 2)).expand_as(gone)
+        assert torch.equal(entries.scatter(1, at, gone), kept)
 
 
 @pytest.mark.parametrize(
