@@ -8,7 +8,8 @@ rows of different counts, packed segments, and a memory that precedes each row's
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -102,8 +103,7 @@ def attention_weights(scores: Tensor, visible: Tensor, activation: str) -> Tenso
     """(..., keys) float scores -> weights, 0 where not visible; a query that sees nothing has only zeros."""
     if activation == "softmax":
         masked = scores.masked_fill(~visible, float("-inf"))
-        # Without a gradient, since it changes nothing but the rounding.
-        top = masked.detach().amax(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).min)
+        top = masked.amax(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).min)
         weights = torch.exp(masked - top)
         return weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
     if activation == "relu2":
@@ -114,6 +114,19 @@ def attention_weights(scores: Tensor, visible: Tensor, activation: str) -> Tenso
         raise ValueError(f"attention_activation must be 'softmax', 'relu2' or 'laplace', got {activation!r}")
     # After the activation: laplace(0) is not 0, so a hidden key would still count.
     return weights.masked_fill(~visible, 0)
+
+
+def _weights_backward(scores: Tensor, weights: Tensor, grad: Tensor, visible: Tensor, activation: str) -> Tensor:
+    """The gradient of the scores, given that of the weights."""
+    if activation == "softmax":
+        return weights * (grad - (weights * grad).sum(-1, keepdim=True))
+    if activation == "relu2":
+        slope = 2 * scores.relu()
+    else:
+        slope = torch.exp(-0.5 * ((scores - _LAPLACE_MEAN) / _LAPLACE_STD) ** 2) / (
+            _LAPLACE_STD * math.sqrt(2 * math.pi)
+        )
+    return (grad * slope).masked_fill_(~visible, 0)
 
 
 @op("windowed_attention", triton=windowed_attention_triton, needs=(_needs_kernel,))
@@ -261,66 +274,82 @@ def _blocks(key_start: Tensor, key_end: Tensor) -> list[tuple[int, int, int, int
     return [tuple(span) for span in spans if span[3] > span[2]]
 
 
-def _attend(q, k, v, table, places, first, generator, *, activation, scale, center, dropout_p) -> Tensor:
-    """`windowed_attention` of one block of queries over the keys from number `first` on, with key_start, key_end,
-    q_place and k_place of these."""
+class _Block(NamedTuple):
+    """A block of queries and all keys that any of them sees.
+
+    Attributes:
+        queries, keys: which, as slices.
+        scores: (queries, keys); visible: bool; entries: int64, of the bias table, or None.
+        weights: after dropout `kept`, which is what dropout multiplies with, or None.
+    """
+
+    queries: slice
+    keys: slice
+    scores: Tensor
+    visible: Tensor
+    entries: Tensor | None
+    weights: Tensor
+    kept: Tensor | None
+
+
+def _computed(q, k, table, places, blocks, seed, *, activation, scale, center, dropout_p) -> Iterator[_Block]:
+    """Block after block; the same seed draws the same dropout."""
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    key_start, key_end, q_place, k_place = places
-    scores = (q.to(dtype) * scale) @ k.to(dtype).t()
-    if table is not None:
-        entries = (center + k_place[None, :] - q_place[:, None]).clamp(0, table.shape[0] - 1)
-        scores = scores + table.to(dtype)[entries]
-    keys = torch.arange(first, first + k.shape[0], device=k.device)
-    visible = (keys >= key_start[:, None]) & (keys < key_end[:, None])
-    weights = attention_weights(scores, visible, activation)
-    if dropout_p > 0:
-        drawn = torch.rand(weights.shape, device=weights.device, generator=generator)
-        weights = weights * (drawn >= dropout_p) / (1 - dropout_p)
-    return weights.to(v.dtype) @ v
+    generator = torch.Generator(device=q.device).manual_seed(seed) if dropout_p > 0 else None
+    for q0, q1, k0, k1 in blocks:
+        queries, keys, entries, kept = slice(q0, q1), slice(k0, k1), None, None
+        key_start, key_end, q_place, k_place = places
+        scores = (q[queries].to(dtype) * scale) @ k[keys].to(dtype).t()
+        if table is not None:
+            entries = (center + k_place[None, keys] - q_place[queries, None]).clamp(0, table.shape[0] - 1)
+            scores = scores + table.to(dtype)[entries]
+        numbers = torch.arange(k0, k1, device=k.device)
+        visible = (numbers >= key_start[queries, None]) & (numbers < key_end[queries, None])
+        weights = attention_weights(scores, visible, activation)
+        if generator is not None:
+            drawn = torch.rand(weights.shape, device=weights.device, generator=generator)
+            kept = (drawn >= dropout_p).to(weights.dtype) / (1 - dropout_p)
+        yield _Block(queries, keys, scores, visible, entries, weights, kept)
 
 
 class _WindowedAttention(torch.autograd.Function):
-    """Block after block; backward computes each again, and draws the same dropout from the same seed."""
-
     @staticmethod
     def forward(ctx, q, k, v, table, places, blocks, seed, numbers):
         ctx.save_for_backward(q, k, v, table, *places)
         ctx.blocks, ctx.seed, ctx.numbers = blocks, seed, numbers
         out = v.new_zeros(q.shape[0], v.shape[1])
-        generator = torch.Generator(device=q.device).manual_seed(seed)
-        for queries, keys, of_block in _parts(blocks, places):
-            out[queries] = _attend(q[queries], k[keys], v[keys], table, of_block, keys.start, generator, **numbers)
+        for block in _computed(q, k, table, places, blocks, seed, **numbers):
+            weights = block.weights if block.kept is None else block.weights * block.kept
+            torch.mm(weights.to(v.dtype), v[block.keys], out=out[block.queries])
         return out
 
     @staticmethod
     @first_derivative_only
     def backward(ctx, grad_out):
-        *inputs, start, end, q_place, k_place = ctx.saved_tensors
-        dtype = torch.float64 if grad_out.dtype == torch.float64 else torch.float32
-        grads = [None if t is None else torch.zeros(t.shape, dtype=dtype, device=t.device) for t in inputs]
-        generator = torch.Generator(device=grad_out.device).manual_seed(ctx.seed)
-        for queries, keys, of_block in _parts(ctx.blocks, (start, end, q_place, k_place)):
-            rows = queries, keys, keys, slice(None)
-            leaves = [
-                None if t is None else t[part].detach().to(dtype).requires_grad_()
-                for t, part in zip(inputs, rows, strict=True)
-            ]
-            with torch.enable_grad(), without_autocast(grad_out.device):
-                out = _attend(*leaves, of_block, keys.start, generator, **ctx.numbers)
-                wanted = [leaf for leaf in leaves if leaf is not None]
-                found = torch.autograd.grad(out, wanted, grad_out[queries].to(dtype))
-            for total, part, grad in zip(grads, rows, found, strict=False):
-                total[part] += grad
-        return *(None if t is None else g.to(t.dtype) for t, g in zip(inputs, grads, strict=True)), *[None] * 4
+        with without_autocast(grad_out.device):
+            return _WindowedAttention._gradients(ctx, grad_out)
 
-
-def _parts(blocks, places):
-    """Each block's queries and keys as slices, with its part of `places`: key_start, key_end, q_place, k_place."""
-    start, end, q_place, k_place = places
-    for q0, q1, k0, k1 in blocks:
-        queries, keys = slice(q0, q1), slice(k0, k1)
-        of_table = (None, None) if q_place is None else (q_place[queries], k_place[keys])
-        yield queries, keys, (start[queries], end[queries], *of_table)
+    @staticmethod
+    def _gradients(ctx, grad_out):
+        q, k, v, table, *places = ctx.saved_tensors
+        dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+        grads = [None if t is None else torch.zeros(t.shape, dtype=dtype, device=t.device) for t in (q, k, v, table)]
+        grad_q, grad_k, grad_v, grad_table = grads
+        scale, activation = ctx.numbers["scale"], ctx.numbers["activation"]
+        for queries, keys, scores, visible, entries, weights, kept in _computed(
+            q, k, table, places, ctx.blocks, ctx.seed, **ctx.numbers
+        ):
+            grad = grad_out[queries].to(dtype)
+            grad_v[keys].addmm_((weights if kept is None else weights * kept).t(), grad)
+            grad_weights = grad @ v[keys].to(dtype).t()
+            grad_weights = grad_weights if kept is None else grad_weights * kept
+            grad_scores = _weights_backward(scores, weights, grad_weights, visible, activation)
+            grad_q[queries] = grad_scores @ k[keys].to(dtype) * scale
+            grad_k[keys].addmm_(grad_scores.t(), q[queries].to(dtype), alpha=scale)
+            if grad_table is not None:
+                grad_table.index_add_(0, entries.flatten(), grad_scores.flatten())
+        found = (None if g is None else g.to(t.dtype) for t, g in zip((q, k, v, table), grads, strict=True))
+        return *found, *[None] * 4
 
 
 @op(

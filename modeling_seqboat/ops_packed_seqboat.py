@@ -111,8 +111,8 @@ def gather_rows(x: Tensor, index: Tensor, packed_index: Tensor | None) -> Tensor
 def write_memory(
     ring: list[Tensor], new: list[Tensor], total: Tensor, first: Tensor | None, activated_count: Tensor
 ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
-    """Puts the activated tokens of some columns in the memory, in place: that with ordinal i of its segment in slot i % S,
-    where a later one takes its place (arXiv 2306.11197, section 3.4).
+    """Puts the activated tokens of some columns in the memory, in place: that with ordinal i of its segment in slot
+    i % S, where a later one takes its place (arXiv 2306.11197, section 3.4).
 
     Args:
         ring: keys (B, S, Z), values (B, S, V) and positions (B, S).
@@ -122,8 +122,8 @@ def write_memory(
         activated_count: (B,) int64, activated tokens of each row's segment before these columns.
 
     Returns:
-        The new activated_count (B,); and what was written over: (B, n) int64 slots, and the entries of each ring (B, n, ...).
-        The kernel does not keep these: None and nothing.
+        The new activated_count (B,); and what was written over: (B, n) int64 slots, and the entries of each ring
+        (B, n, ...). The kernel does not keep these: None and nothing.
     """
     batch, length = total.shape
     end = total[:, -1].long()
