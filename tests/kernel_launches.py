@@ -17,6 +17,7 @@ from modeling_seqboat.triton_rows_seqboat import (
     norm_residual_triton,
     pack_triton,
     route_triton,
+    write_memory_triton,
 )
 from modeling_seqboat.triton_unit_seqboat import gated_unit_triton, project_unit_triton
 
@@ -59,6 +60,9 @@ def run_every_op():
         ema_step_triton(zeros(2, 1, 24), *tables, zeros(24), zeros(2, 24, 4), real=marks[:, :1], reset=marks[:, :1])
         count = torch.zeros(2, dtype=torch.int64)
         ring = zeros(2, 5, 16), zeros(2, 5, 24), torch.zeros(2, 5, dtype=torch.int64)
+        write_memory_triton(
+            ring, [zeros(80, 16), zeros(80, 24), index], marks.flatten().cumsum(0).view(2, 40), count, count
+        )
         for kind in ("softmax", "laplace"):
             memory_step_triton(
                 zeros(2, 16), zeros(2, 16), zeros(2, 24), *ring, count, marks[:, 0], count, activation=kind,
