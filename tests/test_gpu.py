@@ -309,6 +309,7 @@ def test_a_graphed_step_refuses_a_model_without_fused_kernels():
         GraphedStep(build(attention_activation="laplace").train())(input_ids=ids, labels=ids)
 
 
+@pytest.mark.timeout(500)
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_a_sequence_cut_over_two_gpus_is_read_as_on_one(tmp_path):
     """In float32 but for rounding; under bfloat16 autocast no farther from float32 than one GPU is."""
