@@ -28,7 +28,9 @@ class TrainArguments:
     text_column: str = field(default="text")
     streaming: bool = field(default=False)
     sequence_length: int = field(default=1024)
-    batch_size: int = field(default=8, metadata={"help": "rows a process and micro-batch"})
+    batch_size: int = field(
+        default=8, metadata={"help": "rows a process (or context_parallel processes) and micro-batch"}
+    )
     gradient_accumulation_steps: int = field(default=1)
     max_steps: int | None = field(default=None, metadata={"help": "default: 500, or no limit with max_minutes"})
     max_minutes: float | None = field(
@@ -61,6 +63,9 @@ class TrainArguments:
     cuda_graphs: bool = field(
         default=False, metadata={"help": "forward and backward as one CUDA graph, in each process"}
     )
+    context_parallel: int = field(
+        default=1, metadata={"help": "processes that share each row, a part of its columns each; 1: none do"}
+    )
     cpu: bool = field(default=False, metadata={"help": "do not use a GPU"})
     eval_steps: int = field(default=100)
     eval_context: int | None = field(
@@ -87,6 +92,7 @@ class TrainArguments:
 # Of every argument that is a number.
 RANGES: dict[str, Range] = {
     **dict.fromkeys(("batch_size", "gradient_accumulation_steps", "eval_batch_size"), at_least(1)),
+    "context_parallel": at_least(1),
     **dict.fromkeys(("eval_steps", "save_steps", "logging_steps", "eval_tokens", "max_bytes"), at_least(1)),
     # Infinity where max_minutes alone ends the run.
     "max_steps": Range(1, endless=True),
@@ -136,6 +142,15 @@ def check_arguments(a: TrainArguments) -> None:
     if a.eval_context is not None and a.eval_context >= a.sequence_length:
         raise ValueError(f"eval_context must be from 1 to {a.sequence_length - 1}, got {a.eval_context}")
     json_object(a.config_overrides, "config_overrides")
+
+
+def check_parts(a: TrainArguments) -> None:
+    """Raises ValueError where rows cannot be shared by processes, saying why."""
+    reasons = {"it is for SeqBoat": a.model_type != "seqboat", "it does not go with compile": a.compile,
+               "it does not go with cuda_graphs": a.cuda_graphs}  # fmt: skip
+    reason = next((text for text, applies in reasons.items() if applies), None)
+    if a.context_parallel > 1 and reason is not None:
+        raise ValueError(f"context_parallel cannot be used: {reason}")
 
 
 def check_graphs(a: TrainArguments, on_cpu: bool) -> None:

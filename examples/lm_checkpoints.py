@@ -150,6 +150,9 @@ def resume(
             if not (checkpoint / AVERAGED_FILE).is_file():
                 raise ValueError(f"it has no {AVERAGED_FILE}: its run had no average_decay")
             load_model(averaged, checkpoint / AVERAGED_FILE)
+        unknown = sorted(set(saved) - set(states))
+        if unknown:
+            raise ValueError(f"it keeps {', '.join(unknown)} of its run, which this run does not have")
         for name, kept in states.items():
             kept.load_state_dict(_like(kept.state_dict(), saved.get(name), name))
 

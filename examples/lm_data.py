@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from lm_arguments import TrainArguments
+from lm_parts import Parts
 from text_data import (
     RowOrder,
     StreamedBlocks,
@@ -76,12 +76,12 @@ def load_data(a: TrainArguments, tokenizer) -> tuple[Dataset, dict[str, HeldOut]
     return StreamedBlocks(train, a.text_column, tokenizer, a.sequence_length), scored
 
 
-def build_loader(a: TrainArguments, accelerator: Accelerator, rows, start: int) -> DataLoader:
+def build_loader(a: TrainArguments, parts: Parts, rows, start: int) -> DataLoader:
     """This process's batches from micro-batch `start` on. Not prepared by Accelerate: the order has to be a function
     of seed and position for an exact resume."""
     # Without a generator of its own, starting the loader would draw from the random state that dropout goes on with.
     generator = torch.Generator()
-    place = {"start": start, "rank": accelerator.process_index, "world": accelerator.num_processes}
+    place = {"start": start, "rank": parts.data_rank, "world": parts.data_size}
     if isinstance(rows, StreamedBlocks):
         rows.place(a.batch_size, **place)
         return DataLoader(rows, batch_size=a.batch_size, generator=generator)

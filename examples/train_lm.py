@@ -3,6 +3,8 @@
     python examples/train_lm.py configuration/recipes/shakespeare.yaml --output_dir outputs/lm
     accelerate launch --config_file configuration/accelerate/ddp_cpu.yaml examples/train_lm.py RECIPE --flag value
 
+`--context_parallel N` has N processes share each row, a part of its columns each, where a row is too long for one.
+
 Writes to `output_dir`: `checkpoint-N/` to resume from, `best/` (the model with the lowest validation loss), `final/`,
 `metrics.jsonl`, `training_record.json` and TensorBoard logs. Ctrl-C, or SIGTERM, saves a checkpoint after the current
 step and ends. A checkpoint is read without running anything in it, and resumed from only if every file is as it was
@@ -29,9 +31,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, GradientAccumulationPlugin, set_seed
-from lm_arguments import TrainArguments, check_arguments, check_graphs, json_object
+from lm_arguments import TrainArguments, check_arguments, check_graphs, check_parts, json_object
 from lm_checkpoints import Clock, Progress, Saver, resume
 from lm_data import HeldOut, build_loader, load_data
+from lm_parts import Parts
 from recipes import check_launch, check_output_folder, find_checkpoint, parse_arguments
 from run_folder import RunFolder, open_log, take_folder_once
 from run_record import hardware, published_command, write_record
@@ -116,7 +119,7 @@ def build_budget(a: TrainArguments, model: torch.nn.Module, accelerator: Acceler
 
 
 @torch.no_grad()
-def evaluate(a: TrainArguments, accelerator: Accelerator, model, held_out: HeldOut) -> float:
+def evaluate(a: TrainArguments, accelerator: Accelerator, parts: Parts, model, held_out: HeldOut) -> float:
     """Bits per byte under a sliding context: of each row of `sequence_length` tokens only those after `eval_context`
     are scored, so that every scored token but the first rows' sees at least that many before it."""
     tokens = held_out.tokens
@@ -125,7 +128,11 @@ def evaluate(a: TrainArguments, accelerator: Accelerator, model, held_out: HeldO
     stride = length - context
     starts = list(range(0, max(1, min(len(tokens) - length + 1, a.eval_tokens)), stride))
     # Sharded models run in lockstep: every process takes equally many rows, repeated rows count nothing.
-    world, rank = accelerator.num_processes, accelerator.process_index
+    world, rank = parts.data_size, parts.data_rank
+    # Of the columns here, those whose next token is scored.
+    here = parts.columns(length)
+    first_scored, end = max(context - 1, here.start), min(length - 1, here.stop)
+    scored = slice(first_scored - here.start, max(first_scored, end) - here.start)
     share = math.ceil(len(starts) / world)
     mine = [starts[i % len(starts)] for i in range(rank * share, (rank + 1) * share)]
     counted = [i < len(starts) for i in range(rank * share, (rank + 1) * share)]
@@ -135,13 +142,16 @@ def evaluate(a: TrainArguments, accelerator: Accelerator, model, held_out: HeldO
         chosen = mine[first : first + a.eval_batch_size]
         rows = [torch.as_tensor(tokens[s : s + length].astype("int64")) for s in chosen]
         ids = torch.stack(rows).to(accelerator.device)
-        logits = model(input_ids=ids, use_cache=False).logits[:, context - 1 : -1]
-        losses = F.cross_entropy(logits.float().flatten(0, 1), ids[:, context:].flatten(), reduction="none")
+        with parts.running(model):
+            logits = model(**parts.of({"input_ids": ids}), use_cache=False).logits[:, scored]
+        targets = ids[:, here.start + 1 + scored.start : here.start + 1 + scored.stop]
+        losses = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
         weight = torch.tensor(counted[first : first + a.eval_batch_size], device=ids.device, dtype=torch.float32)
-        total += torch.stack([(losses.view(len(chosen), -1) * weight[:, None]).sum(), weight.sum() * stride])
+        losses = losses.view(targets.shape) * weight[:, None]
+        total += torch.stack([losses.sum(), weight.sum() * targets.shape[1]])
     model.train()
-    loss, scored = accelerator.reduce(total, "sum").tolist()
-    return loss / scored / math.log(2) / held_out.bytes_per_token
+    loss, count = accelerator.reduce(total, "sum").tolist()
+    return loss / count / math.log(2) / held_out.bytes_per_token
 
 
 def agreed(accelerator: Accelerator, asked: bool, seconds: float) -> tuple[bool, float]:
@@ -165,6 +175,7 @@ def main(argv: list[str] | None = None) -> dict:
     on_cpu = a.cpu or not torch.accelerator.is_available()
     check_launch(on_cpu)
     check_graphs(a, on_cpu)
+    check_parts(a)
     tokenizer = load_tokenizer(a.tokenizer)
     config = build_config(a, tokenizer)
     checkpoint = find_checkpoint(a.resume_from_checkpoint, a.output_dir, config)
@@ -185,11 +196,12 @@ def main(argv: list[str] | None = None) -> dict:
         step_scheduler_with_optimizer=False,
     )
     check_sharding(a, accelerator.distributed_type)
+    parts = Parts(accelerator, a.context_parallel, a.sequence_length)
     if a.cuda_graphs and accelerator.mixed_precision == "fp16":
         raise ValueError("cuda_graphs cannot be used: fp16 scales its loss outside the graph; use bf16")
     folder = take_folder_once(a.output_dir, checkpoint, a.overwrite_output_dir)
     try:
-        return train(a, argv, accelerator, tokenizer, config, folder, checkpoint, train_rows, held_out)
+        return train(a, argv, accelerator, parts, tokenizer, config, folder, checkpoint, train_rows, held_out)
     finally:
         folder.close()
 
@@ -198,6 +210,7 @@ def train(
     a: TrainArguments,
     argv: list[str],
     accelerator: Accelerator,
+    parts: Parts,
     tokenizer: PreTrainedTokenizerBase,
     config: PreTrainedConfig,
     folder: RunFolder,
@@ -229,13 +242,13 @@ def train(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer.optimizer, lambda step: rate_factor(a, step, progress.time_share)
     )
-    states = {"progress": progress, "schedule": schedule}
+    states = {"progress": progress, "schedule": schedule, **({"parts": parts} if a.context_parallel > 1 else {})}
     if checkpoint is not None:
         resume(accelerator, checkpoint, states, averaged)
         if not (folder.path / "best").is_dir():
             # The model of that value lies elsewhere: this folder's best one is still to come.
             progress.best = math.inf
-    loader = build_loader(a, accelerator, train_rows, progress.step * a.gradient_accumulation_steps)
+    loader = build_loader(a, parts, train_rows, progress.step * a.gradient_accumulation_steps)
     accelerator.init_trackers("tensorboard")
     if accelerator.is_main_process:
         accelerator.get_tracker("tensorboard", unwrap=True).add_text("run", folder.run, progress.step)
@@ -246,6 +259,7 @@ def train(
     result = run(
         a,
         accelerator,
+        parts,
         model,
         optimizer,
         schedule,
@@ -260,7 +274,7 @@ def train(
     )
     monitor.close()
     if accelerator.is_main_process:
-        write_record(folder.path, run_record(a, argv, accelerator, progress))
+        write_record(folder.path, run_record(a, argv, accelerator, parts, progress))
     # Wrapped by DDP, a model holds on to the process group, and were it the last to do so, PyTorch's gloo could
     # deadlock.
     del model, optimizer, schedule, saver
@@ -273,9 +287,9 @@ def train(
     return result
 
 
-def run_record(a: TrainArguments, argv: list[str], accelerator: Accelerator, progress: Progress) -> dict:
+def run_record(a: TrainArguments, argv: list[str], accelerator: Accelerator, parts: Parts, progress: Progress) -> dict:
     """What the model card tells of a run."""
-    rows = a.batch_size * a.gradient_accumulation_steps * accelerator.num_processes
+    rows = a.batch_size * a.gradient_accumulation_steps * parts.data_size
     tokens = progress.step * rows * a.sequence_length
     precision = accelerator.mixed_precision
     return {
@@ -307,7 +321,20 @@ def run_record(a: TrainArguments, argv: list[str], accelerator: Accelerator, pro
 
 
 def run(
-    a, accelerator, model, optimizer, schedule, loader, progress, saver, monitor, collapse, held_out, budget, averaged
+    a,
+    accelerator,
+    parts,
+    model,
+    optimizer,
+    schedule,
+    loader,
+    progress,
+    saver,
+    monitor,
+    collapse,
+    held_out,
+    budget,
+    averaged,
 ) -> dict:
     """The training loop, from `progress.step` on."""
     stopping = {"asked": False}
@@ -320,7 +347,7 @@ def run(
     # Schedulers send SIGTERM before they kill.
     previous = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
     log = open_log(saver.folder.path / "metrics.jsonl") if accelerator.is_main_process else None
-    tokens_a_step = a.batch_size * a.gradient_accumulation_steps * accelerator.num_processes * a.sequence_length
+    tokens_a_step = a.batch_size * a.gradient_accumulation_steps * parts.data_size * a.sequence_length
     limit = None if math.isinf(a.max_steps) else a.max_steps
     bar = tqdm(total=limit, initial=progress.step, disable=not accelerator.is_local_main_process)
     device = accelerator.device
@@ -336,11 +363,13 @@ def run(
             log.flush()
 
     def validate() -> float:
-        scores = {f"{split}/bits_per_byte": evaluate(a, accelerator, model, held_out[split]) for split in held_out}
+        scores = {}
+        for split, texts in held_out.items():
+            scores[f"{split}/bits_per_byte"] = evaluate(a, accelerator, parts, model, texts)
         if averaged is not None:
             with accelerator.autocast():
                 for split in held_out:
-                    score = evaluate(a, accelerator, averaged.module, held_out[split])
+                    score = evaluate(a, accelerator, parts, averaged.module, held_out[split])
                     scores[f"{split}/averaged_bits_per_byte"] = score
         write(scores)
         value = scores["validation/bits_per_byte"]
@@ -361,7 +390,8 @@ def run(
                     if graphed is not None:
                         loss = graphed(input_ids=ids, labels=ids)
                     else:
-                        loss = model(input_ids=ids, labels=ids).loss
+                        with parts.running(model):
+                            loss = model(**parts.of({"input_ids": ids, "labels": ids})).loss
                         accelerator.backward(loss)
                     if accelerator.sync_gradients:
                         accelerator.clip_grad_norm_(model.parameters(), a.max_grad_norm)
@@ -413,7 +443,7 @@ def run(
             if averaged is not None:
                 saver.model_folder("averaged", averaged.module)
         if validated is None:
-            validated = evaluate(a, accelerator, model, held_out["validation"])
+            validated = evaluate(a, accelerator, parts, model, held_out["validation"])
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
-from .cache_seqboat import SeqBoatCacheLayer
+from .cache_seqboat import PartMemory, SeqBoatCacheLayer
 from .configuration_seqboat import SeqBoatConfig
 from .context_seqboat import SequenceContext
 from .kernels_seqboat import Ops
-from .ops_attention_seqboat import attention_scale, t5_bias_table
+from .ops_attention_seqboat import attention_scale, rotary_tables, t5_bias_table
 from .ops_ema_seqboat import without_autocast
 from .ops_layout_seqboat import Packed
 
@@ -99,12 +99,14 @@ class SeqBoatAttention(nn.Module):
         packed: Packed,
         context: SequenceContext,
         cache: SeqBoatCacheLayer | None,
+        memory: SeqBoatCacheLayer | PartMemory | None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Runs the unit on activated tokens only.
 
         Args:
             x: (B, L, D); active: (B, L) bool; packed: the list of activated tokens.
-            cache: whose memory the tokens attend to; in a decode step it takes them in, else `advance` does later.
+            cache: which takes the tokens in: in a decode step here, else by `advance` later.
+            memory: what lies before the columns that the tokens attend to; not read in a decode step.
 
         Returns:
             out (M, D), without meaning in rows that are not activated; and what the cache is to keep, keys (M, Z) and
@@ -119,7 +121,7 @@ class SeqBoatAttention(nn.Module):
             if steps:
                 gated = self._step(projected, active[:, 0], packed.index, context, cache)
             else:
-                gated, keys, values = self._over_window(projected, packed, context, cache)
+                gated, keys, values = self._over_window(projected, packed, context, memory, cache is not None)
         if wants_whole_texts(self.out_proj):
             if packed.index is not None:
                 gated = _spread(gated, packed, active.numel(), ops)
@@ -141,17 +143,35 @@ class SeqBoatAttention(nn.Module):
             rows = ops.gather_rows(rows, packed.index, packed.packed_index)
         return _linear(module, rows, ops)
 
+    def keys_of(self, rows: Tensor, positions: Tensor, context: SequenceContext) -> tuple[Tensor, Tensor]:
+        """Keys (B, W, Z) and values (B, W, V) of tokens that are not among the columns. rows: (B, W, D); positions:
+        (B, W) int64."""
+        config, ops, shape = self.config, context.ops, rows.shape[:2]
+        projected = _linear(self.in_proj, rows.flatten(0, 1), ops)
+        tables = None, None
+        if context.cos is not None:
+            tables = rotary_tables(positions.flatten(), config.qk_head_dim, config.rope_theta)
+        with without_autocast(rows.device):
+            parts = ops.project_unit(projected, self.qk_scale, self.qk_offset, *tables, None, self.activation)
+            values = F.dropout(parts[2], config.value_dropout, self.training)
+        return parts[1].view(*shape, -1), values.view(*shape, -1)
+
     def _over_window(
-        self, projected: Tensor, packed: Packed, context: SequenceContext, cache: SeqBoatCacheLayer | None
+        self,
+        projected: Tensor,
+        packed: Packed,
+        context: SequenceContext,
+        memory: SeqBoatCacheLayer | PartMemory | None,
+        keep: bool,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Every token over the activated tokens around it."""
-        config, memory = self.config, packed.memory
+        config = self.config
         options = {}
         if context.cos is not None:
             cos, sin = context.cos.flatten(0, 1), context.sin.flatten(0, 1)
             options = {"cos": cos, "sin": sin, "table_rows": packed.index}
         if self.position_bias is not None:
-            options |= self._bias(packed, context, cache)
+            options |= self._bias(packed, context, memory)
         if self.training:
             options |= {"value_dropout": config.value_dropout, "attention_dropout": config.attention_dropout}
         return context.ops.gated_unit(
@@ -164,21 +184,21 @@ class SeqBoatAttention(nn.Module):
             attention_scale=self.scale,
             activation=self.activation,
             max_keys=self.most_keys,
-            memory=None if memory is None else (memory, cache.keys, cache.values),
-            keep=cache is not None,
+            memory=None if memory is None else (packed.memory, memory.keys, memory.values),
+            keep=keep,
             **options,
         )
 
-    def _bias(self, packed: Packed, context: SequenceContext, cache: SeqBoatCacheLayer | None) -> dict:
-        memory = packed.memory
+    def _bias(self, packed: Packed, context: SequenceContext, memory: SeqBoatCacheLayer | PartMemory | None) -> dict:
+        join = packed.memory
         if self.config.position_embedding_type == "local":
-            keys = packed.index.shape[0] if memory is None else memory.num_keys
+            keys = packed.index.shape[0] if join is None else join.num_keys
             k_place = torch.arange(keys, device=packed.index.device)
-            q_place = k_place if memory is None else memory.new_index
+            q_place = k_place if join is None else join.new_index
         else:
             # Behind a list that was filled up: any place will do.
             q_place = context.positions.flatten()[packed.index]
-            k_place = q_place if memory is None else memory.join(cache.positions, q_place)
+            k_place = q_place if join is None else join.join(memory.positions, q_place)
         center, table = self.position_bias.center, self.position_bias()
         return {"bias_table": table, "bias_center": center, "q_place": q_place, "k_place": k_place}
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -122,6 +122,17 @@ class _Undo:
     before: dict[str, Tensor]
     ring_index: Tensor | None
     overwritten: dict[str, Tensor]
+
+
+class PartMemory(NamedTuple):
+    """The memory before a part of a sequence that is cut over processes, with the names and all W slots of a
+    `SeqBoatCacheLayer`: keys (B, W, Z) and values (B, W, V), which may carry gradients, positions (B, W) and
+    activated_count (B,)."""
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    activated_count: Tensor
 
 
 _RING = ("keys", "values", "positions")
@@ -262,6 +273,35 @@ class SeqBoatCacheLayer(CacheLayerMixin):
         span = self.truncation if count is None else min(count, self.truncation)
         slots = (self.token_count[:, None] + torch.arange(span, device=self.token_count.device)) % self.truncation
         return self.ssm_inputs.gather(1, slots[:, :, None].expand(-1, -1, self.ssm_inputs.shape[2]))
+
+    def _inputs_in_slots(self, inputs: Tensor) -> Tensor:
+        """(B, T, D), oldest first, the last of them the last of `token_count` -> as `ssm_inputs` holds them."""
+        order = (torch.arange(self.truncation, device=inputs.device) - self.token_count[:, None]) % self.truncation
+        return inputs.gather(1, order[:, :, None].expand_as(inputs))
+
+    @torch.no_grad()
+    def start_at(
+        self,
+        token_count: Tensor,
+        inputs: Tensor | None,
+        keys: Tensor,
+        values: Tensor,
+        positions: Tensor,
+        activated_count: Tensor,
+    ) -> None:
+        """Brings an empty layer to where columns begin that other processes have read the columns before: all but the
+        state, which `advance` takes.
+
+        Args:
+            inputs: (B, T, D), the last T real inputs, oldest first, or None without truncation; the others are named
+                as the buffers are, the memory with all its W slots.
+        """
+        self.make_room(self.memory_size)
+        given = {"keys": keys, "values": values, "positions": positions}
+        for name, value in (given | {"activated_count": activated_count, "token_count": token_count}).items():
+            self._store(name, value.detach().to(getattr(self, name).dtype).clone())
+        if inputs is not None:
+            self._store("ssm_inputs", self._inputs_in_slots(inputs.detach().to(self.ssm_inputs.dtype)))
 
     def before(self, length: int) -> Before:
         """What a recurrence continues over `length` columns."""
@@ -405,9 +445,8 @@ class SeqBoatCacheLayer(CacheLayerMixin):
         self._store("activated_count", activated)
         if inputs is not None:
             inputs = last_real_tokens(columns.hidden, self.truncation, columns.real, columns.reset, inputs)
-            # From oldest first to the slots that the new counts give.
-            order = (torch.arange(self.truncation, device=inputs.device) - self.token_count[:, None]) % self.truncation
-            self._store("ssm_inputs", inputs.gather(1, order[:, :, None].expand_as(inputs)))
+            # To the slots that the new counts give.
+            self._store("ssm_inputs", self._inputs_in_slots(inputs))
         self._store("ssm_state", state.to(self.ssm_state.dtype))
         self._count(length)
         return _Undo(columns, before, ring_index, dict(zip(_RING, overwritten, strict=False)))

@@ -7,7 +7,7 @@ Letters: B batch, L columns, Z query/key width.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -39,6 +39,8 @@ class SequenceContext:
         places: (B, L) int64, real tokens of the segment before each, where a router asks for them; else None.
         plan, reverse_plan: layouts of the EMA scan and of the one that runs backwards, or None.
         bounds: what `segment_bounds` found, once asked.
+        part: where these columns are one of the parts that a sequence is cut into, one for each process: what is known
+            of the others (`parallel_seqboat.Part`); else None.
     """
 
     real: Tensor | None
@@ -53,6 +55,7 @@ class SequenceContext:
     plan: ScanPlan | None = None
     reverse_plan: ScanPlan | None = None
     bounds: Tensor | None = None
+    part: Any = None
 
     def segment_bounds(self) -> Tensor | None:
         """`segment_bounds` of these columns; None where every row is one segment."""
@@ -266,6 +269,7 @@ def build_context(
     dtype: torch.dtype | None = None,
     training: bool = False,
     rate_is_held: bool = False,
+    parts: Any = None,
 ) -> SequenceContext:
     """Works out padding, segments, positions, layouts and the choice of ops once for all layers.
 
@@ -273,6 +277,8 @@ def build_context(
         dtype: of the embeddings, and training: whether the model is in training mode; None for a context that no layer
             is run with, which then lacks ops, rotary tables and scan layouts.
         rate_is_held: see `select_ops`.
+        parts: `parallel_seqboat.Parts` within `context_parallel`, else None: the columns are this process's part of a
+            sequence.
 
         The others are as in the models' forward.
 
@@ -288,6 +294,9 @@ def build_context(
             raise ValueError(f"position_ids must be integers, got dtype {position_ids.dtype}")
         position_ids = position_ids.to(device=device, dtype=torch.long).expand(batch, -1)
     reset = segment_starts(real, batch, length, device, position_ids, seq_idx, cu_seq_lens_q, cache)
+    part = None
+    if parts is not None:
+        part, reset = parts.meet(real, reset, position_ids, seq_idx, cu_seq_lens_q, (batch, length), dtype, cache, ops)
     stepping = must_not_wait(device) or (length == 1 and device.type != "cpu")
     if reset is not None and not stepping and not bool(reset.any()):
         reset = None
@@ -299,10 +308,10 @@ def build_context(
         if reset is not None:
             first = torch.where(reset, places, 0).cummax(1).values
             places = places - first
-        if cache is not None and cache.is_initialized:
-            offset = cache.layers[0].token_count.to(device)[:, None]
+        if part is not None or (cache is not None and cache.is_initialized):
+            offset = (cache.layers[0].token_count.to(device) if part is None else part.offset)[:, None]
             places = places + (offset if segment is None else torch.where(segment == 0, offset, 0))
-    context = SequenceContext(real, reset, segment, places if position_ids is None else position_ids, ops)
+    context = SequenceContext(real, reset, segment, places if position_ids is None else position_ids, ops, part=part)
     if ops is None:
         return context
     context.dtype = _compute_dtype(device, dtype)
@@ -330,7 +339,9 @@ def leave_marks(outputs: ModelOutput, context: SequenceContext) -> None:
     """Leaves real columns and segments with the outputs of `SeqBoatModel`, for a head to read. An attribute and no
     entry: what gathers or unpacks outputs does not meet it."""
     if not torch.compiler.is_compiling():
-        outputs.marks = SequenceContext(context.real, context.reset, context.segment, context.positions)
+        outputs.marks = SequenceContext(
+            context.real, context.reset, context.segment, context.positions, part=context.part
+        )
 
 
 def marks_of(

@@ -236,6 +236,11 @@ class _Diagonal(Recurrence):
             return y, None, None
         return y, state, functools.partial(_replay, scan, tuple(gain.detach() for gain in gains))
 
+    def decayed(self, state: Tensor, tokens: Tensor) -> Tensor:
+        # In float64: a phase is multiplied with a number of tokens.
+        powers = complex_powers(self.gains()[0].double(), tokens.double())
+        return complex_product(powers.movedim(-2, 0), state).to(state.dtype)
+
 
 def _replay(scan: Callable, gains: tuple[Tensor, ...], x, real, reset, state, history) -> Tensor:
     return scan(x, *gains, None, real=real, reset=reset, state=state)[1]

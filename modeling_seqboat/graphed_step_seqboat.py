@@ -174,6 +174,9 @@ class GraphedStep:
             f"{'a sharded ' * sharded}{type(model).__name__}": isinstance(model, wrappers) or sharded,
             "gradients are averaged by the step itself, not by a communication hook": self.parallel is not None
             and bool(self.parallel._comm_hooks),
+            "a sequence that is cut over processes (context_parallel) has them wait for one another": any(
+                getattr(module, "parts", None) is not None for module in self._modules
+            ),
             "a compiled model makes graphs of its own": any(
                 module._compiled_call_impl is not None for module in self._modules
             ),

@@ -182,6 +182,8 @@ class SeqBoatDecoderLayer(GradientCheckpointingLayer):
             h, residual = self.norm(x, real, ops.norm_residual, context.dtype)
         else:
             h, residual = x.to(context.dtype), x
+        if context.part is not None:
+            before, inputs = context.part.before(self.ssm, h, context)
         m, state, replay = self.ssm(h, context, before)
         m = F.dropout(m, config.hidden_dropout, self.training)
         if ops.facts.routes:
@@ -191,14 +193,20 @@ class SeqBoatDecoderLayer(GradientCheckpointingLayer):
         in_place = cache is not None and before.overwrite
         attend = self._attend if in_place or not torch.compiler.is_compiling() else self._attend_outside_of_graphs
         scanned = None if cache is None else (h, state, replay)
-        y = attend(m, residual, confidence, active, context, cache, in_place, scanned)
+        memory = None if cache is None or cache.is_blank else cache
+        if context.part is not None:
+            memory = context.part.memory(self.attention, m, active, context)
+            if cache is not None:
+                cache.start_at(context.part.offset, inputs, *memory)
+        y = attend(m, residual, confidence, active, context, cache, memory, in_place, scanned)
         if not config.norm_first:
             y, _ = self.norm(y, real, ops.norm_residual, y.dtype)
         return (y if self.ffn is None else self.ffn(y, real)), confidence, rate
 
-    def _attend(self, m, residual, confidence, active, context, cache, in_place, scanned):
-        """Steps 4 and 6 to 9: what the layer gives (B, L, D). Moves the cache past these columns, given the
-        recurrence's inputs, state and replay."""
+    def _attend(self, m, residual, confidence, active, context, cache, memory, in_place, scanned):
+        """Steps 4 and 6 to 9: what the layer gives (B, L, D), attending to `memory` before these columns, a filled
+        cache or a `PartMemory`. Moves the cache past these columns, given the recurrence's inputs, state and
+        replay."""
         config, ops = self.config, context.ops
         if in_place:
             if context.reset is not None:
@@ -207,21 +215,20 @@ class SeqBoatDecoderLayer(GradientCheckpointingLayer):
             packed = pack_step(active, all_rows=ops.runs_triton("memory_step"))
             hidden = ops.linear(self.hidden_proj, m)
         else:
-            continues = cache is not None and not cache.is_blank
             pending = ops.pack(
                 active,
                 config.memory_size,
                 config.bidirectional,
                 context.segment_bounds(),
                 capacity=self.stream_capacity,
-                memory=(cache.activated_count, context.segment) if continues else None,
+                memory=None if memory is None else (memory.activated_count, context.segment),
             )
             if self.counts_stream and cache is None and ops.captures:
                 self.stream_count = pending.count.clone()
             # Before the wait, so that the device has work meanwhile.
             hidden = ops.linear(self.hidden_proj, m)
             packed = pending.wait()
-        out, keys, values = self.attention(m, active, packed, context, cache)
+        out, keys, values = self.attention(m, active, packed, context, cache, memory)
         dropout_p = config.hidden_dropout if self.training and not config.bidirectional else 0.0
         y = ops.extract_residual(
             hidden.flatten(0, 1),

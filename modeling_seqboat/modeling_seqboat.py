@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -163,10 +164,13 @@ def _expect_same_borders(queries: Tensor | None, keys: Tensor | None) -> None:
         raise ValueError("cu_seq_lens_k must be given with, and equal, cu_seq_lens_q: keys are the same tokens")
 
 
-def count_labels(labels: Tensor, num_items: Tensor | int | None) -> Tensor | int:
+def count_labels(labels: Tensor, num_items: Tensor | int | None, part: Any = None) -> Tensor | int:
     """What a loss summed over labels is divided by: all batches' number of labels where given, else this batch's, but
-    at least one, so that a batch without any label has the loss 0 and not NaN."""
-    return (labels != -100).sum().clamp_min(1) if num_items is None else num_items
+    at least one, so that a batch without any label has the loss 0 and not NaN. `part`: see `SequenceContext`."""
+    if num_items is not None:
+        return num_items
+    count = (labels != -100).sum()
+    return (count if part is None else part.total(count)).clamp_min(1)
 
 
 def refuse_tracing(without_cache: bool) -> None:
@@ -235,18 +239,27 @@ class SeqBoatPreTrainedModel(PreTrainedModel):
             init.ones_(module.weight)
 
     def _with_router_penalty(
-        self, loss: Tensor, penalty: Tensor | None, labels: Tensor, num_items: Tensor | int | None
+        self,
+        loss: Tensor,
+        penalty: Tensor | None,
+        labels: Tensor | None,
+        num_items: Tensor | int | None,
+        part: Any = None,
     ) -> Tensor:
         """Adds the pull to `router_target_rate` to a training loss; in eval mode the loss stays the task's alone.
 
         Args:
-            labels: what `loss` was made of, -100 where ignored.
+            labels: what `loss` was made of, -100 where ignored; read with `num_items` only.
             num_items: how many labels all the batches have whose gradients are summed, or None. As in the loss, this
                 batch then counts by its share of them.
+            part: where the labels are those of one part of a sequence, see `SequenceContext`.
         """
         if penalty is None or not self.training:
             return loss
-        share = 1 if num_items is None else (labels != -100).sum() / num_items
+        share = 1
+        if num_items is not None:
+            count = (labels != -100).sum()
+            share = (count if part is None else part.total(count)) / num_items
         return loss + share * penalty.to(loss.device)
 
     def _output(
@@ -256,11 +269,12 @@ class SeqBoatPreTrainedModel(PreTrainedModel):
         loss: Tensor | None,
         labels: Tensor | None,
         num_items: Tensor | int | None,
+        part: Any = None,
         **results,
     ) -> RouterOutput:
         """A head's output: its results, the loss with the routers' term, and what the model's outputs hold beside."""
         if loss is not None:
-            loss = self._with_router_penalty(loss, outputs.router_penalty, labels, num_items)
+            loss = self._with_router_penalty(loss, outputs.router_penalty, labels, num_items, part)
         kept = {name: outputs[name] for name in ("hidden_states", "router_probs", "router_penalty") if name in outputs}
         return kind(loss=loss, **results, **kept)
 
@@ -327,6 +341,8 @@ class SeqBoatModel(SeqBoatPreTrainedModel):
         self.main_input_name = main_input_name(config)
         # Set by a RouterBudget, here and at each router.
         self.rate_is_held = False
+        # Set by `context_parallel`.
+        self.parts = None
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -391,7 +407,7 @@ class SeqBoatModel(SeqBoatPreTrainedModel):
             raise ValueError(f"past_key_values holds {cache.batch_size} rows, the input has {batch}")
         context = build_context(
             config, batch, length, inputs_embeds.device, attention_mask, position_ids, seq_idx, cu_seq_lens_q, cache,
-            inputs_embeds.dtype, self.training, self.rate_is_held,
+            inputs_embeds.dtype, self.training, self.rate_is_held, self.parts,
         )  # fmt: skip
         if cache is not None and context.reset is not None:
             cache.restarted = True
@@ -399,12 +415,14 @@ class SeqBoatModel(SeqBoatPreTrainedModel):
             output_hidden_states = config.output_hidden_states
         wanted = selected_states(output_hidden_states, len(self.layers[: config.num_hidden_layers]) + 1)
         hidden, states, probs, rates = self._run_layers(inputs_embeds, context, cache, wanted)
+        if context.part is not None and cache is not None:
+            context.part.share_cache(cache)
         outputs = SeqBoatModelOutput(
             last_hidden_state=hidden,
             **{CACHE_NAME: cache},
             hidden_states=states if wanted else None,
             router_probs=probs if output_router_probs else None,
-            router_penalty=self._router_penalty(rates, hidden.device),
+            router_penalty=self._router_penalty(rates, context, hidden.device),
         )
         leave_marks(outputs, context)
         return outputs
@@ -437,11 +455,15 @@ class SeqBoatModel(SeqBoatPreTrainedModel):
             states[-1] = hidden if len(probs) in wanted else None
         return hidden, tuple(states), tuple(probs), rates
 
-    def _router_penalty(self, rates: list[Tensor | None], device: torch.device) -> Tensor | None:
+    def _router_penalty(
+        self, rates: list[Tensor | None], context: SequenceContext, device: torch.device
+    ) -> Tensor | None:
         """The term that pulls the layers' rates to `router_target_rate`, or None without one."""
         if rates[0] is None:
             return None
         config, rates = self.config, torch.stack([rate.to(device) for rate in rates])
+        if context.part is not None:
+            rates = context.part.whole_rates(rates)
         if config.router_target_scope == "model":
             missed = len(rates) * (rates.mean() - config.router_target_rate).square()
         else:
@@ -604,13 +626,14 @@ class SeqBoatForCausalLM(SeqBoatPreTrainedModel, SeqBoatGenerationMixin):
         if not fused:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(outputs.last_hidden_state[:, kept, :].contiguous())
-        if has_targets and shift_labels is None:
-            arguments = attention_mask, position_ids, seq_idx, cu_seq_lens_q
-            shift_labels = self._next_labels(labels, marks_of(outputs, self.config, *arguments))
-        loss = self._loss(outputs.last_hidden_state, logits, shift_labels, num_items_in_batch) if has_targets else None
+        loss = part = None
+        if has_targets:
+            marks = marks_of(outputs, self.config, attention_mask, position_ids, seq_idx, cu_seq_lens_q)
+            part, shift_labels = marks.part, self._next_labels(labels, marks) if shift_labels is None else shift_labels
+            loss = self._loss(outputs.last_hidden_state, logits, shift_labels, num_items_in_batch, part)
         past = {CACHE_NAME: outputs[CACHE_NAME] if CACHE_NAME in outputs else None}
         return self._output(
-            SeqBoatCausalLMOutput, outputs, loss, shift_labels, num_items_in_batch, logits=logits, **past
+            SeqBoatCausalLMOutput, outputs, loss, shift_labels, num_items_in_batch, part, logits=logits, **past
         )
 
     def _expect_targets(self, targets: dict[str, Tensor | None], given: Tensor | None, kept: int | Tensor) -> None:
@@ -636,15 +659,20 @@ class SeqBoatForCausalLM(SeqBoatPreTrainedModel, SeqBoatGenerationMixin):
             expect_liger(self.lm_head)
         return fused
 
-    def _loss(self, hidden: Tensor, logits: Tensor | None, targets: Tensor, num_items: Tensor | int | None) -> Tensor:
-        """Mean cross entropy of each column's target, from logits or, where there are none, by Liger."""
-        counted = count_labels(targets, num_items)
+    def _loss(
+        self, hidden: Tensor, logits: Tensor | None, targets: Tensor, num_items: Tensor | int | None, part: Any
+    ) -> Tensor:
+        """Mean cross entropy of each column's target, over all parts of a sequence, from logits or, where there are
+        none, by Liger."""
+        counted = count_labels(targets, num_items, part)
         if logits is None:
-            return fused_linear_cross_entropy(hidden, self.lm_head, targets, counted)
-        return self.loss_function(
-            logits=logits, labels=targets, shift_labels=targets, vocab_size=self.config.vocab_size,
-            num_items_in_batch=counted,
-        )  # fmt: skip
+            loss = fused_linear_cross_entropy(hidden, self.lm_head, targets, counted)
+        else:
+            loss = self.loss_function(
+                logits=logits, labels=targets, shift_labels=targets, vocab_size=self.config.vocab_size,
+                num_items_in_batch=counted,
+            )  # fmt: skip
+        return loss if part is None else part.total(loss)
 
     @staticmethod
     def _next_labels(labels: Tensor, context: SequenceContext) -> Tensor:
@@ -652,14 +680,17 @@ class SeqBoatForCausalLM(SeqBoatPreTrainedModel, SeqBoatGenerationMixin):
         batch, length = labels.shape
         if context.reset is not None:
             labels = labels.masked_fill(context.reset.to(labels.device), -100)
-        ignored = labels.new_full((batch, 1), -100)
+        # Of the last real token, whose target lies behind these columns.
+        last = labels.new_full((batch, 1), -100)
+        if context.part is not None:
+            last = context.part.following_label(labels, context.real)
         if context.real is None:
-            return torch.cat([labels[:, 1:], ignored], dim=1)
+            return torch.cat([labels[:, 1:], last], dim=1)
         real = context.real.to(labels.device)
         columns = torch.arange(length, device=labels.device)
         following = torch.where(real, columns, length).flip(1).cummin(1).values.flip(1)
         following = torch.cat([following[:, 1:], torch.full_like(following[:, :1], length)], dim=1)
-        shifted = torch.cat([labels, ignored], dim=1).gather(1, following)
+        shifted = torch.cat([labels, last], dim=1).gather(1, following)
         return shifted.masked_fill(~real, -100)
 
 

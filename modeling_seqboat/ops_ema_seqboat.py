@@ -11,6 +11,7 @@ travel. Cost and memory are linear in L. The specification, token by token, is `
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ from .triton_launch_seqboat import first_derivative_only
 # CPU at D 256, N 16, L 8,192.
 CHUNK_SIZE = 64
 # log(q) of a decay that rounds to 0; exp of its multiples underflows to 0 without a NaN in the gradient.
-_SMALLEST_DECAY = 1e-30
+SMALLEST_DECAY = 1e-30
 
 
 def _is_ema(facts: Facts) -> bool:
@@ -58,6 +59,13 @@ def ema_parameters(delta: Tensor, alpha: Tensor, beta: Tensor, gamma: Tensor) ->
     return decay, p * beta[..., 0].to(dtype), gamma.to(dtype) * gamma.shape[-1] ** -0.5
 
 
+def ema_decayed(decay: Tensor, state: Tensor, tokens: Tensor) -> Tensor:
+    """What is left of a state (B, D, N) after `tokens` (B,) int64 without inputs. decay: (D, N)."""
+    # In float64: the logarithm is multiplied with a number of tokens.
+    log_decay = decay.double().clamp_min(SMALLEST_DECAY).log()
+    return (state * torch.exp(log_decay * tokens[:, None, None])).to(state.dtype)
+
+
 def chunk_size_for(length: int) -> int:
     """The chunk length that `ema_scan` uses for rows of `length` columns: a power of two, at most 64."""
     return min(CHUNK_SIZE, 1 << max(0, length - 1).bit_length())
@@ -80,6 +88,7 @@ def ema_scan(
     need_state: bool = True,
     reverse: bool = False,
     activation: str | None = None,
+    relay: Any = None,
 ) -> tuple[Tensor, Tensor | None]:
     """EMA over real tokens: s_t = q*s_{t-1} + g*(x_t - r*x_{t-T}), y_t = sum_n o_n*s_{t,n} + skip*x_t.
 
@@ -97,18 +106,21 @@ def ema_scan(
         reverse: scan from the last column to the first; `reset` then marks the token at which the reversed scan starts
             anew, and the final state is the one after the first column.
         activation: None, or "silu" to return silu(y).
+        relay: for the kernel alone, see `ema_scan_triton`.
 
     Returns:
         y (B, L, D) of x's dtype, and the state (B, D, N) float32 after the last column, or None. Inside everything
         is float32 (float64 when x is).
     """
+    if relay is not None:
+        raise ValueError("a relay of states needs the Triton kernel: kernel_backend 'auto' or 'triton' on a GPU")
     if reverse:
         x, real, reset, delayed = (None if t is None else t.flip(1) for t in (x, real, reset, delayed))
     if x.shape[1] == 1:
         y, state = ema_step(x, decay, input_gain, output_gain, skip, state, real=real, reset=reset, delayed=delayed,
                             delay_decay=delay_decay)  # fmt: skip
     else:
-        log_decay = decay.clamp_min(_SMALLEST_DECAY).log()[..., None]
+        log_decay = decay.clamp_min(SMALLEST_DECAY).log()[..., None]
         inputs = [(x, input_gain[..., None])]
         if delayed is not None:
             inputs.append((delayed, -(input_gain * delay_decay)[..., None]))

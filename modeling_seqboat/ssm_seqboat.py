@@ -6,7 +6,7 @@ bidirectional model: the first D run forwards, the last D backwards, and both se
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from transformers.activations import ACT2FN
 
 from .configuration_seqboat import SSM_TYPES, SeqBoatConfig
 from .context_seqboat import SequenceContext
-from .ops_ema_seqboat import ema_scan, without_autocast
+from .ops_ema_seqboat import ema_decayed, ema_parameters, ema_scan, without_autocast
 from .ops_layout_seqboat import last_real_tokens, shift_real_tokens
 
 # (inputs (B, L, D), real, reset, state, history) -> the state after the last of these columns.
@@ -31,12 +31,15 @@ class Before(NamedTuple):
         overwrite: whether one column may be computed in place of the state.
         window: (B, T, D), the last T real inputs, oldest first, where the state is to be made from them anew; else
         None.
+        relay: where other processes have the columns before and the kernels can wait for their states amid a scan:
+            what makes the `relay` of `ema_scan` of the function `decayed`; the state is None then.
     """
 
     state: Tensor
     history: Tensor | None
     overwrite: bool
     window: Tensor | None = None
+    relay: Callable[[Callable[[Tensor, Tensor], Tensor]], Any] | None = None
 
 
 class Recurrence(nn.Module):
@@ -79,6 +82,27 @@ class Recurrence(nn.Module):
             columns of the same model, both None without a cache. The second is None too where the state was
             overwritten.
         """
+        raise NotImplementedError
+
+    def takes_relay(self, context: SequenceContext) -> bool:
+        """Whether `forward` takes `Before.relay`, which spares `state_after`."""
+        return False
+
+    def state_after(self, x: Tensor, context: SequenceContext) -> Tensor:
+        """The state after x (B, L, D) where nothing came before, with gradients. Asked for where a sequence is cut
+        over processes, as the next two are."""
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        state = torch.zeros(x.shape[0], *self.state_shape(self.config), dtype=dtype, device=x.device)
+        return self(x, context, Before(state, None, False))[1]
+
+    def decayed(self, state: Tensor, tokens: Tensor) -> Tensor:
+        """What is left of a state (B, *state_shape) after `tokens` (B,) int64 real tokens, so that the state after
+        them is this and `state_after` together. A recurrence that is not linear in its state has no such function."""
+        raise NotImplementedError
+
+    def state_of(self, window: Tensor) -> Tensor:
+        """With `ssm_truncation`: the state that stands for the last T real inputs (B, T, D), zeros where there were
+        fewer."""
         raise NotImplementedError
 
 
@@ -151,7 +175,7 @@ class SeqBoatEMA(Recurrence):
         self, x: Tensor, context: SequenceContext, before: Before | None = None
     ) -> tuple[Tensor, Tensor | None, Replay | None]:
         ops, real, reset, truncation = context.ops, context.real, context.reset, self.truncation
-        state, history, overwrite, window = before or (None, None, False, None)
+        state, history, overwrite, window, relay = before or (None, None, False, None, None)
         with without_autocast(x.device):
             tables = ops.ema_parameters(self.delta, self.alpha, self.beta, self.gamma)
             back = None
@@ -168,7 +192,10 @@ class SeqBoatEMA(Recurrence):
                 with torch.no_grad():
                     renewed = _ema_state_of(window, *tables[:2]).to(state.dtype)
                     state = state.copy_(renewed) if overwrite else renewed
-            if overwrite:
+            if relay is not None:
+                arguments["relay"] = relay(functools.partial(ema_decayed, tables[0].detach()))
+                y, state = ops.ema_scan(x, *tables, skip, **arguments)
+            elif overwrite:
                 y, state = ops.ema_step(x, *tables, skip, state, **arguments)
             elif truncation is not None and truncation <= RENEWED_COLUMNS < x.shape[1]:
                 y, state = self._in_pieces(x, context, (*tables, skip), state, history, arguments)
@@ -184,6 +211,22 @@ class SeqBoatEMA(Recurrence):
             if self.fused_activation is None:
                 y = self.activation(y)
         return y, (None if before is None else state), replay
+
+    def takes_relay(self, context: SequenceContext) -> bool:
+        return context.ops.runs_triton("ema_scan")
+
+    def state_after(self, x: Tensor, context: SequenceContext) -> Tensor:
+        with without_autocast(x.device):
+            tables = context.ops.ema_parameters(self.delta, self.alpha, self.beta, self.gamma)
+            scan = context.ops.ema_scan if x.shape[1] > 1 else ema_scan
+            return scan(x, *tables, None, real=context.real, reset=context.reset, plan=context.plan)[1]
+
+    def decayed(self, state: Tensor, tokens: Tensor) -> Tensor:
+        return ema_decayed(ema_parameters(self.delta, self.alpha, self.beta, self.gamma)[0], state, tokens)
+
+    def state_of(self, window: Tensor) -> Tensor:
+        with without_autocast(window.device):
+            return _ema_state_of(window, *ema_parameters(self.delta, self.alpha, self.beta, self.gamma)[:2])
 
     def _in_pieces(
         self,

@@ -7,6 +7,7 @@ with its checkpoint (`trust_remote_code=True`), one wrapped by DDP, FSDP2 or tor
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,7 +28,7 @@ def _routers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def _model_and_head(model: nn.Module) -> tuple[nn.Module, nn.Module]:
+def model_and_head(model: nn.Module) -> tuple[nn.Module, nn.Module]:
     """The SeqBoatModel of a model with a head, and the head, however wrapped."""
     found = [module for module in model.modules() if hasattr(module, "_with_router_penalty")]
     base = next(module for module in found if any(cls.__name__ == "SeqBoatModel" for cls in type(module).__mro__))
@@ -237,7 +238,7 @@ class RouterBudget(_Counting):
             raise ValueError(f"gain must be above 0, got {gain}")
         if not 0 <= floor < 0.5:
             raise ValueError(f"floor must be from 0 up to, but not including, 0.5, got {floor}")
-        self._base = _model_and_head(model)[0]
+        self._base = model_and_head(model)[0]
         self.config = self._base.config
         if self.config.router_target_rate is None:
             raise ValueError("RouterBudget needs a config with router_target_rate, got None")
@@ -392,6 +393,18 @@ class _BudgetCallback(TrainerCallback):
             self._budget = None
 
 
+def refuse_other_parallelism(config: Any) -> None:
+    """Raises ValueError where Accelerate's `ParallelismConfig` asks for what it cannot do to a SeqBoat."""
+    asked = [] if config is None else config.non_dp_dim_names
+    if asked:
+        name = f"{asked[0]}_size"
+        raise ValueError(
+            f"ParallelismConfig {name}={getattr(config, name)} cannot be used: Accelerate cuts attention layers of "
+            "other kinds, and no recurrence. For rows longer than a GPU holds see context_parallel and train_lm "
+            "--context_parallel (docs/scaling.md)"
+        )
+
+
 class SeqBoatTrainerMixin:
     """Gives a Trainer the right weight decay: `class MyTrainer(SeqBoatTrainerMixin, SFTTrainer): pass`. The argument
     `use_liger_kernel` sets the config's `loss_implementation`. Where the loss is not the model's own (SFTTrainer's,
@@ -399,13 +412,17 @@ class SeqBoatTrainerMixin:
 
     Args:
         cuda_graphs: run forward and backward of a batch as one CUDA graph (`GraphedStep`): with one GPU a process, in
-            float32 or bf16, where batches are of one shape. The loss is the model's own, whatever `compute_loss` is,
-            and a mean over the batch's labels.
+            float32 or bf16, where batches are of one shape. True: or raise ValueError; the loss is then the model's
+            own, whatever `compute_loss` is. "auto": where this can be had and gives what the Trainer would compute,
+            else op by op, with one warning that says why; on a CPU silently so.
         router_gain: hold the routers to the config's `router_target_rate` by a `RouterBudget` of this gain.
     """
 
-    def __init__(self, *args, cuda_graphs: bool = False, router_gain: float | None = None, **kwargs):
+    def __init__(self, *args, cuda_graphs: bool | str = False, router_gain: float | None = None, **kwargs):
+        if cuda_graphs not in (True, False, "auto"):
+            raise ValueError(f"cuda_graphs must be True, False or 'auto', got {cuda_graphs!r}")
         super().__init__(*args, **kwargs)
+        refuse_other_parallelism(getattr(self.accelerator, "parallelism_config", None))
         if router_gain is not None:
             if self.is_deepspeed_enabled:
                 raise ValueError("router_gain does not go with DeepSpeed, which keeps parameters of its own")
@@ -417,21 +434,33 @@ class SeqBoatTrainerMixin:
             # The Trainer looks a model type up in Liger's own table, which does not have this one.
             self.model.config.loss_implementation = "liger"
         self._graphed: GraphedStep | None = None
-        self.cuda_graphs = cuda_graphs
+        self.cuda_graphs, self._graphs_are_optional = bool(cuda_graphs), cuda_graphs == "auto"
+        self._graphed_scale, self._graphed_calls = 1.0, 0
         self._head, self._added, self._penalty = None, False, None
         reasons = {
             "it needs a GPU": self.args.device.type != "cuda",
             "each process has one GPU": self.args.n_gpu > 1,
             "a sharded model is not whole in any process": self.is_fsdp_enabled or self.is_deepspeed_enabled,
-            "gradient_accumulation_steps must be 1": self.args.gradient_accumulation_steps != 1,
             "fp16 scales its loss outside the graph; use bf16": self.accelerator.mixed_precision == "fp16",
             "a compiled model makes graphs of its own": self.args.torch_compile,
             "gradient_checkpointing reads the random state in every step": self.args.gradient_checkpointing,
             "the loss must be the model's": self.compute_loss_func is not None or self.label_smoother is not None,
+            "compute_loss is not Trainer's own": self._graphs_are_optional and not self._computes_the_models_loss(),
         }
         reason = next((text for text, applies in reasons.items() if applies), None)
         if cuda_graphs and reason is not None:
-            raise ValueError(f"cuda_graphs cannot be used: {reason}")
+            if not self._graphs_are_optional:
+                raise ValueError(f"cuda_graphs cannot be used: {reason}")
+            self._run_op_by_op(reason)
+
+    def _computes_the_models_loss(self) -> bool:
+        inherited = super().compute_loss.__func__ is Trainer.compute_loss
+        return inherited and type(self).compute_loss is SeqBoatTrainerMixin.compute_loss
+
+    def _run_op_by_op(self, reason: str) -> None:
+        self.cuda_graphs, self._graphed = False, None
+        if self.args.device.type == "cuda":
+            logger.warning_once(f"training steps run op by op, not as CUDA graphs: {reason}")
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         return decay_parameter_names(model)
@@ -446,7 +475,7 @@ class SeqBoatTrainerMixin:
         if own or target is None or not model.training or "labels" not in inputs:
             return compute(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch, **kwargs)
         if self._head is None:
-            base, self._head = _model_and_head(model)
+            base, self._head = model_and_head(model)
             base.register_forward_hook(self._keep_penalty)
             self._head.register_forward_hook(self._notice_loss)
         labels, self._penalty, self._added = inputs["labels"], None, False
@@ -474,13 +503,34 @@ class SeqBoatTrainerMixin:
         if getattr(output, "router_penalty", None) is not None and output.loss is not None:
             self._added = True
 
-    def training_step(self, model: nn.Module, inputs: dict, *args, **kwargs) -> Tensor:
-        if not self.cuda_graphs:
-            return super().training_step(model, inputs, *args, **kwargs)
+    def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        if self.cuda_graphs:
+            try:
+                return self._graphed_step(model, inputs, num_items_in_batch)
+            except ValueError as error:
+                if not self._graphs_are_optional:
+                    raise
+                self._run_op_by_op(str(error))
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def _graphed_step(self, model: nn.Module, inputs: dict, num_items: Tensor | int | None) -> Tensor:
+        """What `Trainer.training_step` returns, and the gradients that it leaves."""
         model.train()
-        if self._graphed is None or self._graphed.given is not model:
-            self._graphed = GraphedStep(model)
-        return self._graphed(**self._prepare_inputs(inputs))
+        batch = dict(self._prepare_inputs(inputs))
+        if num_items is None:
+            scale = 1 / self.current_gradient_accumulation_steps
+        else:
+            batch["num_items_in_batch"] = torch.as_tensor(num_items, device=self.args.device)
+            scale = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1.0
+        if self._graphed is None or self._graphed.given is not model or self._graphed_scale != scale:
+            self._graphed, self._graphed_scale, self._graphed_calls = GraphedStep(model, 1 / scale), scale, 0
+        loss = self._graphed(**batch) * scale
+        self._graphed_calls += 1
+        # A capture costs as much as many steps. Those behind an overflow come to an end by themselves.
+        changes = self._graphed.captures - self._graphed.overflows
+        if self._graphs_are_optional and 50 * changes > 200 + self._graphed_calls:
+            self._run_op_by_op("batches change their shape")
+        return loss
 
 
 class SeqBoatTrainer(SeqBoatTrainerMixin, Trainer):

@@ -23,6 +23,8 @@ the layer's parameters in one kernel each way, in place of some thirty elementwi
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -707,9 +709,34 @@ def _chunk_length(length: int) -> int:
     return next((chunk for longest, chunk in _CHUNKS if length <= longest), _LONGEST_CHUNK)
 
 
+def _entries(pack: Tensor, state: Tensor | None, local: Tensor, span: Tensor | None, chunk: int) -> Tensor:
+    """z at the entry of each chunk, (B, chunks, N, D), from what each chunk makes of nothing."""
+    batch, chunks, states, width = local.shape
+    entry = torch.empty_like(local)
+    _carry_kernel(
+        (-(-states * width // 128), batch), pack, pack if state is None else state, local,
+        pack if span is None else span, entry, chunk, chunks, D=width, N=states, BLOCK=128, UNROLL=16,
+        BITS=chunk.bit_length(), HAS_STATE=state is not None, HAS_SPAN=span is not None,
+    )
+    return entry
+
+
+def _last_state(pack: Tensor, local: Tensor, entry: Tensor, span: Tensor | None, tail: int) -> Tensor:
+    """The state (B, D, N) after the last chunk, which has `tail` columns."""
+    decay, gain = pack[0].double(), pack[2]
+    if span is None:
+        power = decay**tail
+    else:
+        count = span[:, -1, None, None]
+        power = torch.where(count < 0, 0, decay ** count.clamp_min(0))
+    return (gain * (power.float() * entry[:, -1] + local[:, -1])).transpose(1, 2)
+
+
 class _EmaScan(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, decay, input_gain, output_gain, skip, real, reset, state, delayed, delay_decay, reverse, silu):
+    def forward(
+        ctx, x, decay, input_gain, output_gain, skip, real, reset, state, delayed, delay_decay, reverse, silu, relay
+    ):
         batch, length, width = x.shape
         states = decay.shape[1]
         chunk = _chunk_length(length)
@@ -734,7 +761,7 @@ class _EmaScan(torch.autograd.Function):
             D=width, N=states, BLOCK=256, HAS_DELAY=delayed is not None,
         )
         local = entry = span = pack
-        if chunks > 1 or training:
+        if chunks > 1 or training or relay is not None:
             local = torch.empty(batch, chunks, states, width, **float32)
             if has_span:
                 span = torch.empty(batch, chunks, dtype=torch.int32, device=x.device)
@@ -742,13 +769,13 @@ class _EmaScan(torch.autograd.Function):
                 grid, *tokens, pack, local, span, length, chunk, options=_WARPS,
                 **shape, UNROLL=_UNROLL["chunk_state"][many], **common,
             )
+        if relay is not None:
+            tail = length - (chunks - 1) * chunk
+            entry = _entries(pack, None, local, span if has_span else None, chunk)
+            state = relay.forward(_last_state(pack, local, entry, span if has_span else None, tail)).contiguous()
+            has_state = True
         if chunks > 1:
-            entry = torch.empty_like(local)
-            _carry_kernel(
-                (-(-size // 128), batch), pack, state if has_state else pack, local, span, entry, chunk, chunks,
-                D=width, N=states, BLOCK=128, UNROLL=16, BITS=chunk.bit_length(),
-                HAS_STATE=has_state, HAS_SPAN=has_span,
-            )
+            entry = _entries(pack, state, local, span if has_span else None, chunk)
         out = torch.empty_like(x)
         save_y = silu and training
         y = torch.empty_like(x) if save_y else out
@@ -763,6 +790,7 @@ class _EmaScan(torch.autograd.Function):
                 x, skip, state, delayed, real, reset, pack, local, span if has_span else None, y if silu else None
             )
             ctx.chunk, ctx.common, ctx.shape, ctx.silu, ctx.many = chunk, common, shape, silu, many
+            ctx.relay = relay
             ctx.set_materialize_grads(False)
         return out, final
 
@@ -775,7 +803,7 @@ class _EmaScan(torch.autograd.Function):
         chunks, states = local.shape[1], local.shape[2]
         size = states * width
         rows = (1 if delayed is None else 2) * states + 1
-        eager = span is not None or final_grad is not None
+        eager = span is not None or final_grad is not None or ctx.relay is not None
         grid = (-(-width // _BLOCK_D), chunks, batch)
         float32 = {"dtype": torch.float32, "device": x.device}
         grad = torch.zeros_like(x) if grad is None else grad.contiguous()
@@ -788,12 +816,21 @@ class _EmaScan(torch.autograd.Function):
         )
         gain_grad = torch.empty(batch, 2, states, width, **float32)
         state_grad = torch.empty(batch, width, states, **float32)
-        _carry_adjoint_kernel(
-            (-(-size // 128), batch), pack, state_, local, pack if span is None else span, carry_out, product,
-            pack if final_grad is None else final_grad.contiguous(), entry, carry_in, gain_grad, state_grad,
-            length, chunk, chunks, D=width, N=states, BLOCK=128, UNROLL=8, BITS=chunk.bit_length(),
-            HAS_STATE=state is not None, HAS_FINAL_GRAD=final_grad is not None, HAS_SPAN=span is not None, EAGER=eager,
-        )
+
+        def carry_adjoints(final_grad: Tensor | None) -> None:
+            _carry_adjoint_kernel(
+                (-(-size // 128), batch), pack, state_, local, pack if span is None else span, carry_out, product,
+                pack if final_grad is None else final_grad.contiguous(), entry, carry_in, gain_grad, state_grad,
+                length, chunk, chunks, D=width, N=states, BLOCK=128, UNROLL=8, BITS=chunk.bit_length(),
+                HAS_STATE=state is not None, HAS_FINAL_GRAD=final_grad is not None, HAS_SPAN=span is not None,
+                EAGER=eager,
+            )
+
+        carry_adjoints(final_grad)
+        if ctx.relay is not None:
+            # A copy: the second call writes to it again.
+            passed_back = ctx.relay.backward(state_grad.clone())
+            carry_adjoints(passed_back if final_grad is None else passed_back + final_grad)
         x_grad = torch.empty_like(x)
         delayed_grad = x_grad if delayed is None else torch.empty_like(delayed)
         parts = torch.empty(batch * chunks, rows, width, **float32)
@@ -811,8 +848,8 @@ class _EmaScan(torch.autograd.Function):
         input_gain_grad, output_gain_grad, decay_grad = sums[: 3 * size].view(3, width, states)
         return (
             x_grad, decay_grad, input_gain_grad, output_gain_grad, None if skip is None else sums[-width:], None, None,
-            None if state is None else state_grad, None if delayed is None else delayed_grad,
-            None if delayed is None else sums[3 * size : 4 * size].view(width, states), None, None,
+            None if state is None or ctx.relay is not None else state_grad, None if delayed is None else delayed_grad,
+            None if delayed is None else sums[3 * size : 4 * size].view(width, states), None, None, None,
         )
 
 
@@ -820,11 +857,17 @@ def ema_scan_triton(
     x: Tensor, decay: Tensor, input_gain: Tensor, output_gain: Tensor, skip: Tensor | None, *,
     real: Tensor | None = None, reset: Tensor | None = None, state: Tensor | None = None,
     delayed: Tensor | None = None, delay_decay: Tensor | None = None, plan: object = None, need_state: bool = True,
-    reverse: bool = False, activation: str | None = None,
+    reverse: bool = False, activation: str | None = None, relay: Any = None,
 ) -> tuple[Tensor, Tensor]:
     """`ema_scan` on a CUDA device, where x is float32, bfloat16 or float16. x may hold NaN at pads. Arithmetic and
     state are float32 whatever the dtype of x, and results are the same bit for bit in every run. `plan` and
-    `need_state` are for the torch twin alone. Gradients reach every float input from both results."""
+    `need_state` are for the torch twin alone. Gradients reach every float input from both results.
+
+    Args:
+        relay: instead of a state, what makes it of the state that these columns reach from nothing, and passes
+            gradients back likewise: `forward` takes and gives (B, D, N) float32, `backward` takes the gradient of the
+            initial state of the columns alone and gives what adds to that of the last one (see `StateRelay`).
+    """
     if CHECKS:
         _check_scan(x, decay, input_gain, output_gain, skip, real, reset, state, delayed, delay_decay, activation)
     if x.numel() == 0:
@@ -835,7 +878,7 @@ def ema_scan_triton(
         delayed, delay_decay = delayed.contiguous(), delay_decay.contiguous()
     return _EmaScan.apply(
         x.contiguous(), decay.contiguous(), input_gain.contiguous(), output_gain.contiguous(), skip, real, reset,
-        None if state is None else state.contiguous(), delayed, delay_decay, reverse, activation == "silu",
+        None if state is None else state.contiguous(), delayed, delay_decay, reverse, activation == "silu", relay,
     )
 
 

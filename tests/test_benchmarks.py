@@ -2,6 +2,9 @@
 rows."""
 
 import csv
+import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -389,3 +392,19 @@ def test_the_plans_name_each_row_once_and_headlines_first(bench):
     names = [row.name for row in bench.plan(bench.GPU, list(bench.PARTS))]
     assert "decode: seqboat compiled, 1 × 1,048,576, 50% active" in names
     assert sum("compiled" in name for name in names) == 5
+
+
+@pytest.mark.slow
+def test_a_row_in_parts_is_timed_beside_one_process(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+               str(ROOT / "benchmarks/bench_context_parallel.py"), "--toy", "--output", str(tmp_path)]  # fmt: skip
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        [*command, "--lengths", "64,100", "--repeats", "1"], env={**os.environ, "PYTHONPATH": paths}, cwd=ROOT,
+        capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = json.loads((tmp_path / "results.json").read_text("utf-8"))["rows"]
+    assert [(row["length"], row["processes"]) for row in rows] == [(64, 1), (64, 2), (100, 1), (100, 2)]
+    assert all(row["seconds"] > 0 for row in rows)
+    assert (tmp_path / "results.md").read_text("utf-8") in done.stdout

@@ -1,6 +1,11 @@
 """The promises on the GPU path: Triton kernels, padding, packing, chunks, static decoding. Skipped without a GPU."""
 
 import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -302,3 +307,26 @@ def test_a_graphed_step_refuses_a_model_without_fused_kernels():
     ids = ids_of(1, 100)
     with pytest.raises(ValueError, match="fused kernels in every layer"):
         GraphedStep(build(attention_activation="laplace").train())(input_ids=ids, labels=ids)
+
+
+@pytest.mark.timeout(500)
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_sequence_cut_over_two_gpus_is_read_as_on_one(tmp_path):
+    """In float32 but for rounding; under bfloat16 autocast no farther from float32 than one GPU is."""
+    root, report_file = Path(__file__).resolve().parent.parent, tmp_path / "report.json"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    paths = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        [*command, str(root / "tests/context_gpu_worker.py"), str(report_file)],
+        cwd=root, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths}, timeout=400,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    for name, found in json.loads(report_file.read_text("utf-8")).items():
+        assert found["prefill"] < 1e-3, name
+        exact, half = found["float32 parts"], found["bfloat16 whole"]
+        assert exact["loss"] < 1e-5 and exact["gradient"] < 2e-3 and exact["flipped"] < 1e-3, (name, exact)
+        for kind in ("bfloat16 parts", "bfloat16 parts, checkpointed"):
+            parts = found[kind]
+            assert parts["loss"] < 2 * half["loss"] + 1e-3, (name, kind, parts, half)
+            assert parts["gradient"] < 2 * half["gradient"] + 1e-3, (name, kind, parts, half)
+            assert parts["flipped"] < 2 * half["flipped"] + 1e-3, (name, kind, parts, half)

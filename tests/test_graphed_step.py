@@ -135,35 +135,76 @@ def test_float16_is_refused():
 class Stub:
     """A graphed step that is not one."""
 
-    def __init__(self, model):
+    captures = overflows = 0
+
+    def __init__(self, model, divisor=1.0):
         self.given = self.model = model
-        self.calls = 0
+        self.divisor, self.calls = divisor, 0
 
     def __call__(self, **batch):
         self.calls += 1
         loss = self.model(**batch).loss
-        loss.backward()
+        (loss / self.divisor).backward()
         return loss.detach()
 
 
-def trainer(tmp_path, **options):
+def trainer(tmp_path, kind=SeqBoatTrainer, gradient_accumulation_steps=1, **options):
     arguments = TrainingArguments(
         str(tmp_path), max_steps=3, per_device_train_batch_size=2, logging_steps=1, report_to="none", use_cpu=True,
-        save_strategy="no", disable_tqdm=True, seed=3,
+        save_strategy="no", disable_tqdm=True, seed=3, gradient_accumulation_steps=gradient_accumulation_steps,
     )  # fmt: skip
-    data = [{"input_ids": row, "labels": row} for row in random_ids(6, 12)]
-    return SeqBoatTrainer(model=small_lm(), args=arguments, train_dataset=data, **options)
+    # Batches of one step have different numbers of labels.
+    data = [{"input_ids": row, "labels": row.index_fill(0, torch.arange(n), -100)}
+            for n, row in enumerate(random_ids(10, 12))]  # fmt: skip
+    return kind(model=small_lm(router_target_rate=0.3), args=arguments, train_dataset=data, **options)
 
 
-def test_the_trainer_takes_the_losses_of_graphed_steps(tmp_path, monkeypatch):
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_the_trainer_takes_the_losses_of_graphed_steps(tmp_path, monkeypatch, accumulation):
+    """And the gradients: the last step of an epoch accumulates over fewer batches."""
     monkeypatch.setattr(training_seqboat, "GraphedStep", Stub)
-    found = []
+    found, weights = [], []
     for graphs in (False, True):
-        run = trainer(tmp_path)
+        run = trainer(tmp_path, gradient_accumulation_steps=accumulation)
         run.cuda_graphs = graphs
         run.train()
         found.append([entry["loss"] for entry in run.state.log_history if "loss" in entry])
-    assert found[0] == pytest.approx(found[1]) and run._graphed.calls == 3
+        weights.append(run.model.state_dict())
+    assert found[0] == pytest.approx(found[1])
+    assert run._graphed.calls == (3 if accumulation == 1 else 5)
+    torch.testing.assert_close(weights[0], weights[1], atol=1e-6, rtol=1e-5)
+
+
+def test_auto_graphs_are_nothing_on_a_cpu_and_end_where_they_cannot_be_had(tmp_path, monkeypatch, caplog):
+    assert trainer(tmp_path, cuda_graphs="auto").cuda_graphs is False
+    with pytest.raises(ValueError, match="cuda_graphs must be True, False or 'auto', got 'always'"):
+        trainer(tmp_path, cuda_graphs="always")
+
+    class Refusing(Stub):
+        def __call__(self, **batch):
+            raise ValueError("GraphedStep cannot run this: hooks")
+
+    class Recapturing(Stub):
+        captures = property(lambda self: self.calls + 4)
+
+    plain = trainer(tmp_path)
+    plain.train()
+    for kind in (Refusing, Recapturing):
+        monkeypatch.setattr(training_seqboat, "GraphedStep", kind)
+        run = trainer(tmp_path)
+        run.cuda_graphs = run._graphs_are_optional = True
+        run.train()
+        assert run.cuda_graphs is False
+        torch.testing.assert_close(run.model.state_dict(), plain.model.state_dict(), atol=1e-6, rtol=1e-5)
+
+
+def test_auto_graphs_leave_losses_alone_that_are_not_the_models(tmp_path):
+    class Own(SeqBoatTrainer):
+        def compute_loss(self, *args, **kwargs):
+            return super().compute_loss(*args, **kwargs)
+
+    assert trainer(tmp_path)._computes_the_models_loss()
+    assert not trainer(tmp_path, Own)._computes_the_models_loss()
 
 
 def test_the_trainer_refuses_graphs_where_there_can_be_none(tmp_path):

@@ -33,7 +33,10 @@ RECIPES = [
 ]
 
 
-def _forget_accelerator():
+SIBLINGS = ("lm_arguments", "lm_checkpoints", "lm_data", "lm_parts", "recipes", "run_record", "text_data")
+
+
+def forget_accelerator():
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
 
@@ -41,14 +44,13 @@ def _forget_accelerator():
 @pytest.fixture
 def examples(monkeypatch):
     """The example's module; its state in this process is undone afterwards."""
-    _forget_accelerator()
-    siblings = ("lm_arguments", "lm_checkpoints", "lm_data", "recipes", "run_record", "text_data")
-    yield from imported(monkeypatch, "train_lm", *siblings)
-    _forget_accelerator()
+    forget_accelerator()
+    yield from imported(monkeypatch, "train_lm", *SIBLINGS)
+    forget_accelerator()
 
 
 def run(module, output, *flags, steps=6, **overrides):
-    _forget_accelerator()
+    forget_accelerator()
     settings = {
         "preset": "tiny", "train_file": TEXT, "max_bytes": 6000, "sequence_length": 32, "batch_size": 4,
         "max_steps": steps, "eval_steps": steps, "save_steps": 3, "logging_steps": 1, "warmup_steps": 2,
@@ -305,6 +307,11 @@ def test_bad_input_is_refused_before_training(tmp_path, examples):
         (ValueError, "muon_learning_rate must be at least 0, got -1", dict(muon_learning_rate=-1.0)),
         (ValueError, "average_decay must lie between 0 and 1, got 1", dict(average_decay=1.0)),
         (ValueError, "too few for one batch of 400 rows", dict(batch_size=400)),
+        (ValueError, "context_parallel 2 does not divide the 1 processes", dict(context_parallel=2)),
+        (ValueError, "context_parallel cannot be used: it is for SeqBoat",
+         dict(context_parallel=2, model_type="llama")),
+        (ValueError, "context_parallel cannot be used: it does not go with compile",
+         dict(context_parallel=2, compile=True)),
         (ValueError, "there is no checkpoint in output_dir", dict(resume_from_checkpoint="latest")),
         (ValueError, "is no checkpoint folder of this script", dict(resume_from_checkpoint=tmp_path / "nowhere")),
     ]  # fmt: skip

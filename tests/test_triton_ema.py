@@ -237,3 +237,44 @@ def test_bad_input_is_refused_by_name(change, message):
     inputs = {name: t.to(DEVICE) if torch.is_tensor(t) else t for name, t in inputs.items()}
     with pytest.raises(ValueError, match=message):
         ema_scan_triton(**inputs)
+
+
+class Relay:
+    """Hands over a state and a gradient that are known, and keeps what it is given."""
+
+    def __init__(self, state, grad):
+        self.state, self.grad = state, grad
+
+    def forward(self, state):
+        self.given = state
+        return self.state
+
+    def backward(self, grad):
+        self.given_back = grad
+        return self.grad
+
+
+@pytest.mark.parametrize(("length", "marks", "silu"), [(9, "", False), (20, "", True), (34, "pr", False)])
+def test_a_relay_in_place_of_a_state(length, marks, silu):
+    """It is given what these columns alone make of state and gradient, and outputs and gradients are those of a scan
+    with the state and with the gradient of the last state that it gives."""
+    inputs = draw((2, length, 5, 3), marks=marks)
+    state, final_grad, grad = (torch.randn(size, device=DEVICE) for size in ((2, 5, 3), (2, 5, 3), (2, length, 5)))
+    names = [name for name in PARAMETERS if inputs[name] is not None]
+
+    def run(relay=None, state=None, final_grad=None):
+        leaves = {name: inputs[name].to(DEVICE).requires_grad_() for name in names}
+        flags = {name: None if inputs[name] is None else inputs[name].to(DEVICE) for name in ("real", "reset")}
+        given = {} if state is None else {"state": state.clone().requires_grad_()}
+        y, final = ema_scan_triton(**leaves, **flags, **given, relay=relay, activation="silu" if silu else None)
+        (y * grad).sum().backward(retain_graph=True)
+        if final_grad is not None:
+            final.backward(final_grad)
+        return y, final, [leaves[name].grad for name in names], *(tensor.grad for tensor in given.values())
+
+    relay = Relay(state, final_grad)
+    found, expected = run(relay), run(state=state, final_grad=final_grad)
+    for a, b in zip((*found[:2], *found[2]), (*expected[:2], *expected[2]), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(relay.given, run()[1], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(relay.given_back, run(state=state)[3], atol=1e-5, rtol=1e-4)
