@@ -56,7 +56,7 @@ def test_the_rate_is_reached_from_either_end_and_held(scope, start):
 
 def test_layers_share_the_budget_of_the_model_out_among_themselves():
     model = tiny_lm(router_target_rate=0.5).train()
-    set_thresholds(model, -2.0, 2.0)
+    set_thresholds(model, -20.0, 20.0)
     before = biases(model)
     with RouterBudget(model, gain=1.0, floor=0.0) as budget:
         model(token_ids(4, 30))
