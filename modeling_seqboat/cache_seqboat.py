@@ -310,18 +310,17 @@ class SeqBoatCacheLayer(CacheLayerMixin):
             # The graph keeps what the cache is about to overwrite.
             state = state.clone()
         window = self.recent_inputs() if self._renews(length) else None
-        return Before(state, self.recent_inputs(length), self.steps_in_place(length), window)
+        tokens = None if self.truncation is None else self.token_count
+        return Before(state, self.recent_inputs(length), self.steps_in_place(length), window, tokens)
 
     def _renews(self, length: int) -> bool:
-        """Whether a truncated state is made anew from its inputs before these columns, lest rounding pile up in it:
-        whenever the columns pass a multiple of `renewed_columns`, however they are cut. A static cache, whose number
-        of columns is on the device, does so before each prompt."""
+        """Whether a truncated state is made anew from its inputs before these columns, lest rounding pile up in it: whenever
+        the columns pass a multiple of `renewed_columns`, however they are cut. Where their number is on the device or in a
+        graph, before each prompt: one column puts the state right by itself."""
         if self.truncation is None:
             return False
-        if isinstance(self.seen, Tensor):
+        if isinstance(self.seen, Tensor) or torch.compiler.is_compiling():
             return length > 1
-        if torch.compiler.is_compiling():
-            return False
         return self.seen // self.renewed_columns != (self.seen + length) // self.renewed_columns
 
     def steps_in_place(self, length: int) -> bool:
@@ -412,7 +411,8 @@ class SeqBoatCacheLayer(CacheLayerMixin):
     def _replay(self, columns: _Columns) -> _Undo:
         with without_autocast(columns.hidden.device):
             history = self.recent_inputs(columns.length)
-            state = columns.replay(columns.hidden, columns.real, columns.reset, self.ssm_state, history)
+            extra = {} if history is None else {"tokens": self.token_count}
+            state = columns.replay(columns.hidden, columns.real, columns.reset, self.ssm_state, history, **extra)
         return self._write(columns, state)
 
     def _write(self, columns: _Columns, state: Tensor, write_memory: Callable = write_memory) -> _Undo:

@@ -145,20 +145,34 @@ def ema_step(
     reset: Tensor | None = None,
     delayed: Tensor | None = None,
     delay_decay: Tensor | None = None,
+    block_start: Tensor | None = None,
     activation: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`ema_scan` of one column without chunks and without branches on values: the recurrence as it is written.
 
     Args: those of `ema_scan` with L = 1. The kernel overwrites the state.
+        block_start: (B, 1) bool, with `delayed`, True where a multiple of T tokens stands before this one. The state is then
+            (B, 2, D, N): that of the last T tokens, and beside it that of those since the last such place, which nothing
+            was taken away from. Where the next block starts the two are the same, so the second becomes the first, and
+            what rounding left behind in T steps is gone.
     """
 
     def after(before: Tensor, token: Tensor) -> Tensor:
-        state = decay * before + input_gain * token[:, :, None]
-        if delayed is None:
-            return state
-        return state - input_gain * delay_decay * delayed[:, 0].to(token.dtype)[:, :, None]
+        block, added = None, input_gain * token[:, :, None]
+        if block_start is not None:
+            before, block = before.unbind(1)
+            before = torch.where(block_start[:, :, None], block, before)
+            block = block.masked_fill(block_start[:, :, None], 0)
+        state = decay * before + added
+        if delayed is not None:
+            state = state - input_gain * delay_decay * delayed[:, 0].to(token.dtype)[:, :, None]
+        return state if block is None else torch.stack((state, decay * block + added), dim=1)
 
-    y, state = one_step(x, decay.shape, after, lambda state: (output_gain * state).sum(-1), skip, real, reset, state)
+    def read(state: Tensor) -> Tensor:
+        return (output_gain * (state if block_start is None else state[:, 0])).sum(-1)
+
+    shape = decay.shape if block_start is None else (2, *decay.shape)
+    y, state = one_step(x, shape, after, read, skip, real, reset, state)
     return (y if activation is None else F.silu(y)), state
 
 

@@ -314,3 +314,23 @@ def last_real_tokens(x: Tensor, count: int, real: Tensor | None, reset: Tensor |
         return taken
     first = torch.where(reset & real_columns, order, -count).amax(1, keepdim=True)
     return taken.masked_fill((wanted < first)[:, :, None], 0)
+
+
+def real_ordinals(
+    length: int, tokens: Tensor, real: Tensor | None, reset: Tensor | None
+) -> Tensor:
+    """(B, L) int64: how many real tokens of its segment stand before each column's, and before a pad's next real token one
+    less.
+
+    Args:
+        length: L.
+        tokens: (B,) int64, real tokens of the segment before column 0.
+        real, reset: as in `build_scan_plan`.
+    """
+    marks = tokens.new_ones(tokens.shape[0], length) if real is None else real.long()
+    order = marks.cumsum(1) - 1
+    if reset is None:
+        return order + tokens[:, None]
+    starts = reset if real is None else reset & real
+    first = torch.where(starts, order, -tokens[:, None]).cummax(1).values
+    return order - first

@@ -15,11 +15,12 @@ from transformers.activations import ACT2FN
 
 from .configuration_seqboat import SSM_TYPES, SeqBoatConfig
 from .context_seqboat import SequenceContext
-from .ops_ema_seqboat import ema_decayed, ema_parameters, ema_scan, without_autocast
-from .ops_layout_seqboat import last_real_tokens, shift_real_tokens
+from .ops_ema_seqboat import ema_decayed, ema_parameters, ema_scan, ema_step, without_autocast
+from .ops_layout_seqboat import last_real_tokens, real_ordinals, shift_real_tokens
 
-# (inputs (B, L, D), real, reset, state, history) -> the state after the last of these columns.
-Replay = Callable[[Tensor, Tensor | None, Tensor | None, Tensor, Tensor | None], Tensor]
+# (inputs (B, L, D), real, reset, state, history) -> the state after the last of these columns. With `ssm_truncation` also
+# tokens=(B,) int64, see `Before`.
+Replay = Callable[..., Tensor]
 
 
 class Before(NamedTuple):
@@ -30,9 +31,11 @@ class Before(NamedTuple):
         history: (B, min(L, T), D), the first of the last T real inputs, oldest first; None without `ssm_truncation`.
         overwrite: whether one column may be computed in place of the state.
         window: (B, T, D), the last T real inputs, oldest first, where the state is to be made from them anew; else
-        None.
+            None.
         relay: where other processes have the columns before and the kernels can wait for their states amid a scan:
             what makes the `relay` of `ema_scan` of the function `decayed`; the state is None then.
+        tokens: (B,) int64, real tokens of the row's segment; None without `ssm_truncation`, and where a process has a
+            part of the columns.
     """
 
     state: Tensor
@@ -40,6 +43,7 @@ class Before(NamedTuple):
     overwrite: bool
     window: Tensor | None = None
     relay: Callable[[Callable[[Tensor, Tensor], Tensor]], Any] | None = None
+    tokens: Tensor | None = None
 
 
 class Recurrence(nn.Module):
@@ -116,24 +120,39 @@ def register_recurrence(name: str, kind: type[Recurrence]) -> None:
         SSM_TYPES.append(name)
 
 
-# With a truncated kernel what enters the state leaves it again T tokens later, rounded, and with slow decays the
-# remainders pile up. So after this many columns of one forward the state is made anew from its T inputs.
+# With a truncated kernel what enters the state leaves it again T tokens later, rounded, and with slow decays the remainders
+# pile up. So after this many columns of one forward the state is made anew from the T inputs that it stands for. While
+# decoding, `ema_step` puts the state right every T tokens.
 RENEWED_COLUMNS = 32_768
 
 
-def _ema_state_of(window: Tensor, decay: Tensor, gain: Tensor) -> Tensor:
-    """The state (B, D, N) after the inputs (B, T, D), and after nothing else."""
-    return ema_scan(window, decay, gain, torch.zeros_like(gain), None)[1]
+def _ema_state_of(window: Tensor, decay: Tensor, gain: Tensor, **marks: Tensor | None) -> Tensor:
+    """The state (B, D, N) after the inputs (B, T, D), and after nothing else but a `state` that is given."""
+    return ema_scan(window, decay, gain, torch.zeros_like(gain), None, **marks)[1]
 
 
-def _ema_replay(tables: tuple[Tensor, Tensor], truncation: int | None, x, real, reset, state, history) -> Tensor:
+def _block_state(tables: tuple[Tensor, Tensor], truncation: int, x, real, reset, block, history, tokens) -> Tensor:
+    """The second state of `ema_step` after the columns, (B, D, N); arguments as a `Replay` has them."""
+    ordinal = real_ordinals(x.shape[1], tokens, real, reset)
+    if x.shape[1] <= truncation:
+        starts = ordinal % truncation == 0
+        return _ema_state_of(x, *tables, real=real, reset=starts if reset is None else starts | reset, state=block)
+    held = ordinal[:, -1:] % truncation + 1
+    last = last_real_tokens(x, truncation, real, reset, history)
+    return _ema_state_of(last, *tables, real=torch.arange(truncation, device=x.device) >= truncation - held)
+
+
+def _ema_replay(
+    tables: tuple[Tensor, Tensor], truncation: int | None, x, real, reset, state, history, tokens=None
+) -> Tensor:
     decay, gain = tables
-    delay = {}
-    if truncation is not None:
-        delayed = shift_real_tokens(x, truncation, real, reset, history)
-        delay = {"delayed": delayed, "delay_decay": decay**truncation}
-    silent = torch.zeros_like(gain)
-    return ema_scan(x, decay, gain, silent, None, real=real, reset=reset, state=state, **delay)[1]
+    if truncation is None:
+        return _ema_state_of(x, decay, gain, real=real, reset=reset, state=state)
+    state, block = state.unbind(1)
+    delayed = shift_real_tokens(x, truncation, real, reset, history)
+    delay = {"delayed": delayed, "delay_decay": decay**truncation}
+    state = _ema_state_of(x, decay, gain, real=real, reset=reset, state=state, **delay)
+    return torch.stack((state, _block_state(tables, truncation, x, real, reset, block, history, tokens)), dim=1)
 
 
 class SeqBoatEMA(Recurrence):
@@ -153,7 +172,9 @@ class SeqBoatEMA(Recurrence):
 
     @staticmethod
     def state_shape(config: SeqBoatConfig) -> tuple[int, ...]:
-        return (config.hidden_size, config.state_size)
+        """(D, N), or with truncation (2, D, N), see `ema_step`."""
+        shape = (config.hidden_size, config.state_size)
+        return shape if config.ssm_truncation is None else (2, *shape)
 
     @staticmethod
     def flops(config: SeqBoatConfig) -> int:
@@ -175,7 +196,7 @@ class SeqBoatEMA(Recurrence):
         self, x: Tensor, context: SequenceContext, before: Before | None = None
     ) -> tuple[Tensor, Tensor | None, Replay | None]:
         ops, real, reset, truncation = context.ops, context.real, context.reset, self.truncation
-        state, history, overwrite, window, relay = before or (None, None, False, None, None)
+        state, history, overwrite, window, relay, tokens = before or (None, None, False, None, None, None)
         with without_autocast(x.device):
             tables = ops.ema_parameters(self.delta, self.alpha, self.beta, self.gamma)
             back = None
@@ -188,22 +209,31 @@ class SeqBoatEMA(Recurrence):
             arguments = {"real": real, "reset": reset, "delayed": delayed, "delay_decay": delay_decay}
             arguments["activation"] = self.fused_activation
             skip = self.omega.to(tables[0].dtype)
-            if window is not None:
+            block = None
+            if tokens is not None:
                 with torch.no_grad():
-                    renewed = _ema_state_of(window, *tables[:2]).to(state.dtype)
-                    state = state.copy_(renewed) if overwrite else renewed
+                    if window is not None:
+                        renewed = torch.stack((_ema_state_of(window, *tables[:2]), state[:, 1]), dim=1).to(state.dtype)
+                        state = state.copy_(renewed) if overwrite else renewed
+                    if x.shape[1] > 1:
+                        state, block = state.unbind(1)
+                        block = _block_state(tables[:2], truncation, x, real, reset, block, history, tokens)
             if relay is not None:
                 arguments["relay"] = relay(functools.partial(ema_decayed, tables[0].detach()))
                 y, state = ops.ema_scan(x, *tables, skip, **arguments)
-            elif overwrite:
-                y, state = ops.ema_step(x, *tables, skip, state, **arguments)
+            elif before is not None and x.shape[1] == 1:
+                # One column is a handful of elementwise operations, which need no kernel.
+                step = ops.ema_step if overwrite else ema_step
+                starts = None if tokens is None else (tokens % truncation == 0)[:, None]
+                y, state = step(x, *tables, skip, state, block_start=starts, **arguments)
             elif truncation is not None and truncation <= RENEWED_COLUMNS < x.shape[1]:
                 y, state = self._in_pieces(x, context, (*tables, skip), state, history, arguments)
             else:
-                # One column is a handful of elementwise operations, which need no kernel.
                 scan = ops.ema_scan if x.shape[1] > 1 else ema_scan
                 arguments |= {"state": state, "plan": context.plan, "need_state": before is not None}
                 y, state = scan(x, *tables, skip, **arguments)
+            if block is not None:
+                state = torch.stack((state, block.to(state.dtype)), dim=1)
             if before is not None and not overwrite:
                 replay = functools.partial(_ema_replay, (tables[0].detach(), tables[1].detach()), truncation)
             if back is not None:

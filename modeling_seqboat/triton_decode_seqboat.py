@@ -33,9 +33,10 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 @kernel()
 def _ema_step_kernel(
     x_ptr, decay_ptr, input_gain_ptr, output_gain_ptr, skip_ptr, state_ptr, real_ptr, reset_ptr, delayed_ptr,
-    delay_decay_ptr, y_ptr,
+    delay_decay_ptr, block_start_ptr, y_ptr,
     D: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, HAS_SKIP: tl.constexpr,
-    HAS_REAL: tl.constexpr, HAS_RESET: tl.constexpr, HAS_DELAY: tl.constexpr, SILU: tl.constexpr,
+    HAS_REAL: tl.constexpr, HAS_RESET: tl.constexpr, HAS_DELAY: tl.constexpr, HAS_BLOCK: tl.constexpr,
+    SILU: tl.constexpr,
 ):
     row = tl.program_id(1).to(tl.int64)
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -52,12 +53,23 @@ def _ema_step_kernel(
     if HAS_DELAY:
         delayed = tl.load(delayed_ptr + row * D + d, mask=inside, other=0.0).to(tl.float32)
         u = u - tl.load(delay_decay_ptr + table, mask=mask, other=0.0) * delayed[:, None]
-    state = tl.load(state_ptr + row * (D * N) + table, mask=mask, other=0.0)
-    if HAS_RESET:
-        state = tl.where(tl.load(reset_ptr + row) != 0, 0.0, state)
+    state_ptr += row * (D * N) * (2 if HAS_BLOCK else 1) + table
+    state = tl.load(state_ptr, mask=mask, other=0.0)
     gain = tl.load(input_gain_ptr + table, mask=mask, other=0.0)
-    state = tl.load(decay_ptr + table, mask=mask, other=0.0) * state + gain * u
-    tl.store(state_ptr + row * (D * N) + table, state, mask=mask)
+    decay = tl.load(decay_ptr + table, mask=mask, other=0.0)
+    anew = False
+    if HAS_RESET:
+        anew = tl.load(reset_ptr + row) != 0
+    if HAS_BLOCK:
+        block = tl.load(state_ptr + D * N, mask=mask, other=0.0)
+        starts = tl.load(block_start_ptr + row) != 0
+        state = tl.where(starts, block, state)
+        block = decay * tl.where(starts | anew, 0.0, block) + gain * x[:, None]
+        tl.store(state_ptr + D * N, block, mask=mask)
+    if HAS_RESET:
+        state = tl.where(anew, 0.0, state)
+    state = decay * state + gain * u
+    tl.store(state_ptr, state, mask=mask)
     y = tl.sum(tl.load(output_gain_ptr + table, mask=mask, other=0.0) * state, axis=1)
     if HAS_SKIP:
         y += tl.load(skip_ptr + d, mask=inside, other=0.0) * x
@@ -215,7 +227,7 @@ def _check_step(name: str, x: Tensor, inputs: dict, in_place: tuple[str, ...]) -
 def ema_step_triton(
     x: Tensor, decay: Tensor, input_gain: Tensor, output_gain: Tensor, skip: Tensor | None, state: Tensor, *,
     real: Tensor | None = None, reset: Tensor | None = None, delayed: Tensor | None = None,
-    delay_decay: Tensor | None = None, activation: str | None = None,
+    delay_decay: Tensor | None = None, block_start: Tensor | None = None, activation: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`ema_step` in one launch, which overwrites `state`, contiguous float32, and returns it; x, delayed: float32,
     bfloat16 or float16."""
@@ -226,7 +238,9 @@ def ema_step_triton(
         inputs = {
             "x": (x, (batch, 1, width), _FLOATS), "decay": (decay, table, single),
             "input_gain": (input_gain, table, single), "output_gain": (output_gain, table, single),
-            "skip": (skip, (width,), single), "state": (state, (batch, *table), single),
+            "skip": (skip, (width,), single),
+            "state": (state, (batch, *table) if block_start is None else (batch, 2, *table), single),
+            "block_start": (block_start, (batch, 1), flag),
             "real": (real, (batch, 1), flag), "reset": (reset, (batch, 1), flag),
             "delayed": (delayed, (batch, 1, width), (x.dtype,)), "delay_decay": (delay_decay, table, single),
         }
@@ -237,10 +251,10 @@ def ema_step_triton(
         (-(-width // _STEP_D), batch), x, decay.contiguous(), input_gain.contiguous(), output_gain.contiguous(),
         x if skip is None else skip, state, x if real is None else real.contiguous(),
         x if reset is None else reset.contiguous(), x if delayed is None else delayed.contiguous(),
-        x if delay_decay is None else delay_decay.contiguous(), y,
+        x if delay_decay is None else delay_decay.contiguous(), x if block_start is None else block_start.contiguous(), y,
         D=width, N=states, BLOCK_D=_STEP_D, BLOCK_N=power_of_two(states, 1), HAS_SKIP=skip is not None,
         HAS_REAL=real is not None, HAS_RESET=reset is not None, HAS_DELAY=delayed is not None,
-        SILU=activation == "silu",
+        HAS_BLOCK=block_start is not None, SILU=activation == "silu",
     )
     _overwritten(state)
     return y, state

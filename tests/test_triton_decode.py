@@ -8,6 +8,7 @@ from triton_interpreter import DEVICE  # first, before anything imports triton
 
 from modeling_seqboat import triton_decode_seqboat
 from modeling_seqboat.ops_naive_seqboat import ema_scan_naive, windowed_attention_naive
+from modeling_seqboat.ops_ema_seqboat import ema_step
 from modeling_seqboat.triton_decode_seqboat import ema_step_triton, memory_step_triton
 
 
@@ -149,6 +150,42 @@ def test_ema_step_equals_the_specification(width, states, marks, dtype):
     tolerance = 1e-5 if dtype == torch.float32 else 4e-2
     torch.testing.assert_close(found.cpu(), y, atol=tolerance, rtol=tolerance)
     torch.testing.assert_close(found_state.cpu(), state, atol=1e-5, rtol=1e-5)
+
+
+def test_steps_of_a_cut_kernel_forget_what_rounding_left_behind():
+    """Both twins: token by token they equal the sum over the last T inputs, and an error in the state is gone after T."""
+    generator = torch.Generator().manual_seed(0)
+    batch, length, width, states, truncation = 3, 30, 5, 3, 6
+    x = torch.randn(batch, length, width, generator=generator)
+    real = torch.rand(batch, length, generator=generator) < 0.7
+    decay, gain, out = (torch.rand(width, states, generator=generator) for _ in range(3))
+    found, twin = torch.zeros(2, batch, 2, width, states).unbind(0)
+    found, inputs = found.to(DEVICE), [[] for _ in range(batch)]
+    for t in range(length):
+        reset = real[:, t : t + 1] & torch.tensor([[False], [t == 17], [False]])
+        delayed, starts, expected = torch.zeros(batch, 1, width), [], torch.zeros(batch, width)
+        for row in range(batch):
+            if reset[row]:
+                inputs[row] = []
+            starts.append([len(inputs[row]) % truncation == 0])
+            if real[row, t]:
+                delayed[row, 0] = inputs[row][-truncation] if len(inputs[row]) >= truncation else 0
+                inputs[row].append(x[row, t])
+                for lag, token in enumerate(inputs[row][: -truncation - 1 : -1]):
+                    expected[row] += (out * gain * decay**lag).sum(1) * token
+        marks = {"real": real[:, t : t + 1], "reset": reset, "block_start": torch.tensor(starts), "delayed": delayed}
+        tables = {"decay": decay, "input_gain": gain, "output_gain": out, "skip": None, "delay_decay": decay**truncation}
+        arguments = {"x": x[:, t : t + 1]} | marks | tables
+        y, twin = ema_step(**arguments, state=twin)
+        got, same = ema_step_triton(**(to_device(arguments) | {"state": found}))
+        assert same is found
+        torch.testing.assert_close(got.cpu(), y, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(found.cpu(), twin, atol=1e-5, rtol=1e-5)
+        settled = torch.tensor([t < 3 or len(inputs[row]) > 2 * truncation for row in range(batch)])
+        torch.testing.assert_close(y[settled, 0], expected[settled], atol=1e-5, rtol=1e-5)
+        if t == 3:
+            twin[:, 0] += 0.5
+            found[:, 0] += 0.5
 
 
 def attention_inputs():

@@ -111,3 +111,23 @@ def test_rounding_does_not_pile_up_with_slow_decays(monkeypatch):
 
         often, never = error(1_000), error(10**9)
     assert often < 1e-5 and often < 0.5 * never
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_rounding_does_not_pile_up_while_decoding(static, monkeypatch):
+    """Step by step, without the state being made anew from the last inputs; against float64 on these alone."""
+    monkeypatch.setattr(cache_seqboat.SeqBoatCacheLayer, "renewed_columns", 10**9)
+    torch.manual_seed(0)
+    config = SeqBoatConfig.from_preset("tiny", ssm_truncation=8, router_type="never", num_hidden_layers=1, state_size=3)
+    model = SeqBoatForCausalLM(config).eval()
+    with torch.no_grad():
+        model.model.layers[0].ssm.alpha.fill_(-17.0)
+        exact, cache = copy.deepcopy(model).double(), SeqBoatCache(config, static=static)
+        ids = torch.randint(3, 29, (1, 3_000), generator=torch.Generator().manual_seed(1))
+        model(ids[:, :5], past_key_values=cache)
+        # What a million steps would have left behind.
+        cache.layers[0].ssm_state[:, 0] += 1e-2
+        got = torch.cat([model(column, past_key_values=cache).logits for column in ids[:, 5:].split(1, dim=1)], dim=1)
+        for end in (20, 400, 3_000):
+            want = exact(ids[:, end - 16 : end], use_cache=False).logits[:, -1]
+            assert (got[:, end - 6] - want).abs().max() < 3e-6 * want.abs().max()
