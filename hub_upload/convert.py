@@ -25,6 +25,7 @@ from .byte_dictionary import (
 )
 from .errors import HubUploadError, shown
 from .folders import check_output, staged_folder
+from .pickle_check import check_pickles
 from .published_options import PublishedModel, read_options
 from .published_weights import (
     all_layers,
@@ -147,6 +148,7 @@ def load_published(path: Path) -> tuple[Namespace, dict[str, torch.Tensor]]:
     if not path.is_file():
         raise HubUploadError(f"the checkpoint {path} does not exist or is not a file.")
     _check_archive(path)
+    check_pickles(path)
     try:
         with torch.serialization.safe_globals([Namespace]):
             loaded = torch.load(path, map_location="cpu", weights_only=True)

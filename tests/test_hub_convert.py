@@ -458,6 +458,42 @@ def test_names_and_entries_of_any_kind_are_refused(write, tmp_path):
     assert "use_p=<list>" in refused(write({"use_p": [bomb]}), tmp_path)
 
 
+def key_of_keys(depth: int, width: int) -> bytes:
+    """A pickle of {t: 1} where t is a tuple of `width` times one tuple, which is one of `width` times one tuple, ..."""
+    data = b"\x80\x02)q\x00"
+    for level in range(depth):
+        data += b"(" + b"h" + b"h".join([bytes([level])] * width) + b"tq" + bytes([level + 1]) + b"0"
+    return data + b"}h" + bytes([depth]) + b"K\x01s."
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (key_of_keys(60, 2), "more than 20,000,000 entries"),
+        (key_of_keys(3, 3000), "more than 20,000,000 entries"),
+        (b"\x80\x02(" + b"K\x01" * 40_000 + b"tq\x000}(" + b"h\x00K\x01" * 40_000 + b"u.", "20,000,000 entries"),
+        (key_of_keys(60, 2)[:-7] + b"ccollections\nOrderedDict\n]h<K\x01\x86a\x85R.", "more than 20,000,000 entries"),
+        (b"\x80\x02)" + b"\x85" * 10**6 + b"q\x000}h\x00K\x01s.", "nested more than 200 deep"),
+        (b"\x80\x02}.", "no options under 'args'"),
+        (b"\x80\x02}h\x07.", "cannot be read"),
+    ],
+)
+@pytest.mark.parametrize("old_format", [False, True])
+def test_keys_that_would_take_for_ever_are_not_read(data, words, old_format, tmp_path):
+    path = tmp_path / "slow.pt"
+    if old_format:
+        head = (pickle.dumps(value, 2) for value in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}))
+        path.write_bytes(b"".join(head) + data + pickle.dumps([], 2))
+    else:
+        torch.save({}, path)
+        with zipfile.ZipFile(path) as archive:
+            entries = {name: archive.read(name) for name in archive.namelist()}
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, content in entries.items():
+                archive.writestr(name, data if name.endswith("data.pkl") else content)
+    assert words in refused(path, tmp_path)
+
+
 def test_an_archive_that_unpacks_to_more_than_it_has_is_not_read(tmp_path):
     packed = tmp_path / "packed.pt"
     with (
