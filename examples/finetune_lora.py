@@ -18,7 +18,7 @@ from run_folder import PARTIAL, RunFolder, take_folder
 from safe_files import read_json_object, write_json
 from text_data import TokenBlocks, load_tokenizer, read_text_file, split_text
 from trainer_runs import RunTrainer
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, TrainingArguments
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
 from modeling_seqboat.training_seqboat import RouterCallback
 
@@ -124,6 +124,8 @@ def main(argv: list[str] | None = None) -> dict:
     validation = TokenBlocks(splits.validation, min(arguments.sequence_length, len(splits.validation)))
     base = load_base(arguments)
     check_model(arguments.model, base.config, tokenizer)
+    # The adapter's first weights are drawn before the Trainer sets its seed.
+    set_seed(arguments.seed)
     model = get_peft_model(base, config)
     trainable, total = model.get_nb_trainable_parameters()
     trainer = RunTrainer(

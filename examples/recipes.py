@@ -5,7 +5,7 @@ import datetime
 import os
 import sys
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import yaml
 from run_folder import MANIFEST_FILE, check_free, latest_checkpoint, verify_checkpoint
@@ -29,15 +29,19 @@ def parse_arguments(kind: type[Arguments], argv: list[str] | None = None) -> Arg
     return parser.parse_args_into_dataclasses(args=argv)[0]
 
 
-def _recipe_flags(path: Path, known: set[str]) -> list[str]:
+def read_yaml(path: Path, what: str = "recipe") -> Any:
+    """What a YAML file holds. Raises FileNotFoundError and ValueError that call it `what` and name it."""
     if not path.is_file():
-        raise FileNotFoundError(f"there is no recipe {str(path)!r}")
+        raise FileNotFoundError(f"there is no {what} {str(path)!r}")
     try:
-        values = yaml.safe_load(read_text(path)) or {}
-    # Its message names the line; a date that no calendar has is a ValueError, a text nested too deeply a
-    # RecursionError.
+        return yaml.safe_load(read_text(path))
+    # Its message names the line; a date that no calendar has is a ValueError, a text nested too deeply a RecursionError.
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ValueError(f"recipe {str(path)!r} is no YAML: {error}") from None
+        raise ValueError(f"{what} {str(path)!r} is no YAML: {error}") from None
+
+
+def _recipe_flags(path: Path, known: set[str]) -> list[str]:
+    values = read_yaml(path) or {}
     if not isinstance(values, dict):
         raise ValueError(f"recipe {str(path)!r} must be a mapping of argument names to values")
     flags = []

@@ -153,6 +153,12 @@ class RunTrainer(SeqBoatTrainer):
             self._stage = None
         self.accelerator.wait_for_everyone()
 
+    def get_batch_samples(self, *args, **kwargs):
+        # Resumed from its last step, the Trainer would do one more before it looks at max_steps.
+        if self.state.global_step >= self.state.max_steps:
+            return [], None
+        return super().get_batch_samples(*args, **kwargs)
+
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
         with weights_only(Path(resume_from_checkpoint)):
             super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -51,7 +51,9 @@ def check_pickles(path: Path) -> None:
                 names = [name for name in archive.namelist() if name.endswith(".pkl")]
                 _expect(len(names) == len(set(names)), "it has two files of one name")
                 for name in names:
-                    _expect(archive.getinfo(name).file_size <= MOST_BYTES, f"{name} has more than {MOST_BYTES:,} bytes")
+                    _expect(
+                        archive.getinfo(name).file_size <= MOST_BYTES, f"{name} has more than {MOST_BYTES:,} bytes"
+                    )
                     _check(io.BytesIO(archive.read(name)), 1)
         else:
             with path.open("rb") as stream:

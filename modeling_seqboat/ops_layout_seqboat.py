@@ -316,9 +316,7 @@ def last_real_tokens(x: Tensor, count: int, real: Tensor | None, reset: Tensor |
     return taken.masked_fill((wanted < first)[:, :, None], 0)
 
 
-def real_ordinals(
-    length: int, tokens: Tensor, real: Tensor | None, reset: Tensor | None
-) -> Tensor:
+def real_ordinals(length: int, tokens: Tensor, real: Tensor | None, reset: Tensor | None) -> Tensor:
     """(B, L) int64: how many real tokens of its segment stand before each column's, and before a pad's next real token one
     less.
 

@@ -1,6 +1,7 @@
 """Long-context example: curriculum, credit for kept tokens, training, evaluation through the cache, queue of runs."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -365,3 +366,76 @@ def test_plans_with_mistakes_are_refused_before_anything_runs(queue, tmp_path):
     with pytest.raises(ValueError, match="set must be name=value, got 'data'"):
         queue.main([write_plan(tmp_path, [{"name": "a", "recipe": "r.yaml"}]), "--output_dir", "x", "--set", "data"])
     assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_checkpoint_is_named(train, tmp_path):
+    part = [*EASY, "--max_steps", "4", "--save_steps", "2", "--output_dir", str(tmp_path / "run"), "--resume", "True"]
+    train.main(part)
+    (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
+    assert checkpoint.name == "checkpoint-4" and not list((tmp_path / "run").rglob("*.pt"))
+    file = checkpoint / "state.safetensors"
+    data = file.read_bytes()
+    for damaged in (data[:-1], data[:-1] + bytes([data[-1] ^ 1]), b""):
+        file.write_bytes(damaged)
+        with pytest.raises(ValueError, match="checkpoint-4/state.safetensors' is damaged"):
+            train.main(part)
+    file.unlink()
+    with pytest.raises(ValueError, match="lacks the file 'state.safetensors'"):
+        train.main(part)
+    train.main([*part, "--resume", "False", "--overwrite_output_dir", "True"])
+    assert (tmp_path / "run/replaced-1/checkpoint-4").is_dir() and (tmp_path / "run/final").is_dir()
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_starts_anew(train, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "run.log").write_text("from a queue")
+    (folder / "metrics.jsonl").write_text('{"step": 1}\n{"st')
+    train.main([*EASY, "--max_steps", "2", "--output_dir", str(folder), "--resume", "True"])
+    assert (folder / "replaced-1/metrics.jsonl").is_file() and (folder / "run.log").is_file()
+
+
+def test_results_of_an_evaluation_are_read_line_by_line(train, tmp_path):
+    train.main([*EASY, "--max_steps", "2", "--output_dir", str(tmp_path / "run")])
+    evaluate = modules(train).evaluate
+    # A name with a separator that Python's splitlines() cuts at.
+    model = tmp_path / "a\u2028b"
+    shutil.copytree(tmp_path / "run/final", model)
+    arguments = ["--models", str(model), "--lengths", "100", "--texts", "1", "--cpu", "True"]
+    arguments += ["--output_dir", str(tmp_path / "results")]
+    evaluate.main(arguments)
+    path = tmp_path / "results/results.jsonl"
+    whole = json.dumps(json.loads(path.read_bytes()), ensure_ascii=False).encode() + b"\n"
+    # What a killed evaluation left of its next line is dropped.
+    path.write_bytes(whole + b'{"model": "x')
+    assert len(evaluate.main(arguments)) == 1
+    for content, words in (
+        (b"\xff\n", "line 2 of .* is no UTF-8"),
+        (b"[1]\n", "line 2 of .* must hold a JSON object"),
+        (b'{"model": 1}\n', "line 2 of .* is no result of an evaluation"),
+    ):
+        path.write_bytes(whole + content)
+        with pytest.raises(ValueError, match=words):
+            evaluate.main(arguments)
+    for content, words in (
+        (b"{", "recall.json' is no JSON"),
+        (b'{"pairs": "x"}', "pairs must be of type .*, got 'x'"),
+    ):
+        (model / "recall.json").write_bytes(content)
+        with pytest.raises(ValueError, match=words):
+            evaluate.main(arguments)
+
+
+def test_plans_name_no_folder_elsewhere(queue, tmp_path):
+    (tmp_path / "recipe.yaml").write_text("pairs: 2\n")
+    for entry, words in (
+        ("{name: ../out, recipe: recipe.yaml}", "a name must be letters"),
+        ("{name: /tmp/out, recipe: recipe.yaml}", "a name must be letters"),
+        ("{name: 5, recipe: recipe.yaml}", "a name must be letters"),
+        ("{name: a, recipe: recipe.yaml, minutes: -1}", "minutes above 0"),
+        ("{name: a, recipe: [1]}", "must have a recipe's file"),
+        ("{name: a", "is no YAML"),
+    ):
+        (tmp_path / "plan.yaml").write_text(f"- {entry}\n")
+        with pytest.raises(ValueError, match=words):
+            queue.read_plan(str(tmp_path / "plan.yaml"), [], [])

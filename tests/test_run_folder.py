@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from classification_tasks import TINY, write_reviews
 from transformers import AutoModelForCausalLM
 
 from modeling_seqboat import SeqBoatConfig, SeqBoatForCausalLM, build_byte_tokenizer
@@ -367,6 +368,79 @@ def test_a_signal_saves_a_checkpoint_of_fine_tuning(model, tmp_path):
     assert f"stopped after step {step}; {checkpoint.name} is saved" in rest and not (output / "final").exists()
     run(output, **changes, max_steps=step + 1, resume_from_checkpoint="latest")
     assert json.loads((output / "report.json").read_text("utf-8"))["steps"] == step + 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    "moment", ["checkpoint-2", ".partial-checkpoint-4*", "checkpoint-4", "checkpoint-6", ".partial-final*"]
+)
+def test_a_kill_of_fine_tuning_leaves_a_folder_to_go_on_in(tuned, model, tmp_path, moment):
+    output = tmp_path / "run"
+    kill_when(command(output, "finetune_trainer", INSTRUCTIONS, model=model), lambda: any(output.glob(moment)))
+    if (output / "final").exists():
+        AutoModelForCausalLM.from_pretrained(output / "final")
+    else:
+        assert "is not empty" in tune(output, model, ok=False)
+    kept = list(output.glob("checkpoint-*"))
+    tune(output, model, **({"resume_from_checkpoint": "latest"} if kept else {"overwrite_output_dir": True}))
+    for name in ("final/model.safetensors", "report.json"):
+        assert (output / name).read_bytes() == (tuned / name).read_bytes()
+
+
+def kill_when(arguments, condition):
+    """Runs a script until the condition holds, and ends it there with SIGKILL; or until its own end."""
+    process = subprocess.Popen(arguments, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not condition():
+        time.sleep(0.001)
+    process.kill()
+    process.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    "moment", ["run.json", ".partial-adapter*/adapter_model*", "adapter_model.safetensors", "adapter_config.json"]
+)
+def test_a_kill_of_an_adapter_s_training_says_so(model, tmp_path, moment):
+    """It keeps no checkpoints: what is there is the whole adapter, or the same command starts again when told to."""
+    settings = {
+        "model": model, "train_file": TEXT, "max_bytes": 4000, "sequence_length": 64, "max_steps": 4, "batch_size": 2,
+        "use_cpu": True,
+    }  # fmt: skip
+    output, whole = tmp_path / "run", tmp_path / "whole"
+    run(whole, script="finetune_lora", settings=settings)
+    kill_when(command(output, "finetune_lora", settings), lambda: any(output.glob(moment)))
+    left = {path.name for path in output.iterdir()} - {"run.json", ".lock"}
+    if any(not name.startswith(".partial-") for name in left):
+        assert "is not empty" in run(output, ok=False, script="finetune_lora", settings=settings)
+    run(output, script="finetune_lora", settings=settings, overwrite_output_dir=True)
+    name = "adapter_model.safetensors"
+    assert (output / name).read_bytes() == (whole / name).read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    "moment", ["checkpoint-2", ".partial-checkpoint-4*", "checkpoint-4", ".partial-best*", "best"]
+)
+def test_a_kill_of_a_classification_leaves_a_folder_to_go_on_in(tmp_path, moment):
+    settings = {**write_reviews(tmp_path), "task": "text", "preset": "lra-text", "max_steps": 6, "eval_steps": 2}
+    settings |= {"config_overrides": json.dumps(TINY), "use_cpu": True, "batch_size": 4, "logging_steps": 1}
+    settings |= {"validation_size": 4}
+
+    def finished(output, **changes):
+        flags = command(output, "classification/train", settings, **changes)
+        done = subprocess.run(flags, env=ENVIRONMENT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        results = json.loads((output / "results.json").read_text("utf-8"))
+        return results["confusion_matrix"], (output / "best/model.safetensors").read_bytes()
+
+    output = tmp_path / "run"
+    kill_when(command(output, "classification/train", settings), lambda: any(output.glob(moment)))
+    kept = list(output.glob("checkpoint-*"))
+    changes = {"resume_from_checkpoint": "latest"} if kept else {"overwrite_output_dir": True}
+    assert finished(output, **changes) == finished(tmp_path / "whole")
 
 
 def test_paths_in_a_trainer_s_state_are_not_followed(tmp_path):

@@ -7,8 +7,8 @@ import torch
 from triton_interpreter import DEVICE  # first, before anything imports triton
 
 from modeling_seqboat import triton_decode_seqboat
-from modeling_seqboat.ops_naive_seqboat import ema_scan_naive, windowed_attention_naive
 from modeling_seqboat.ops_ema_seqboat import ema_step
+from modeling_seqboat.ops_naive_seqboat import ema_scan_naive, windowed_attention_naive
 from modeling_seqboat.triton_decode_seqboat import ema_step_triton, memory_step_triton
 
 
@@ -174,7 +174,13 @@ def test_steps_of_a_cut_kernel_forget_what_rounding_left_behind():
                 for lag, token in enumerate(inputs[row][: -truncation - 1 : -1]):
                     expected[row] += (out * gain * decay**lag).sum(1) * token
         marks = {"real": real[:, t : t + 1], "reset": reset, "block_start": torch.tensor(starts), "delayed": delayed}
-        tables = {"decay": decay, "input_gain": gain, "output_gain": out, "skip": None, "delay_decay": decay**truncation}
+        tables = {
+            "decay": decay,
+            "input_gain": gain,
+            "output_gain": out,
+            "skip": None,
+            "delay_decay": decay**truncation,
+        }
         arguments = {"x": x[:, t : t + 1]} | marks | tables
         y, twin = ema_step(**arguments, state=twin)
         got, same = ema_step_triton(**(to_device(arguments) | {"state": found}))

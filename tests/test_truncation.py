@@ -118,7 +118,9 @@ def test_rounding_does_not_pile_up_while_decoding(static, monkeypatch):
     """Step by step, without the state being made anew from the last inputs; against float64 on these alone."""
     monkeypatch.setattr(cache_seqboat.SeqBoatCacheLayer, "renewed_columns", 10**9)
     torch.manual_seed(0)
-    config = SeqBoatConfig.from_preset("tiny", ssm_truncation=8, router_type="never", num_hidden_layers=1, state_size=3)
+    config = SeqBoatConfig.from_preset(
+        "tiny", ssm_truncation=8, router_type="never", num_hidden_layers=1, state_size=3
+    )
     model = SeqBoatForCausalLM(config).eval()
     with torch.no_grad():
         model.model.layers[0].ssm.alpha.fill_(-17.0)

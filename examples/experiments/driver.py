@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from example_paths import write_text
 from plan import Planned, Results, in_order
 from run_data import Sources, prepare
 from run_recipe import RunRecipe
@@ -209,7 +210,7 @@ def make_runs(
         _in_threads(work, [ProcessWorker(settings, output / LOG) for _ in range(jobs)])
     if queue.failed:
         lines = [json.dumps({"key": key, "error": error}) + "\n" for key, error in queue.failed.items()]
-        (output / FAILURES).write_text("".join(lines), encoding="utf-8")
+        write_text(output / FAILURES, "".join(lines))
         say(f"{len(queue.failed)} runs failed: {output / FAILURES}")
     if queue.waiting:
         say(f"{len(queue.waiting)} runs were not started; the same command goes on with them")

@@ -10,7 +10,13 @@ for folder in (EXAMPLES, EXAMPLES / "classification"):
 
 import listops  # noqa: E402
 import pathfinder  # noqa: E402
+from recipes import read_yaml  # noqa: E402
+from run_folder import open_log  # noqa: E402
+from safe_files import json_lines, write_text  # noqa: E402
 from tasks import pad_tokens  # noqa: E402
 from text_data import read_text_file, split_text  # noqa: E402
 
-__all__ = ["EXAMPLES", "listops", "pad_tokens", "pathfinder", "read_text_file", "split_text"]
+__all__ = [
+    "EXAMPLES", "json_lines", "listops", "open_log", "pad_tokens", "pathfinder", "read_text_file", "read_yaml",
+    "split_text", "write_text",
+]  # fmt: skip

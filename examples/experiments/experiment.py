@@ -14,6 +14,7 @@ sys.path.append(str(ROOT))
 
 import torch  # noqa: E402
 from driver import Settings, make_runs  # noqa: E402
+from example_paths import write_text  # noqa: E402
 from plan import Planned, Results  # noqa: E402
 from run_data import Sources  # noqa: E402
 from run_recipe import RunRecipe, load_recipe  # noqa: E402
@@ -97,7 +98,7 @@ def write_page(experiment: Experiment, rows: list[Row], missing: int, folder: Pa
     text = page(experiment, rows, missing)
     print("\n" + text)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{experiment.name}.md").write_text(text, encoding="utf-8")
+    write_text(folder / f"{experiment.name}.md", text)
     if rows:
         experiment.draw(*parted(rows), folder / f"{experiment.name}.png")
     print(f"written to {folder}: {experiment.name}.md" + (f", {experiment.name}.png" if rows else ""))

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from example_paths import json_lines, open_log
 from run_recipe import RunRecipe
 
 # Activates too few tokens to matter, and is a rate that a random router takes.
@@ -64,24 +65,21 @@ class Results:
     def __init__(self, path: Path):
         self.path = path
         self.records: dict[str, dict] = {}
-        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        data = path.read_bytes() if path.is_file() else b""
         # An interrupted write leaves a line without its end; that run counts as not made.
-        *lines, self._unfinished = text.split("\n")
-        for number, line in enumerate(lines, 1):
-            if not line:
-                continue
-            try:
-                record = json.loads(line)
-                self.records[record["key"]] = record
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"line {number} of {str(path)!r} is no record of a run: {error}") from error
+        try:
+            lines = json_lines(data[: data.rfind(b"\n") + 1], str(path))
+        except ValueError as error:
+            raise ValueError(f"{error}; this is no record of a run") from error
+        for number, record in lines:
+            if not isinstance(record.get("key"), str):
+                raise ValueError(
+                    f"line {number} of {str(path)!r} is no record of a run: its key is {record.get('key')!r}"
+                )
+            self.records[record["key"]] = record
 
     def add(self, record: dict) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self._unfinished:
-            kept = self.path.read_bytes().removesuffix(self._unfinished.encode())
-            self.path.write_bytes(kept)
-            self._unfinished = ""
-        with self.path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(record, allow_nan=False) + "\n")
+        with open_log(self.path) as stream:
+            stream.write(json.dumps(record, allow_nan=False).encode("utf-8") + b"\n")
         self.records[record["key"]] = record

@@ -6,7 +6,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
+from example_paths import read_yaml
 
 from modeling_seqboat import SeqBoatConfig
 from modeling_seqboat.configuration_seqboat import FIELD_CHECKS
@@ -126,9 +126,7 @@ def _typed(name: str, value: Any, kind: Any) -> Any:
 
 def load_recipe(path: Path) -> RunRecipe:
     """Raises FileNotFoundError and ValueError that name the file."""
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no recipe {str(path)!r}")
-    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    values = read_yaml(path)
     if not isinstance(values, dict):
         raise ValueError(f"recipe {str(path)!r} must be a mapping of names to values")
     try:

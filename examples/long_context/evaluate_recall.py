@@ -31,9 +31,13 @@ import modeling_seqboat  # noqa: F401  (registers the architecture)
 # The examples share this module, which lies one folder up.
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 from recipes import check_model_folder, parse_arguments  # noqa: E402
+from run_folder import open_log  # noqa: E402
+from safe_files import json_lines, read_json_object, replacing, write_text  # noqa: E402
 
 RECALL_FILE = "recall.json"
 RESULTS = "results.jsonl"
+# What an evaluation is known by.
+IDENTITY = ("model", "length", "pairs", "seed", "task")
 # Texts of an evaluation are of no training: a seed that train_recall.py does not take.
 EVALUATION_SEED = 2**32
 
@@ -64,8 +68,14 @@ class EvaluateArguments:
 def trained_task(folder: str) -> TaskArguments:
     """The task in a folder's `recall.json`; the default one where there is none."""
     path = Path(folder) / RECALL_FILE
-    saved = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return TaskArguments(**{f.name: saved[f.name] for f in fields(TaskArguments) if f.name in saved})
+    saved = read_json_object(path) if path.is_file() else {}
+    task = TaskArguments(**{f.name: saved[f.name] for f in fields(TaskArguments) if f.name in saved})
+    for f in fields(TaskArguments):
+        value, wanted = getattr(task, f.name), str if f.default is None else type(f.default)
+        fits = type(value) is wanted or (wanted is float and type(value) is int)
+        if not fits and (value is not None or f.default is not None):
+            raise ValueError(f"{str(path)!r}: {f.name} must be of type {wanted.__name__}, got {value!r}")
+    return task
 
 
 def task_of(a: EvaluateArguments, folder: str) -> TaskArguments:
@@ -258,7 +268,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     path, stop = output / RESULTS, time.monotonic() + 60 * a.max_minutes
     results = []
     if path.is_file():
-        results = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        results = [_expect_result(line, f"line {number} of {str(path)!r}") for number, line in _whole_lines(path)]
     done = {_identity(r) for r in results}
     device = torch.device("cuda" if torch.cuda.is_available() and not a.cpu else "cpu")
     progress = tqdm(desc="texts", total=len(a.models) * len(a.lengths) * max(1, len(a.pairs)) * a.texts)
@@ -275,19 +285,35 @@ def main(argv: list[str] | None = None) -> list[dict]:
                     if found is None:
                         continue
                     results.append(found)
-                    with path.open("a", encoding="utf-8") as file:
-                        file.write(json.dumps(found) + "\n")
+                    with open_log(path) as file:
+                        file.write(json.dumps(found).encode("utf-8") + b"\n")
                 progress.update(a.texts)
     progress.close()
     if results:
-        (output / "results.md").write_text(results_page(results), encoding="utf-8")
-        write_picture(results, output / "accuracy.png")
+        write_text(output / "results.md", results_page(results))
+        with replacing(output / "accuracy.png") as picture:
+            write_picture(results, picture)
         print(results_page(results))
     return results
 
 
+def _whole_lines(path: Path) -> list[tuple[int, dict]]:
+    """What a killed evaluation has left of its last line counts as not there."""
+    data = path.read_bytes()
+    return json_lines(data[: data.rfind(b"\n") + 1], str(path))
+
+
+def _expect_result(result: dict, where: str) -> dict:
+    try:
+        _identity(result)
+        results_page([result])
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise ValueError(f"{where} is no result of an evaluation: {type(error).__name__}: {error}") from error
+    return result
+
+
 def _identity(result: dict) -> str:
-    return json.dumps([result[name] for name in ("model", "length", "pairs", "seed", "task")], sort_keys=True)
+    return json.dumps([result[name] for name in IDENTITY], sort_keys=True)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from recall_tasks import spread
 # The examples share these modules, which lie one folder up.
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 from recipes import check_output_folder, parse_arguments  # noqa: E402
+from safe_files import write_text  # noqa: E402
 from text_data import read_text_file  # noqa: E402
 
 GROUP = "long_bytes"
@@ -189,7 +190,7 @@ def main(argv: list[str] | None = None) -> list[str]:
             rows[f"{kind}_{length}"] = [make(text, length, a.facts, generator) for _ in range(a.texts)]
         for name, lines in rows.items():
             data = (output / f"{name}.jsonl").resolve()
-            data.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+            write_text(data, "".join(json.dumps(line) + "\n" for line in lines))
             task = text_task(name, data) if name.startswith("bits") else recall_task(name, data)
             _write(output / f"{name}.yaml", task)
             names.append(name)
@@ -199,7 +200,7 @@ def main(argv: list[str] | None = None) -> list[str]:
 
 
 def _write(path: Path, content: dict) -> None:
-    path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+    write_text(path, yaml.safe_dump(content, sort_keys=False))
 
 
 if __name__ == "__main__":

@@ -18,8 +18,9 @@ Letters: L tokens of a stream.
 """
 
 import io
-import lzma
 import sys
+import zipfile
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from recall_tasks import FACT_END, FACT_START, Example, spread
 # The examples share this module, which lies one folder up.
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 from recipes import parse_arguments  # noqa: E402
+from safe_files import read_packed, replacing  # noqa: E402
 
 # Marks of the modalities are ids of the byte tokenizer's specials: no byte can be mistaken for one.
 TEXT, AUDIO, PICTURE, END, QUESTION = 257, 260, 261, 263, 262
@@ -62,9 +64,14 @@ def mu_law(audio: np.ndarray) -> np.ndarray:
     return np.clip(np.round((coded + 1) * 127.5), 0, 255).astype(np.uint8)
 
 
-def _opened(path: Path) -> io.BytesIO:
-    data = path.read_bytes()
-    return io.BytesIO(lzma.decompress(data) if path.suffix == ".xz" else data)
+def _arrays(path: Path) -> np.ndarray | dict[str, np.ndarray]:
+    """What a plain or .xz file holds that numpy.save or numpy.savez wrote. Raises ValueError that names it."""
+    try:
+        found = np.load(io.BytesIO(read_packed(path)), allow_pickle=False)
+        return found if isinstance(found, np.ndarray) else dict(found)
+    # Damaged files fail in the reader's own ways.
+    except (ValueError, EOFError, OSError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{str(path)!r} is damaged or not written by numpy: {error}") from error
 
 
 def _found(folder: Path, *patterns: str) -> Path | None:
@@ -91,7 +98,7 @@ def load_pieces(folder: str | Path, split: str = "train", decimation: int = 1) -
     path = _found(folder, "enwik8", "enwik8.xz", "*.txt", "*.txt.xz")
     if path is None:
         raise FileNotFoundError(f"data folder {str(folder)!r} has no text: neither enwik8, enwik8.xz nor a .txt file")
-    text = np.frombuffer(_opened(path).getbuffer(), np.uint8)
+    text = np.frombuffer(read_packed(path), np.uint8)
     borders = [0, len(text) * 90 // 100, len(text) * 95 // 100, len(text)]
     part = SPLITS.index(split)
     clips, words = _clips(folder, split, decimation)
@@ -106,7 +113,10 @@ def _pictures(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
     labels = folder / "cifar10_labels.npy"
     if not labels.is_file():
         raise FileNotFoundError(f"{path.name} has no cifar10_labels.npy beside it in {str(folder)!r}")
-    pixels, classes = np.load(_opened(path)), np.load(labels).astype(np.int64)
+    pixels, classes = _arrays(path), _arrays(labels)
+    if not isinstance(pixels, np.ndarray) or not isinstance(classes, np.ndarray) or classes.dtype.kind not in "iu":
+        raise ValueError(f"{path.name} and {labels.name} must hold one array of pixels and one of integers")
+    classes = classes.astype(np.int64)
     if pixels.dtype != np.uint8 or pixels.ndim != 2 or classes.shape != pixels.shape[:1]:
         raise ValueError(
             f"{path.name} must be uint8 (pictures, pixels) with one label a picture, got {pixels.dtype} "
@@ -122,8 +132,8 @@ def _clips(folder: Path, split: str, decimation: int) -> tuple[np.ndarray, np.nd
     path = _found(folder, "speech_commands_*.npz", "speech_commands_*.npz.xz")
     if path is None:
         return np.zeros((0, 0), np.uint8), np.zeros(0, np.int64)
-    data = np.load(_opened(path))
-    missing = {"audio", "label", "is_test"} - set(data.files)
+    data = _arrays(path)
+    missing = {"audio", "label", "is_test"} - set(data if isinstance(data, dict) else ())
     if missing:
         raise ValueError(f"{path.name} must hold audio, label and is_test; {', '.join(sorted(missing))} is missing")
     rows = _rows_of_split(data["is_test"].astype(bool), split)
@@ -278,7 +288,8 @@ def main(argv: list[str] | None = None) -> Example:
     task = MixedTask(load_pieces(a.data, a.split, a.decimation), a.facts, a.clips, a.pictures, a.queries)
     example = task.example(a.length, np.random.default_rng((a.seed, a.length, 0)))
     Path(a.output).parent.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(a.output, **vars(example))
+    with replacing(Path(a.output)) as partial, partial.open("wb") as stream:
+        np.savez_compressed(stream, **vars(example))
     shares = np.bincount(example.kinds, minlength=len(KINDS)) / a.length
     print(f"{a.length:,} tokens: " + ", ".join(f"{100 * s:.1f}% {k}" for k, s in zip(KINDS, shares, strict=True)))
     for answer, distance, group in zip(example.answers, example.distances, example.groups, strict=True):

@@ -10,7 +10,9 @@ minutes and five more is noted in `queue.jsonl`, and the next one begins. Runs s
 """
 
 import json
+import math
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -18,11 +20,10 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import yaml
-
 # The examples share this module, which lies one folder up.
 sys.path.append(str(Path(__file__).resolve().parent.parent))
-from recipes import parse_arguments  # noqa: E402
+from recipes import parse_arguments, read_yaml  # noqa: E402
+from run_folder import open_log  # noqa: E402
 
 SCRIPT = Path(__file__).resolve().parent / "train_recall.py"
 # Seconds that a run may take beside its training: starting, validation, saving.
@@ -50,12 +51,20 @@ class Run:
 def read_plan(path: str, only: list[str], defaults: list[str]) -> list[Run]:
     """The runs of a plan. Raises ValueError and FileNotFoundError that name the entry at fault."""
     file = Path(path)
-    if not file.is_file():
-        raise FileNotFoundError(f"there is no plan {path!r}")
-    entries = yaml.safe_load(file.read_text(encoding="utf-8"))
+    entries = read_yaml(file, "plan")
     if not isinstance(entries, list) or not all(isinstance(e, dict) and {"name", "recipe"} <= set(e) for e in entries):
         raise ValueError(f"plan {path!r} must be a list of mappings, each with name and recipe")
     names = [entry["name"] for entry in entries]
+    for entry in entries:
+        # It becomes the name of a folder.
+        if not isinstance(entry["name"], str) or not re.fullmatch(r"[\w-][\w.-]*", entry["name"]):
+            raise ValueError(f"plan {path!r}: a name must be letters, digits, -, _ and dots, got {entry['name']!r}")
+        minutes = entry.get("minutes", 10)
+        if type(minutes) not in (int, float) or not 0 < minutes < math.inf or not isinstance(entry["recipe"], str):
+            raise ValueError(
+                f"plan {path!r}: run {entry['name']!r} must have a recipe's file and minutes above 0, got "
+                f"{entry['recipe']!r} and {minutes!r}"
+            )
     repeated = {name for name in names if names.count(name) > 1}
     unknown = set(only) - set(names)
     if repeated or unknown:
@@ -124,8 +133,8 @@ def main(argv: list[str] | None = None) -> dict[str, str]:
             line = {"run": run.name, "outcome": outcome, "gpu": gpu, "seconds": round(time.monotonic() - begin, 1)}
             with lock:
                 outcomes[run.name] = outcome
-                with (output / "queue.jsonl").open("a", encoding="utf-8") as log:
-                    log.write(json.dumps(line) + "\n")
+                with open_log(output / "queue.jsonl") as log:
+                    log.write(json.dumps(line).encode("utf-8") + b"\n")
                 print(f"{run.name}: {outcome} after {line['seconds']:.0f} s", flush=True)
 
     workers = [threading.Thread(target=work, args=(gpu,)) for gpu in a.gpus]

@@ -5,20 +5,22 @@
     python examples/long_context/train_recall.py configuration/recipes/long_context/recall-toy.yaml \
         --model always --output_dir outputs/always
 
-Texts are made as they are needed, none twice. `curriculum.py` says when texts grow and when the budget for attention
-falls; `routing.py` says what makes the routers keep what is asked for later. Writes to `output_dir`: `metrics.jsonl`,
-`checkpoint.pt` to go on from with `--resume True`, and when it ends `final/`, a model folder with the task in
+Texts are made as they are needed, none twice. `curriculum.py` says when texts grow and when the budget for attention falls;
+`routing.py` says what makes the routers keep what is asked for later. Writes to `output_dir`: `metrics.jsonl`,
+`checkpoint-N/` to go on from with `--resume True`, and when it ends `final/`, a model folder with the task in
 `recall.json`, which `evaluate_recall.py` reads.
 """
 
 import json
 import math
 import os
+import shutil
 import sys
 import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -28,6 +30,8 @@ from reading import read_texts
 from recall_models import ModelArguments, TaskArguments, build_model, build_task, parameter_count
 from recall_tasks import Batch, batch_of, example_of
 from routing import RouterWatch, open_routers, release_routers
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import set_seed
@@ -37,9 +41,20 @@ from modeling_seqboat.training_seqboat import parameter_groups
 
 # The examples share these modules, which lie one folder up.
 sys.path.append(str(Path(__file__).resolve().parent.parent))
-from recipes import check_output_folder, parse_arguments  # noqa: E402
+from recipes import parse_arguments  # noqa: E402
+from run_folder import (  # noqa: E402
+    PARTIAL,
+    RunFolder,
+    check_free,
+    latest_checkpoint,
+    open_log,
+    take_folder,
+    verify_checkpoint,
+)
+from safe_files import write_json  # noqa: E402
 
 VALIDATION_SEED = 2**31
+STATE_FILE = "state.safetensors"
 
 
 @dataclass
@@ -75,7 +90,7 @@ class TrainArguments(CurriculumArguments, ModelArguments, TaskArguments):
     save_steps: int = field(default=1000)
     mixed_precision: bool = field(default=False, metadata={"help": "bfloat16 where autocast allows it"})
     cpu: bool = field(default=False)
-    resume: bool = field(default=False, metadata={"help": "go on from checkpoint.pt where there is one"})
+    resume: bool = field(default=False, metadata={"help": "go on from the last checkpoint where there is one"})
     overwrite_output_dir: bool = field(default=False)
     seed: int = field(default=0)
 
@@ -225,34 +240,55 @@ class Training:
             readings.append(read_texts(self.model, batches[-1], len(self.task.kinds)))
         return summary(self.validation, readings, batches)
 
-    def save(self, path: Path) -> None:
+    def save(self, folder: RunFolder) -> None:
+        """Writes a checkpoint, in the place of the one before."""
+        tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        for index, kept in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in kept.items()}
+        tensors["random"] = torch.get_rng_state()
+        if self.device.type == "cuda":
+            tensors["device_random"] = torch.cuda.get_rng_state()
         state = {
-            "arguments": asdict(self.a), "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-            "curriculum": self.curriculum.state_dict(), "step": self.step, "spent": self.spent,
+            "arguments": asdict(self.a), "curriculum": self.curriculum.state_dict(), "spent": self.spent,
             "done_at": self.done_at,
-            "random": torch.get_rng_state(),
-            "device_random": torch.cuda.get_rng_state() if self.device.type == "cuda" else None,
         }  # fmt: skip
-        partial = path.with_suffix(".partial")
-        torch.save(state, partial)
-        partial.replace(path)
+        stage = folder.path / f"{PARTIAL}checkpoint-{self.step}"
+        shutil.rmtree(stage, ignore_errors=True)
+        stage.mkdir()
+        # Of their own: a tied weight has another's numbers, which a file has once.
+        save_file({name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}, stage / STATE_FILE)
+        folder.seal(stage, self.step, 1, state)
+        folder.keep_newest(1)
 
     def load(self, path: Path) -> None:
-        """Raises ValueError where the checkpoint is of a run with other arguments."""
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        free = ("resume", "overwrite_output_dir", "output_dir", "max_steps", "max_minutes", "cpu", "data")
-        for name, value in asdict(self.a).items():
+        """Raises ValueError where the checkpoint is damaged or of a run with other arguments."""
+        manifest = verify_checkpoint(path, 1)
+        state, free = (
+            manifest["state"],
+            ("resume", "overwrite_output_dir", "output_dir", "max_steps", "max_minutes", "cpu", "data"),
+        )
+        for name, value in json.loads(json.dumps(asdict(self.a))).items():
             if name not in free and state["arguments"].get(name) != value:
                 raise ValueError(
                     f"{path} is of another run: {name} is {state['arguments'].get(name)!r} there and {value!r} here"
                 )
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.curriculum.load_state_dict(state["curriculum"])
-        self.step, self.spent, self.done_at = state["step"], state["spent"], state["done_at"]
-        torch.set_rng_state(state["random"])
-        if state["device_random"] is not None and self.device.type == "cuda":
-            torch.cuda.set_rng_state(state["device_random"])
+        try:
+            tensors, kept = load_file(path / STATE_FILE), defaultdict(dict)
+            self.model.load_state_dict(
+                {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
+            )
+            for name, tensor in tensors.items():
+                if name.startswith("optimizer."):
+                    _, index, part = name.split(".")
+                    kept[int(index)][part] = tensor
+            self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": dict(kept)})
+            self.curriculum.load_state_dict(state["curriculum"])
+            self.step, self.spent, self.done_at = manifest["step"], state["spent"], state["done_at"]
+            torch.set_rng_state(tensors["random"])
+            if "device_random" in tensors and self.device.type == "cuda":
+                torch.cuda.set_rng_state(tensors["device_random"])
+        except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"checkpoint {str(path)!r} cannot be resumed from: {error}") from error
         if self.watch.learned and self.curriculum.phase != DENSE:
             release_routers(self.model)
 
@@ -263,7 +299,7 @@ def write_model(training: Training, folder: Path) -> None:
     task = {name: getattr(training.a, name) for name in TaskArguments.__dataclass_fields__}
     # Where the data lay is nobody's business.
     task["data"] = None if task["data"] is None else Path(task["data"]).name
-    (folder / RECALL_FILE).write_text(json.dumps(task, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / RECALL_FILE, task)
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -271,18 +307,24 @@ def main(argv: list[str] | None = None) -> dict:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     a = parse_arguments(TrainArguments, argv)
     check_arguments(a)
-    output = check_output_folder(a.output_dir, a.resume, a.overwrite_output_dir)
+    checkpoint = latest_checkpoint(Path(a.output_dir)) if a.resume else None
+    if not a.resume:
+        check_free(Path(a.output_dir), False, a.overwrite_output_dir)
     training = Training(a)
     # Texts that are too short for what they must hold are found out here.
     example_of(training.task, a.start_length, a.seed, 0)
-    output.mkdir(parents=True, exist_ok=True)
-    checkpoint = output / "checkpoint.pt"
-    if a.resume and checkpoint.is_file():
+    if checkpoint is not None:
         training.load(checkpoint)
-    with (output / "metrics.jsonl").open("a", encoding="utf-8") as log, training.watch:
-        result = run(training, log, checkpoint)
-        write_model(training, output / "final")
-        (output / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    # A run that was ended before its first checkpoint starts anew; what it has logged is moved aside.
+    folder = take_folder(a.output_dir, checkpoint, a.overwrite_output_dir or (a.resume and checkpoint is None))
+    try:
+        with open_log(folder.path / "metrics.jsonl") as log, training.watch:
+            result = run(training, log, folder)
+            with folder.replacing("final") as stage:
+                write_model(training, stage)
+            write_json(folder.path / "result.json", result)
+    finally:
+        folder.close()
     print(
         f"{parameter_count(training.model):,} parameters, {training.step} steps, {training.spent:.0f} s: accuracy "
         f"{result['accuracy']:.3f} at {training.curriculum.length} tokens, budget {training.curriculum.budget:.3f}"
@@ -290,14 +332,14 @@ def main(argv: list[str] | None = None) -> dict:
     return result
 
 
-def run(training: Training, log, checkpoint: Path) -> dict:
+def run(training: Training, log: BinaryIO, folder: RunFolder) -> dict:
     """The training loop, from `training.step` on."""
     a, counts = training.a, Counts(training.task.kinds)
 
     def write(**values) -> None:
         place = {"step": training.step, "seconds": round(training.spent, 2), "length": training.curriculum.length}
         budget = {"budget": training.curriculum.budget, "phase": training.curriculum.phase}
-        log.write(json.dumps(place | budget | values) + "\n")
+        log.write(json.dumps(place | budget | values).encode("utf-8") + b"\n")
         log.flush()
 
     while training.step < a.max_steps and training.spent < 60 * a.max_minutes:
@@ -314,8 +356,8 @@ def run(training: Training, log, checkpoint: Path) -> dict:
         if training.step % a.eval_steps == 0:
             write(validation=training.evaluate(training.curriculum.length))
         if training.step % a.save_steps == 0:
-            training.save(checkpoint)
-    training.save(checkpoint)
+            training.save(folder)
+    training.save(folder)
     result = training.evaluate(training.curriculum.length)
     write(validation=result)
     return {
