@@ -270,7 +270,8 @@ class SeqBoatCacheLayer(CacheLayerMixin):
         them; None without truncation."""
         if self.ssm_inputs is None:
             return None
-        span = self.truncation if count is None else min(count, self.truncation)
+        whole = count is None or torch.compiler.is_exporting()
+        span = self.truncation if whole else min(count, self.truncation)
         slots = (self.token_count[:, None] + torch.arange(span, device=self.token_count.device)) % self.truncation
         return self.ssm_inputs.gather(1, slots[:, :, None].expand(-1, -1, self.ssm_inputs.shape[2]))
 

@@ -36,7 +36,7 @@ from .ops_ema_seqboat import (
     toeplitz,
     without_autocast,
 )
-from .ops_layout_seqboat import ScanPlan, build_scan_plan, to_columns, to_slots
+from .ops_layout_seqboat import ScanPlan, build_scan_plan, in_chunks, to_columns, to_slots
 from .ssm_seqboat import Before, Recurrence, Replay
 
 
@@ -170,7 +170,7 @@ def _s5_chunks(x, log_decay, input_gain, output_gain, skip, real, reset, state, 
         # A complex product of matrices as a real one: real parts in the first C rows, imaginary parts in the last C.
         taps = [toeplitz(part) for part in complex_powers(log_decay, steps).unbind(-1)]
         matrix = torch.cat([torch.cat([taps[0], -taps[1]], dim=2), torch.cat([taps[1], taps[0]], dim=2)], dim=1)
-        written = _write(tokens, input_gain).view(batch, chunks, size, count, 2)
+        written = in_chunks(_write(tokens, input_gain), plan)
         columns = written.permute(3, 4, 2, 1, 0).reshape(count, 2 * size, chunks * batch)
         inner = torch.bmm(matrix, columns).view(count, 2, size, chunks, batch).permute(3, 4, 2, 0, 1)
         whole = complex_powers(log_decay, steps[-1:] + 1)[:, 0]

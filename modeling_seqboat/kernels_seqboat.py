@@ -171,7 +171,8 @@ def _facts(
     elif config.router_type == "gumbel_straight_through" or (config.router_type == "gumbel" and training):
         noisy = f"router_type={config.router_type!r} has no kernel"
     return Facts(
-        requested=requested_backend(config.kernel_backend),
+        # An exported graph runs where there is no Triton.
+        requested="torch" if torch.compiler.is_exporting() else requested_backend(config.kernel_backend),
         device=device.type,
         dtype=dtype,
         training=training,

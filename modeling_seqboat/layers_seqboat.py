@@ -17,8 +17,10 @@ from .attention_seqboat import SeqBoatAttention
 from .configuration_seqboat import SeqBoatConfig
 from .context_seqboat import SequenceContext
 from .diagonal_seqboat import SeqBoatS4D, SeqBoatS5
+from .exported_seqboat import exported_unit
 from .kernels_seqboat import eager_ops
 from .ops_attention_seqboat import rotary_tables
+from .ops_layout_seqboat import Packed
 from .ops_packed_seqboat import pack_step
 from .router_seqboat import SeqBoatRouter
 from .ssm_seqboat import RECURRENCES, SeqBoatEMA, register_recurrence
@@ -78,8 +80,9 @@ class SeqBoatBatchNorm(nn.Module):
     def forward(
         self, x: Tensor, real: Tensor | None = None, op: Callable | None = None, dtype: torch.dtype | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
-        if real is None:
+        if real is None or not self.training:
             normed = self.norm(x.flatten(0, 1)).view_as(x)
+            normed = normed if real is None else normed.masked_fill(~real[..., None], 0)
         else:
             chosen = self.norm(x[real])
             normed = x.new_zeros(x.shape, dtype=chosen.dtype).masked_scatter(real[..., None], chosen)
@@ -191,7 +194,9 @@ class SeqBoatDecoderLayer(GradientCheckpointingLayer):
         else:
             confidence, active, rate = self.router(m, real, context.places)
         in_place = cache is not None and before.overwrite
-        attend = self._attend if in_place or not torch.compiler.is_compiling() else self._attend_outside_of_graphs
+        attend = self._attend
+        if torch.compiler.is_compiling() and not in_place and not torch.compiler.is_exporting():
+            attend = self._attend_outside_of_graphs
         scanned = None if cache is None else (h, state, replay)
         memory = None if cache is None or cache.is_blank else cache
         if context.part is not None:
@@ -214,6 +219,8 @@ class SeqBoatDecoderLayer(GradientCheckpointingLayer):
             cache.make_room(1)
             packed = pack_step(active, all_rows=ops.runs_triton("memory_step"))
             hidden = ops.linear(self.hidden_proj, m)
+        elif torch.compiler.is_exporting():
+            hidden, packed = ops.linear(self.hidden_proj, m), Packed(None)
         else:
             pending = ops.pack(
                 active,
@@ -228,7 +235,10 @@ class SeqBoatDecoderLayer(GradientCheckpointingLayer):
             # Before the wait, so that the device has work meanwhile.
             hidden = ops.linear(self.hidden_proj, m)
             packed = pending.wait()
-        out, keys, values = self.attention(m, active, packed, context, cache, memory)
+        if packed.steps and not in_place:
+            out = exported_unit(self.attention, m, active, context, cache, scanned and scanned[:2]).flatten(0, 1)
+        else:
+            out, keys, values = self.attention(m, active, packed, context, cache, memory)
         dropout_p = config.hidden_dropout if self.training and not config.bidirectional else 0.0
         y = ops.extract_residual(
             hidden.flatten(0, 1),
@@ -239,7 +249,7 @@ class SeqBoatDecoderLayer(GradientCheckpointingLayer):
             dropout_p,
             self.activation,
         )
-        if cache is not None:
+        if cache is not None and (in_place or not packed.steps):
             cache.advance(context, *scanned, active, packed, keys, values)
         return y.view_as(residual)
 

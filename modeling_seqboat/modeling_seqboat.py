@@ -173,17 +173,11 @@ def count_labels(labels: Tensor, num_items: Tensor | int | None, part: Any = Non
     return (count if part is None else part.total(count)).clamp_min(1)
 
 
-def refuse_tracing(without_cache: bool) -> None:
-    """Raises ValueError under torch.jit.trace, and under torch.export unless it is a step over a cache."""
+def refuse_tracing() -> None:
     if torch.jit.is_tracing():
         raise ValueError(
             "SeqBoat cannot be traced by torch.jit.trace: how many tokens attend depends on the data, and a trace "
-            "would hold the number of its example; use torch.compile"
-        )
-    if without_cache and torch.compiler.is_exporting():
-        raise ValueError(
-            "SeqBoat's forward over a whole text cannot be exported by torch.export: its shapes depend on how many "
-            "tokens attend; a decode step over SeqBoatCache(config, static=True) can be exported"
+            "would hold the number of its example; use torch.compile or torch.export"
         )
 
 
@@ -393,7 +387,7 @@ class SeqBoatModel(SeqBoatPreTrainedModel):
         config = self.config
         refuse_unknown_arguments(type(self).forward, kwargs)
         self._refuse_attentions(output_attentions)
-        refuse_tracing(past_key_values is None and cache is None and cache_params is None)
+        refuse_tracing()
         self._expect_one_input(input_ids, input_values, inputs_embeds)
         _expect_same_borders(cu_seq_lens_q, cu_seq_lens_k)
         past = one_cache(past_key_values=past_key_values, cache=cache, cache_params=cache_params)
@@ -523,8 +517,9 @@ class SeqBoatModel(SeqBoatPreTrainedModel):
             return past_key_values
         if use_cache is None:
             # A training step that nobody asked a cache of does not pay for one, nor does a copy of the model that
-            # nn.DataParallel made for one batch, and whose outputs it gathers.
+            # nn.DataParallel made for one batch, and whose outputs it gathers. An exported graph has no cache of its own.
             use_cache = config.use_cache and not self.training and not getattr(self, "_is_replica", False)
+            use_cache = use_cache and not torch.compiler.is_exporting()
         return SeqBoatCache(config) if use_cache else None
 
     def _check_ids(self, input_ids: Tensor) -> None:

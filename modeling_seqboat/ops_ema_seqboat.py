@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .kernels_seqboat import Facts, op
-from .ops_layout_seqboat import ScanPlan, build_scan_plan, to_columns, to_slots
+from .ops_layout_seqboat import ScanPlan, build_scan_plan, in_chunks, to_columns, to_slots
 from .triton_decode_seqboat import ema_step_triton
 from .triton_ema_seqboat import ema_parameters_triton, ema_scan_triton
 from .triton_launch_seqboat import first_derivative_only
@@ -26,6 +26,8 @@ from .triton_launch_seqboat import first_derivative_only
 # Products within a chunk grow with C, traffic of the states falls with it: 64 was the fastest of 32, 64 and 128 on a
 # CPU at D 256, N 16, L 8,192.
 CHUNK_SIZE = 64
+# An exported graph that takes any length has a fixed number of steps, enough for 16 million tokens at once.
+_MOST_EXPORTED_CHUNKS = 2**18
 # log(q) of a decay that rounds to 0; exp of its multiples underflows to 0 without a NaN in the gradient.
 SMALLEST_DECAY = 1e-30
 
@@ -68,6 +70,9 @@ def ema_decayed(decay: Tensor, state: Tensor, tokens: Tensor) -> Tensor:
 
 def chunk_size_for(length: int) -> int:
     """The chunk length that `ema_scan` uses for rows of `length` columns: a power of two, at most 64."""
+    # A length that an exported graph takes as it comes.
+    if not isinstance(length, int):
+        return CHUNK_SIZE
     return min(CHUNK_SIZE, 1 << max(0, length - 1).bit_length())
 
 
@@ -305,7 +310,22 @@ def scan_borders(entries: Tensor, decay: Tensor, first_chunk: Tensor | None) -> 
     if first_chunk is not None:
         linked = first_chunk.t() != torch.arange(entries.shape[0], device=entries.device)[:, None]
         entries = entries.masked_fill(~linked.view(*linked.shape, *[1] * (entries.dim() - 2)), 0)
+    if torch.compiler.is_exporting():
+        return _scan_of_any_length(entries, decay)
     return _BorderScan.apply(entries, decay, linked)
+
+
+def _scan_of_any_length(entries: Tensor, decay: Tensor) -> Tensor:
+    """`_scan_in_place` of one segment in a number of steps that does not depend on G, for an exported graph."""
+    count = entries.shape[0]
+    borders = torch.arange(count, device=entries.device)
+    most = count if isinstance(count, int) else _MOST_EXPORTED_CHUNKS
+    for step in range((most - 1).bit_length()):
+        carried = complex_product(entries.index_select(0, (borders - 2**step).clamp_min(0)), decay)
+        linked = (borders >= 2**step).view(-1, *[1] * (entries.dim() - 1))
+        entries = entries + torch.where(linked, carried, 0)
+        decay = complex_product(decay, decay)
+    return entries
 
 
 class _Recomputed(torch.autograd.Function):
@@ -336,7 +356,7 @@ class _Recomputed(torch.autograd.Function):
 def recomputed(function: Callable[..., tuple[Tensor, Tensor]], *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
     """function(*tensors), of which only the tensors are kept for backward, where it runs again: its intermediate
     results are many times as large. Backward stays in float32 also where it is called under autocast."""
-    return _Recomputed.apply(function, *tensors)
+    return function(*tensors) if torch.compiler.is_exporting() else _Recomputed.apply(function, *tensors)
 
 
 # Not traced: torch 2.11 compiles the in-place border scan to wrong gradients.
@@ -380,7 +400,7 @@ def chunked_scan(
             later = complex_product(gain[:, :, None], powers)
             kernels.append(torch.einsum("dnp,dncp->dc", readout(output_gain), later))
             input_matrices.append(later.flip(2).permute(0, 1, 3, 2).reshape(width, -1, size))
-            columns.append(slots.view(batch, chunks, size, width).permute(3, 2, 1, 0).to(dtype))
+            columns.append(in_chunks(slots, plan).permute(3, 2, 1, 0).to(dtype))
         if skip is not None:
             kernels[0] = torch.cat([kernels[0][:, :1] + skip[:, None], kernels[0][:, 1:]], dim=1)
         matrix = torch.cat([toeplitz(kernel) for kernel in kernels], dim=-1)  # (D, C, J)

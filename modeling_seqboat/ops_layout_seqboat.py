@@ -174,7 +174,8 @@ def build_scan_plan(
     Returns:
         `ScanPlan`. With `reset` the number of chunks depends on the data, which synchronises with the device once.
     """
-    if real is None and reset is None:
+    # Of an exported graph that takes any length, no row is an even number of chunks.
+    if real is None and reset is None and isinstance(length, int):
         chunks = max(1, -(-length // chunk_size))
         last = torch.full((batch,), chunks - 1, dtype=torch.long, device=device)
         tail = torch.full((batch,), length - (chunks - 1) * chunk_size, dtype=torch.long, device=device)
@@ -185,7 +186,8 @@ def build_scan_plan(
     counts = order[:, -1] + 1
     if reset is None:
         slot = order
-        chunks = max(1, -(-length // chunk_size))
+        # Sizes that may be 1 would make an exporter ask which it is.
+        chunks = (length + chunk_size - 1) // chunk_size + (0 if isinstance(length, int) else 1)
         first_chunk = None
         last_chunk = (counts - 1).clamp_min(0) // chunk_size
         last_length = torch.where(counts > 0, counts - last_chunk * chunk_size, counts)
@@ -233,6 +235,16 @@ def to_slots(x: Tensor, plan: ScanPlan) -> Tensor:
     return taken.masked_fill((plan.source == x.shape[1])[:, :, None], 0)
 
 
+def in_chunks(slots: Tensor, plan: ScanPlan) -> Tensor:
+    """(B, S, ...) -> (B, G, C, ...)."""
+    size, chunks = plan.chunk_size, plan.num_chunks
+    if isinstance(chunks, int):
+        return slots.view(slots.shape[0], chunks, size, *slots.shape[2:])
+    # Of a length that it does not know, an exporter does not see that a view would fit.
+    device = slots.device
+    return slots[:, torch.arange(chunks, device=device)[:, None] * size + torch.arange(size, device=device)]
+
+
 def to_columns(y: Tensor, plan: ScanPlan, length: int, real: Tensor | None) -> Tensor:
     """(B, S, D) slots -> (B, L, D) columns, zeros at pads."""
     if plan.slot is None:
@@ -269,14 +281,16 @@ def shift_real_tokens(
         0 at pads.
     """
     batch, length, width = x.shape
-    held = min(lag, length)
+    # An exported graph takes any length.
+    short = not torch.compiler.is_exporting() and length <= lag
+    held = length if short else lag
     if history is None:
         history = x.new_zeros(batch, held, width)
     history = history[:, :held].to(x.dtype)
     if real is None and reset is None:
-        return history if length <= lag else torch.cat([history, x[:, : length - lag]], dim=1)
+        return history if short else torch.cat([history, x], dim=1)[:, :length]
     # A row of at most T columns hears of tokens before it alone.
-    extended = history if length <= lag else torch.cat([history, x], dim=1)
+    extended = history if short else torch.cat([history, x], dim=1)
     known, order, nth = _order(real, batch, length, x.device)
     wanted = order - lag
     # The T history entries come first.

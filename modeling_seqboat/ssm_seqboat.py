@@ -134,7 +134,7 @@ def _ema_state_of(window: Tensor, decay: Tensor, gain: Tensor, **marks: Tensor |
 def _block_state(tables: tuple[Tensor, Tensor], truncation: int, x, real, reset, block, history, tokens) -> Tensor:
     """The second state of `ema_step` after the columns, (B, D, N); arguments as a `Replay` has them."""
     ordinal = real_ordinals(x.shape[1], tokens, real, reset)
-    if x.shape[1] <= truncation:
+    if not torch.compiler.is_exporting() and x.shape[1] <= truncation:
         starts = ordinal % truncation == 0
         return _ema_state_of(x, *tables, real=real, reset=starts if reset is None else starts | reset, state=block)
     held = ordinal[:, -1:] % truncation + 1
@@ -226,7 +226,7 @@ class SeqBoatEMA(Recurrence):
                 step = ops.ema_step if overwrite else ema_step
                 starts = None if tokens is None else (tokens % truncation == 0)[:, None]
                 y, state = step(x, *tables, skip, state, block_start=starts, **arguments)
-            elif truncation is not None and truncation <= RENEWED_COLUMNS < x.shape[1]:
+            elif truncation is not None and not torch.compiler.is_exporting() and truncation <= RENEWED_COLUMNS < x.shape[1]:
                 y, state = self._in_pieces(x, context, (*tables, skip), state, history, arguments)
             else:
                 scan = ops.ema_scan if x.shape[1] > 1 else ema_scan
