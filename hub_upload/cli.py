@@ -1,4 +1,4 @@
-"""Command line: `python -m hub_upload push|build|verify|convert|serve`."""
+"""Command line: `python -m hub_upload push|build|verify|convert|export|serve`."""
 
 import argparse
 import sys
@@ -48,6 +48,15 @@ def build_parser() -> argparse.ArgumentParser:
     convert.add_argument("--overwrite", action="store_true", help="replace an existing model folder")
     convert.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest weight file (default: 5GB)")
     convert.set_defaults(run=_convert)
+
+    export = commands.add_parser("export", help="write a model as graphs for other runtimes")
+    export.add_argument("model", type=Path, metavar="DIR", help="folder with a saved or built model")
+    export.add_argument("--format", required=True, choices=("torch", "onnx", "aoti", "executorch"))
+    export.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder to write")
+    export.add_argument("--overwrite", action="store_true", help="replace an existing folder")
+    export.add_argument("--rows", type=int, default=1, metavar="N", help="rows of a batch, 0 for any (default: 1)")
+    export.add_argument("--length", type=int, metavar="N", help="columns of a prompt (default: any from 2 on)")
+    export.set_defaults(run=_export)
 
     serve = commands.add_parser(
         "serve", help="run `transformers serve` with a SeqBoat model; further options go to it as they are"
@@ -177,6 +186,17 @@ def _convert(args: argparse.Namespace) -> None:
         print(f"warning: {warning}", file=sys.stderr)
     print(f"converted {converted.model_class}, {converted.parameters:,} parameters")
     print(converted.output)
+
+
+def _export(args: argparse.Namespace) -> None:
+    from .export import export_folder
+
+    graphs = export_folder(
+        args.model, args.output, args.format, rows=args.rows or None, length=args.length, overwrite=args.overwrite
+    )
+    for name, graph in graphs.items():
+        print(f"{name}: {graph.file}, {len(graph.inputs)} inputs, {len(graph.outputs)} outputs")
+    print(args.output)
 
 
 def _serve(args: argparse.Namespace) -> None:

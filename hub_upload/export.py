@@ -1,4 +1,4 @@
-"""Models as graphs for other runtimes: `python -m hub_upload export FOLDER --format torch|onnx|aoti|executorch`.
+"""Models as graphs for other runtimes: `python -m hub_upload export FOLDER --format torch|onnx`.
 
 A language model becomes two graphs, `prompt` for several columns and `step` for one. Both take the state of what came before,
 and give it back moved on: constant in size, zeros before the first prompt. Every other model is one graph, `model`. What goes
@@ -20,11 +20,16 @@ from .build import read_config
 from .errors import HubUploadError
 from .folders import check_output, staged_folder
 
-FORMATS = ("torch", "onnx", "aoti", "executorch")
+FORMATS = ("torch", "onnx")
+# What was tried, and why it is not offered.
+_REFUSED = {
+    "aoti": "AOTInductor compiles these graphs, but what it compiled gave other logits",
+    "executorch": "it was not tried",
+}
 FILE = "export.json"
 # Files of a folder that say how a text becomes ids.
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json", "config.json")
-_SUFFIX = {"torch": ".pt2", "onnx": ".onnx", "aoti": ".pt2", "executorch": ".pte"}
+_SUFFIX = {"torch": ".pt2", "onnx": ".onnx"}
 
 
 @dataclass
@@ -91,7 +96,7 @@ class HeadGraph(nn.Module):
 
 
 def export_model(
-    model: nn.Module, *, rows: int | None = None, length: int | None = None
+    model: nn.Module, *, rows: int | None = 1, length: int | None = None
 ) -> dict[str, tuple[ExportedProgram, list[str], list[str]]]:
     """The graphs of a model by name, each with the names of its inputs and outputs.
 
@@ -102,10 +107,10 @@ def export_model(
     Raises HubUploadError for a model that no graph can hold.
     """
     config, model = model.config, model.eval()
-    if rows == 0 or (length is not None and length < 2):
+    if (rows is not None and rows < 1) or (length is not None and length < 2):
         raise HubUploadError(f"a graph has at least 1 row and 2 columns, got {rows} and {length}.")
     batch = None if rows is not None else Dim("rows", min=1, max=2**16)
-    columns = None if length is not None else Dim("columns", min=2, max=2**24)
+    columns = None if length is not None else Dim("columns", min=2, max=2**21)
     count, width = rows or 2, length or 150
     whole = {axis: dim for axis, dim in ((0, batch), (1, columns)) if dim is not None}
     if type(model).__name__.endswith("ForCausalLM"):
@@ -138,7 +143,7 @@ def export_folder(
     output: str | Path,
     kind: str,
     *,
-    rows: int | None = None,
+    rows: int | None = 1,
     length: int | None = None,
     overwrite: bool = False,
 ) -> dict[str, Graph]:
@@ -146,20 +151,20 @@ def export_folder(
 
     Args:
         model: folder with a saved or built model; output: folder to write.
-        kind: torch (`torch.export.load`), onnx (onnxruntime), aoti (`torch._inductor.aoti_load_package`) or executorch.
-        rows, length: as in `export_model`; ExecuTorch takes 1 row where none is given.
+        kind: torch (for `torch.export.load`) or onnx (for onnxruntime).
+        rows, length: as in `export_model`.
         overwrite: replace an existing folder.
 
     Raises HubUploadError for what cannot be exported, and where a package is missing.
     """
     model, output = Path(model), Path(output)
+    if kind in _REFUSED:
+        raise HubUploadError(f"--format {kind} is not offered: {_REFUSED[kind]}. Use torch or onnx.")
     if kind not in FORMATS:
         raise HubUploadError(f"--format must be one of {', '.join(FORMATS)}, got {kind!r}.")
     check_output(output, overwrite, keep=model)
     config, model_class = read_config(model)
     write = _writer(kind)
-    if kind == "executorch":
-        rows = rows or 1
     loaded = model_class.from_pretrained(model, dtype=torch.float32)
     graphs = {}
     with staged_folder(output, overwrite, keep=model) as stage:
@@ -195,20 +200,14 @@ def _signature(program: ExportedProgram, inputs: list[str], outputs: list[str]) 
 
 def _writer(kind: str) -> Callable[[ExportedProgram, Path, list[str], list[str]], None]:
     """What writes such a graph. Raises HubUploadError where its package is missing."""
+    if kind == "torch":
+        return _write_torch
     try:
-        if kind == "onnx":
-            import onnxruntime  # noqa: F401
-            import onnxscript  # noqa: F401
-
-            return _write_onnx
-        if kind == "executorch":
-            import executorch.exir  # noqa: F401
-
-            return _write_executorch
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
     except ImportError as error:
-        wanted = "pip install onnx onnxscript onnxruntime" if kind == "onnx" else "pip install executorch"
-        raise HubUploadError(f"--format {kind} needs another package ({wanted}): {error}") from error
-    return _write_torch if kind == "torch" else _write_aoti
+        raise HubUploadError(f"--format onnx needs more packages (pip install -e '.[export]'): {error}") from error
+    return _write_onnx
 
 
 def _write_torch(program: ExportedProgram, path: Path, inputs: list[str], outputs: list[str]) -> None:
@@ -219,13 +218,3 @@ def _write_onnx(program: ExportedProgram, path: Path, inputs: list[str], outputs
     torch.onnx.export(
         program, (), str(path), input_names=inputs, output_names=outputs, external_data=False, verbose=False
     )
-
-
-def _write_aoti(program: ExportedProgram, path: Path, inputs: list[str], outputs: list[str]) -> None:
-    torch._inductor.aoti_compile_and_package(program, package_path=str(path))
-
-
-def _write_executorch(program: ExportedProgram, path: Path, inputs: list[str], outputs: list[str]) -> None:
-    from executorch.exir import to_edge
-
-    path.write_bytes(to_edge(program).to_executorch().buffer)

@@ -171,8 +171,8 @@ def _s5_chunks(x, log_decay, input_gain, output_gain, skip, real, reset, state, 
         taps = [toeplitz(part) for part in complex_powers(log_decay, steps).unbind(-1)]
         matrix = torch.cat([torch.cat([taps[0], -taps[1]], dim=2), torch.cat([taps[1], taps[0]], dim=2)], dim=1)
         written = in_chunks(_write(tokens, input_gain), plan)
-        columns = written.permute(3, 4, 2, 1, 0).reshape(count, 2 * size, chunks * batch)
-        inner = torch.bmm(matrix, columns).view(count, 2, size, chunks, batch).permute(3, 4, 2, 0, 1)
+        columns = written.permute(3, 4, 2, 0, 1).reshape(count, 2 * size, batch * chunks)
+        inner = torch.bmm(matrix, columns).view(count, 2, size, batch, chunks).permute(4, 3, 2, 0, 1)
         whole = complex_powers(log_decay, steps[-1:] + 1)[:, 0]
         borders = scan_borders(torch.cat([state[None], inner[:, :, -1]]), whole, plan.first_chunk)
         carried = complex_product(complex_powers(log_decay, steps + 1).transpose(0, 1), borders[:-1, :, None])

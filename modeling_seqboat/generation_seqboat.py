@@ -199,10 +199,13 @@ class SeqBoatGenerationMixin(GenerationMixin):
         attention_mask=None,
         inputs_embeds=None,
         prefill_progress=None,
+        tokenizer=None,
+        assistant_tokenizer=None,
         **kwargs,
     ):
         """Positions are counted by the model, from the cache on. For a static cache the mask is cut to the new
-        columns: the padding before them is in the state already, and its width would change at every step."""
+        columns: the padding before them is in the state already, and its width would change at every step. The
+        tokenizers, which generate() hands on, are for its stopping criteria alone."""
         cache = take_cache(kwargs)
         if cache is not None:
             kwargs[CACHE_NAME] = cache

@@ -26,8 +26,8 @@ from .triton_launch_seqboat import first_derivative_only
 # Products within a chunk grow with C, traffic of the states falls with it: 64 was the fastest of 32, 64 and 128 on a
 # CPU at D 256, N 16, L 8,192.
 CHUNK_SIZE = 64
-# An exported graph that takes any length has a fixed number of steps, enough for 16 million tokens at once.
-_MOST_EXPORTED_CHUNKS = 2**18
+# An exported graph that takes any length has a fixed number of steps, enough for two million tokens at once.
+_MOST_EXPORTED_CHUNKS = 2**15
 # log(q) of a decay that rounds to 0; exp of its multiples underflows to 0 without a NaN in the gradient.
 SMALLEST_DECAY = 1e-30
 
@@ -400,21 +400,22 @@ def chunked_scan(
             later = complex_product(gain[:, :, None], powers)
             kernels.append(torch.einsum("dnp,dncp->dc", readout(output_gain), later))
             input_matrices.append(later.flip(2).permute(0, 1, 3, 2).reshape(width, -1, size))
-            columns.append(in_chunks(slots, plan).permute(3, 2, 1, 0).to(dtype))
+            columns.append(in_chunks(slots, plan).permute(3, 2, 0, 1).to(dtype))
         if skip is not None:
             kernels[0] = torch.cat([kernels[0][:, :1] + skip[:, None], kernels[0][:, 1:]], dim=1)
         matrix = torch.cat([toeplitz(kernel) for kernel in kernels], dim=-1)  # (D, C, J)
         input_matrix = torch.cat(input_matrices, dim=-1)  # (D, N * P, J)
-        # One matrix product a channel: (D, J, G * B).
-        columns = torch.cat(columns, dim=1).reshape(width, -1, chunks * batch)
-        added = torch.bmm(input_matrix, columns).view(width, states, parts, chunks, batch).permute(3, 4, 0, 1, 2)
+        # One matrix product a channel: (D, J, B * G).
+        # Sizes and no -1: an exporter that does not know the length could not divide by it.
+        columns = torch.cat(columns, dim=1).reshape(width, len(pairs) // 2 * size, batch * chunks)
+        added = torch.bmm(input_matrix, columns).view(width, states, parts, batch, chunks).permute(4, 3, 0, 1, 2)
         whole = complex_powers(log_decay, steps[-1:] + 1)[..., 0, :]
         borders = scan_borders(torch.cat([state[None], added]), whole, plan.first_chunk)
         output_matrix = readout(complex_product(output_gain[:, :, None], complex_powers(log_decay, steps + 1)))
         output_matrix = output_matrix.permute(0, 2, 1, 3).reshape(width, size, -1)  # (D, C, N * P)
-        read = borders[:-1].permute(2, 3, 4, 0, 1).reshape(width, -1, chunks * batch)
+        read = borders[:-1].permute(2, 3, 4, 1, 0).reshape(width, states * parts, batch * chunks)
         y = torch.baddbmm(torch.bmm(matrix, columns), output_matrix, read)
-        y = y.view(width, size, chunks, batch).permute(3, 2, 1, 0).reshape(batch, -1, width)
+        y = y.view(width, size, batch, chunks).permute(2, 3, 1, 0).reshape(batch, -1, width)
         # The last chunk may be partly filled: its tokens, moved to the chunk's end, enter with the same weights.
         entry = borders[plan.last_chunk, torch.arange(batch, device=device)]
         tail_decay = complex_powers(log_decay, plan.last_length.to(dtype)).permute(2, 0, 1, 3)

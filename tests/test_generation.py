@@ -357,3 +357,17 @@ def test_position_ids_that_generate_cannot_honour_are_refused(positions):
     model, ids = model_of(KINDS[0]), random_ids(1, 6)
     with pytest.raises(ValueError, match="position_ids must rise by one"):
         model.generate(ids, position_ids=torch.tensor([positions]), max_new_tokens=2)
+
+
+def test_a_tokenizer_is_for_strings_to_stop_at():
+    """As `transformers serve` gives it with every request."""
+    model, tokenizer = small_lm(vocab_size=264, pad_token_id=256, bos_token_id=257).eval(), build_byte_tokenizer()
+    prompt = tokenizer("Hi", return_tensors="pt")
+    # Bytes that are letters of their own.
+    unseen = [token for token in range(264) if not 32 < token < 127]
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "suppress_tokens": unseen}
+    text = model.generate(**prompt, **options)
+    assert torch.equal(model.generate(**prompt, tokenizer=tokenizer, **options), text)
+    stop = tokenizer.decode(text[0, 5:7])
+    stopped = model.generate(**prompt, tokenizer=tokenizer, stop_strings=[stop], **options)
+    assert stopped.shape[1] < text.shape[1] and torch.equal(stopped, text[:, : stopped.shape[1]])
