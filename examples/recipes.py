@@ -35,7 +35,8 @@ def read_yaml(path: Path, what: str = "recipe") -> Any:
         raise FileNotFoundError(f"there is no {what} {str(path)!r}")
     try:
         return yaml.safe_load(read_text(path))
-    # Its message names the line; a date that no calendar has is a ValueError, a text nested too deeply a RecursionError.
+    # Its message names the line; a date that no calendar has is a ValueError, a text nested too deeply a
+    # RecursionError.
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{what} {str(path)!r} is no YAML: {error}") from None
 

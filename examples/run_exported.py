@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> list[int]:
     tokenizer = Tokenizer.from_file(str(a.folder / "tokenizer.json"))
     prompt = tokenizer.encode(a.prompt, add_special_tokens=False).ids
     if len(prompt) < 2 or a.tokens < 1:
-        parser.error(f"a prompt has at least 2 tokens and is continued by at least 1, got {len(prompt)} and {a.tokens}")
+        parser.error(f"a prompt has 2 tokens or more and is continued by 1 or more, got {len(prompt)} and {a.tokens}")
     model, new = ExportedModel(a.folder, a.threads), []
     model.reset(1)
     begin = time.perf_counter()

@@ -28,8 +28,9 @@ FORMAT = "seqboat-checkpoint-1"
 PARTIAL = ".partial-"
 # What the example scripts write into a run's folder, besides checkpoints. Whatever else lies there is somebody else's.
 OWNED = (
-    "averaged", "best", "final", "merged", "tensorboard", "runs", "README.md", "adapter_config.json", "adapter_model.safetensors",
-    "metrics.jsonl", "report.json", "result.json", "results.json", "training_record.json", "activations.png", "confusion_matrix.png",
+    "averaged", "best", "final", "merged", "tensorboard", "runs", "README.md", "adapter_config.json",
+    "adapter_model.safetensors", "metrics.jsonl", "report.json", "result.json", "results.json",
+    "training_record.json", "activations.png", "confusion_matrix.png",
 )  # fmt: skip
 # Processes that made batches for a run that was killed keep its lock until they notice.
 LOCK_SECONDS = 6

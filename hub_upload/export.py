@@ -1,8 +1,8 @@
 """Models as graphs for other runtimes: `python -m hub_upload export FOLDER --format torch|onnx`.
 
-A language model becomes two graphs, `prompt` for several columns and `step` for one. Both take the state of what came before,
-and give it back moved on: constant in size, zeros before the first prompt. Every other model is one graph, `model`. What goes
-in and out of each stands in `export.json`.
+A language model becomes two graphs, `prompt` for several columns and `step` for one. Both take the state of what came
+before, and give it back moved on: constant in size, zeros before the first prompt. Every other model is one graph,
+`model`. What goes in and out of each stands in `export.json`.
 """
 
 import json
@@ -28,13 +28,20 @@ _REFUSED = {
 }
 FILE = "export.json"
 # Files of a folder that say how a text becomes ids.
-_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json", "config.json")
+_TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "generation_config.json",
+    "config.json",
+)
 _SUFFIX = {"torch": ".pt2", "onnx": ".onnx"}
 
 
 @dataclass
 class Graph:
-    """A graph's file, and its inputs and outputs in order: name, dtype and shape, where a text is a size of any value."""
+    """A graph's file, and its inputs and outputs in order: name, dtype and shape, where a text is a size of any
+    value."""
 
     file: str
     inputs: list[dict]
@@ -59,8 +66,8 @@ def empty_state(config, rows: int = 1, dtype: torch.dtype = torch.float32) -> li
 
 
 class LanguageModelGraph(nn.Module):
-    """forward(input_ids (B, L) int64, attention_mask (B, L) int64, *state) -> logits (B, vocabulary) at each row's last real
-    token, and the state after it. With one column it is a decode step."""
+    """forward(input_ids (B, L) int64, attention_mask (B, L) int64, *state) -> logits (B, vocabulary) at each row's
+    last real token, and the state after it. With one column it is a decode step."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -84,7 +91,8 @@ class LanguageModelGraph(nn.Module):
 
 
 class HeadGraph(nn.Module):
-    """forward(inputs (B, L), attention_mask (B, L) int64) -> logits, or the hidden states where a model has no head."""
+    """forward(inputs (B, L), attention_mask (B, L) int64) -> logits, or the hidden states where a model has no
+    head."""
 
     def __init__(self, model: nn.Module, name: str):
         super().__init__()
@@ -119,17 +127,21 @@ def export_model(
         inputs, outputs = ["input_ids", "attention_mask", *names], ["logits", *(f"new.{name}" for name in names)]
         rest = [{0: batch} if batch is not None else {} for _ in names]
         graphs = {}
-        for kind, columns_of, sizes in (("prompt", width, whole), ("step", 1, {k: d for k, d in whole.items() if k == 0})):
+        step = {axis: dim for axis, dim in whole.items() if axis == 0}
+        for kind, columns_of, sizes in (("prompt", width, whole), ("step", 1, step)):
             ids = torch.zeros(count, columns_of, dtype=torch.long)
             shapes = {"input_ids": sizes, "attention_mask": sizes, "state": tuple(rest)}
             graphs[kind] = _exported(wrapper, (ids, torch.ones_like(ids), *state), shapes), inputs, outputs
         return graphs
     name = model.main_input_name
     if name not in ("input_ids", "input_values") or config.pair_features != "none":
-        raise HubUploadError(f"{type(model).__name__} reads {name} or pairs; only one text or row of values is exported.")
+        raise HubUploadError(
+            f"{type(model).__name__} reads {name} or pairs; only one text or row of values is exported."
+        )
     ids = torch.zeros(count, width, dtype=torch.long if name == "input_ids" else torch.float32)
     arguments = ids, torch.ones(count, width, dtype=torch.long)
-    program = _exported(HeadGraph(model, name), arguments, {"inputs": whole, "attention_mask": whole})
+    shapes = {"inputs": whole, "attention_mask": whole}
+    program = _exported(HeadGraph(model, name), arguments, shapes)
     return {"model": (program, [name, "attention_mask"], ["logits"])}
 
 
@@ -147,7 +159,8 @@ def export_folder(
     length: int | None = None,
     overwrite: bool = False,
 ) -> dict[str, Graph]:
-    """Writes a model's graphs, `export.json` and the files of its tokenizer to a folder, which appears complete or not at all.
+    """Writes a model's graphs, `export.json` and the files of its tokenizer to a folder, which appears complete or not
+    at all.
 
     Args:
         model: folder with a saved or built model; output: folder to write.

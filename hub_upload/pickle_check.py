@@ -1,8 +1,8 @@
 """A look at the pickle of a torch file before it is read: what it would cost to read.
 
-Reading with `weights_only=True` runs no code of a file. But a few kilobytes can name one tuple in the next over and over,
-and hashing the last of them, as a key of a dictionary, takes longer than the sun burns; or nest tuples so deeply that the
-interpreter's stack ends. Sizes are added up here without anything being built.
+Reading with `weights_only=True` runs no code of a file. But a few kilobytes can name one tuple in the next over and
+over, and hashing the last of them, as a key of a dictionary, never ends; or nest tuples so deeply
+that the interpreter's stack ends. Sizes are added up here without anything being built.
 """
 
 import io
@@ -63,8 +63,9 @@ def check_pickles(path: Path) -> None:
     # Damaged files fail in the readers' own ways.
     except Exception as error:
         raise HubUploadError(
-            f"the checkpoint {path} cannot be read as a published SeqBoat checkpoint (a torch file of plain tensors and "
-            f"options, loaded with weights_only=True): {(str(error).strip().splitlines() or [type(error).__name__])[0]}"
+            f"the checkpoint {path} cannot be read as a published SeqBoat checkpoint (a torch file of plain tensors "
+            f"and options, loaded with weights_only=True): "
+            f"{(str(error).strip().splitlines() or [type(error).__name__])[0]}"
         ) from error
 
 

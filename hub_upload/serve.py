@@ -36,8 +36,8 @@ def serve_model(model: str | Path, options: Sequence[str] = ()) -> None:
     """
     if any(option.split("=")[0] == "--continuous-batching" for option in options):
         raise HubUploadError(
-            "--continuous-batching is not for SeqBoat: it shares out pages of a cache that grows, and SeqBoat's state has a "
-            "constant size. Leave it out: requests are answered one after the other."
+            "--continuous-batching is not for SeqBoat: it shares out pages of a cache that grows, and SeqBoat's state "
+            "has a constant size. Leave it out: requests are answered one after the other."
         )
     _, model_class = read_config(Path(model))
     if not model_class.__name__.endswith("ForCausalLM"):
@@ -94,7 +94,8 @@ def _checked(handler: type) -> type:
                 return await super().handle_request(body, request_id)
             # A role that the chat template does not know, a message without one, a value that is no number.
             except (TemplateError, ValueError, KeyError, TypeError, AttributeError) as error:
-                refuse(str(error) if isinstance(error, (TemplateError, ValueError)) else f"{type(error).__name__}: {error}")
+                told = isinstance(error, (TemplateError, ValueError))
+                refuse(str(error) if told else f"{type(error).__name__}: {error}")
 
         def _build_generation_config(self, body: dict, *args, **kwargs):
             config = super()._build_generation_config(body, *args, **kwargs)
@@ -126,7 +127,7 @@ _RANGES = (
 
 
 def _lies_in(value: Any, least: float, most: float) -> bool:
-    return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value <= most)
+    return value is None or (type(value) in (int, float) and least <= value <= most)
 
 
 def _expect_tokens(args: tuple, kwargs: dict) -> None:

@@ -315,9 +315,9 @@ class SeqBoatCacheLayer(CacheLayerMixin):
         return Before(state, self.recent_inputs(length), self.steps_in_place(length), window, tokens)
 
     def _renews(self, length: int) -> bool:
-        """Whether a truncated state is made anew from its inputs before these columns, lest rounding pile up in it: whenever
-        the columns pass a multiple of `renewed_columns`, however they are cut. Where their number is on the device or in a
-        graph, before each prompt: one column puts the state right by itself."""
+        """Whether a truncated state is made anew from its inputs before these columns, lest rounding pile up in it:
+        whenever the columns pass a multiple of `renewed_columns`, however they are cut. Where their number is on the
+        device or in a graph, before each prompt: one column puts the state right by itself."""
         if self.truncation is None:
             return False
         if isinstance(self.seen, Tensor) or torch.compiler.is_compiling():

@@ -302,8 +302,8 @@ def build_context(
         reset = None
     if reset is not None and length > 1 and torch.compiler.is_exporting():
         raise ValueError(
-            "an exported SeqBoat reads one text a row: position_ids, seq_idx and cu_seq_lens_q, which may begin another, cannot "
-            "be given with more than one column"
+            "an exported SeqBoat reads one text a row: position_ids, seq_idx and cu_seq_lens_q, which may begin "
+            "another, cannot be given with more than one column"
         )
     segment = None if reset is None else reset.long().cumsum(1)
     counts_places = ops is not None and config.router_type == "random"

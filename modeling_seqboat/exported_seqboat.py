@@ -1,10 +1,10 @@
 """What takes the place of compression under torch.export, whose graphs have no shape that depends on the data.
 
-Letters: B batch, L columns, D hidden width, Z query/key width, V value width, W memory size, C queries of a block, G blocks,
-K keys that a block reads.
+Letters: B batch, L columns, D hidden width, Z query/key width, V value width, W memory size, C queries of a block, G
+blocks, K keys that a block reads.
 
-Each row's activated tokens move to the front of a row of L places, in order; a block of C of them reads the W before it. Time
-and memory are linear in L, and do not fall with the number of activated tokens.
+Each row's activated tokens move to the front of a row of L places, in order; a block of C of them reads the W before
+it. Time and memory are linear in L, and do not fall with the number of activated tokens.
 """
 
 import torch
@@ -29,7 +29,7 @@ def exported_unit(unit, x: Tensor, active: Tensor, context, cache, scanned: tupl
     Returns:
         (B, L, D), without meaning where a token is not activated.
     """
-    config, memory, (batch, length) = unit.config, unit.config.memory_size, active.shape
+    memory, (batch, length) = unit.config.memory_size, active.shape
     if cache is not None:
         cache.make_room(memory)
     columns = torch.arange(length, device=x.device)
@@ -44,7 +44,8 @@ def exported_unit(unit, x: Tensor, active: Tensor, context, cache, scanned: tupl
 
     tables = [None if t is None else t.flatten(0, 1) for t in (context.cos, context.sin)]
     with without_autocast(x.device):
-        parts = project_unit(unit.in_proj(x).flatten(0, 1), unit.qk_scale, unit.qk_offset, *tables, None, unit.activation)
+        projected = unit.in_proj(x).flatten(0, 1)
+        parts = project_unit(projected, unit.qk_scale, unit.qk_offset, *tables, None, unit.activation)
         q, k, v, gate = (part.view(batch, length, -1) for part in parts)
         q, k, v = moved(q), moved(k), moved(v)
         places = context.positions.gather(1, source)
@@ -71,21 +72,24 @@ def _led(rows: Tensor, count: int) -> Tensor:
 
 def _attend(unit, q, keys, values, held, places, key_places) -> Tensor:
     """Attention of the L tokens q (B, L, Z) over the W + L keys (B, W + L, Z), of which `held` (B, W + L) are there:
-    (B, G * C, V), of which the first L places are meant. A token sees itself, which is W keys further on than it, and the W
-    before it; in an encoder also the W after it."""
+    (B, G * C, V), of which the first L places are meant. A token sees itself, which is W keys further on than it, and
+    the W before it; in an encoder also the W after it."""
     config, memory, length = unit.config, unit.config.memory_size, q.shape[1]
     size = min(_BLOCK, memory, length) if isinstance(length, int) else min(_BLOCK, memory)
     after = memory if config.bidirectional else 0
     # One block more than there need be: sizes that may be 1 would make an exporter ask which it is.
-    first = torch.arange((length + size - 1) // size + (0 if isinstance(length, int) else 1), device=q.device)[:, None] * size
+    blocks = (length + size - 1) // size + (0 if isinstance(length, int) else 1)
+    first = torch.arange(blocks, device=q.device)[:, None] * size
     own, far = torch.arange(size, device=q.device), torch.arange(size + memory + after, device=q.device)
-    # (G, C) and (G, K): which tokens the blocks have, and which keys. Behind the last one any will do: it is never read.
+    # (G, C) and (G, K): which tokens the blocks have, and which keys. Behind the last one any will do: it is never
+    # read.
     tokens, index = (first + own).clamp_max(length - 1), first + far
     held = held[:, index.clamp_max(memory + length - 1)] & (index < memory + length)
     index = index.clamp_max(memory + length - 1)
     near = (far >= own[:, None]) & (far <= own[:, None] + memory + after)
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    scores = torch.matmul(q[:, tokens].to(dtype) * unit.scale, keys[:, index].to(dtype).transpose(-1, -2))  # (B, G, C, K)
+    # (B, G, C, K)
+    scores = torch.matmul(q[:, tokens].to(dtype) * unit.scale, keys[:, index].to(dtype).transpose(-1, -2))
     if unit.position_bias is not None:
         table, center = unit.position_bias(), unit.position_bias.center
         if config.position_embedding_type == "local":
@@ -98,7 +102,8 @@ def _attend(unit, q, keys, values, held, places, key_places) -> Tensor:
 
 
 def _advance(cache, context, hidden, state, before, count, keys, values, places) -> None:
-    """Moves a static cache past the columns, without a shape that depends on the data; see `SeqBoatCacheLayer.advance`."""
+    """Moves a static cache past the columns, without a shape that depends on the data; see
+    `SeqBoatCacheLayer.advance`."""
     memory = cache.memory_size
     last = before + count - 1
     # The newest token whose ordinal leaves the rest of its slot.

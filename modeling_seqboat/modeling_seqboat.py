@@ -517,7 +517,8 @@ class SeqBoatModel(SeqBoatPreTrainedModel):
             return past_key_values
         if use_cache is None:
             # A training step that nobody asked a cache of does not pay for one, nor does a copy of the model that
-            # nn.DataParallel made for one batch, and whose outputs it gathers. An exported graph has no cache of its own.
+            # nn.DataParallel made for one batch, and whose outputs it gathers. An exported graph has no cache of its
+            # own.
             use_cache = config.use_cache and not self.training and not getattr(self, "_is_replica", False)
             use_cache = use_cache and not torch.compiler.is_exporting()
         return SeqBoatCache(config) if use_cache else None

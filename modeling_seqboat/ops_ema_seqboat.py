@@ -156,10 +156,10 @@ def ema_step(
     """`ema_scan` of one column without chunks and without branches on values: the recurrence as it is written.
 
     Args: those of `ema_scan` with L = 1. The kernel overwrites the state.
-        block_start: (B, 1) bool, with `delayed`, True where a multiple of T tokens stands before this one. The state is then
-            (B, 2, D, N): that of the last T tokens, and beside it that of those since the last such place, which nothing
-            was taken away from. Where the next block starts the two are the same, so the second becomes the first, and
-            what rounding left behind in T steps is gone.
+        block_start: (B, 1) bool, with `delayed`, True where a multiple of T tokens stands before this one. The state
+            is then (B, 2, D, N): that of the last T tokens, and beside it that of those since the last such place,
+            which nothing was taken away from. Where the next block starts the two are the same, so the second becomes
+            the first, and what rounding left behind in T steps is gone.
     """
 
     def after(before: Tensor, token: Tensor) -> Tensor:

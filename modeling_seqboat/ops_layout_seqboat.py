@@ -331,8 +331,8 @@ def last_real_tokens(x: Tensor, count: int, real: Tensor | None, reset: Tensor |
 
 
 def real_ordinals(length: int, tokens: Tensor, real: Tensor | None, reset: Tensor | None) -> Tensor:
-    """(B, L) int64: how many real tokens of its segment stand before each column's, and before a pad's next real token one
-    less.
+    """(B, L) int64: how many real tokens of its segment stand before each column's, and before a pad's next real token
+    one less.
 
     Args:
         length: L.

@@ -18,8 +18,8 @@ from .context_seqboat import SequenceContext
 from .ops_ema_seqboat import ema_decayed, ema_parameters, ema_scan, ema_step, without_autocast
 from .ops_layout_seqboat import last_real_tokens, real_ordinals, shift_real_tokens
 
-# (inputs (B, L, D), real, reset, state, history) -> the state after the last of these columns. With `ssm_truncation` also
-# tokens=(B,) int64, see `Before`.
+# (inputs (B, L, D), real, reset, state, history) -> the state after the last of these columns. With `ssm_truncation`
+# also tokens=(B,) int64, see `Before`.
 Replay = Callable[..., Tensor]
 
 
@@ -34,8 +34,7 @@ class Before(NamedTuple):
             None.
         relay: where other processes have the columns before and the kernels can wait for their states amid a scan:
             what makes the `relay` of `ema_scan` of the function `decayed`; the state is None then.
-        tokens: (B,) int64, real tokens of the row's segment; None without `ssm_truncation`, and where a process has a
-            part of the columns.
+        tokens: (B,) int64, real tokens of the row's segment; None without `ssm_truncation`.
     """
 
     state: Tensor
@@ -104,9 +103,9 @@ class Recurrence(nn.Module):
         them is this and `state_after` together. A recurrence that is not linear in its state has no such function."""
         raise NotImplementedError
 
-    def state_of(self, window: Tensor) -> Tensor:
+    def state_of(self, window: Tensor, tokens: Tensor) -> Tensor:
         """With `ssm_truncation`: the state that stands for the last T real inputs (B, T, D), zeros where there were
-        fewer."""
+        fewer, of the `tokens` (B,) int64 that the row's segment had."""
         raise NotImplementedError
 
 
@@ -120,9 +119,9 @@ def register_recurrence(name: str, kind: type[Recurrence]) -> None:
         SSM_TYPES.append(name)
 
 
-# With a truncated kernel what enters the state leaves it again T tokens later, rounded, and with slow decays the remainders
-# pile up. So after this many columns of one forward the state is made anew from the T inputs that it stands for. While
-# decoding, `ema_step` puts the state right every T tokens.
+# With a truncated kernel what enters the state leaves it again T tokens later, rounded, and with slow decays the
+# remainders pile up. So after this many columns of one forward the state is made anew from the T inputs that it stands
+# for. While decoding, `ema_step` puts the state right every T tokens.
 RENEWED_COLUMNS = 32_768
 
 
@@ -137,9 +136,15 @@ def _block_state(tables: tuple[Tensor, Tensor], truncation: int, x, real, reset,
     if not torch.compiler.is_exporting() and x.shape[1] <= truncation:
         starts = ordinal % truncation == 0
         return _ema_state_of(x, *tables, real=real, reset=starts if reset is None else starts | reset, state=block)
-    held = ordinal[:, -1:] % truncation + 1
     last = last_real_tokens(x, truncation, real, reset, history)
-    return _ema_state_of(last, *tables, real=torch.arange(truncation, device=x.device) >= truncation - held)
+    return _last_block_state(tables, last, ordinal[:, -1:] + 1)
+
+
+def _last_block_state(tables: tuple[Tensor, Tensor], window: Tensor, tokens: Tensor) -> Tensor:
+    """The second state of `ema_step` after `tokens` (B, 1), of which `window` (B, T, D) has the last T."""
+    truncation = window.shape[1]
+    held = (tokens - 1) % truncation + 1
+    return _ema_state_of(window, *tables, real=torch.arange(truncation, device=window.device) >= truncation - held)
 
 
 def _ema_replay(
@@ -226,7 +231,7 @@ class SeqBoatEMA(Recurrence):
                 step = ops.ema_step if overwrite else ema_step
                 starts = None if tokens is None else (tokens % truncation == 0)[:, None]
                 y, state = step(x, *tables, skip, state, block_start=starts, **arguments)
-            elif truncation is not None and not torch.compiler.is_exporting() and truncation <= RENEWED_COLUMNS < x.shape[1]:
+            elif self._renews_within(x.shape[1]):
                 y, state = self._in_pieces(x, context, (*tables, skip), state, history, arguments)
             else:
                 scan = ops.ema_scan if x.shape[1] > 1 else ema_scan
@@ -254,9 +259,19 @@ class SeqBoatEMA(Recurrence):
     def decayed(self, state: Tensor, tokens: Tensor) -> Tensor:
         return ema_decayed(ema_parameters(self.delta, self.alpha, self.beta, self.gamma)[0], state, tokens)
 
-    def state_of(self, window: Tensor) -> Tensor:
+    def state_of(self, window: Tensor, tokens: Tensor) -> Tensor:
         with without_autocast(window.device):
-            return _ema_state_of(window, *ema_parameters(self.delta, self.alpha, self.beta, self.gamma)[:2])
+            tables = ema_parameters(self.delta, self.alpha, self.beta, self.gamma)[:2]
+            state = _ema_state_of(window, *tables)
+            with torch.no_grad():
+                block = _last_block_state(tables, window, tokens[:, None])
+            return torch.stack((state, block), dim=1)
+
+    def _renews_within(self, length: int) -> bool:
+        """Whether one forward is so long that its state is made anew on the way; never in an exported graph."""
+        if self.truncation is None or torch.compiler.is_exporting():
+            return False
+        return self.truncation <= RENEWED_COLUMNS < length
 
     def _in_pieces(
         self,

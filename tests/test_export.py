@@ -91,7 +91,8 @@ def expect_equal_steps(model, run, lengths, rows=1):
 @pytest.mark.parametrize(("rows", "length"), [(1, None), (2, 40)])
 def test_prompts_and_steps_hand_the_state_on(overrides, rows, length):
     model = small_lm(**overrides).eval()
-    modules = {name: program.module() for name, (program, _, _) in export_model(model, rows=rows, length=length).items()}
+    graphs = export_model(model, rows=rows, length=length)
+    modules = {name: program.module() for name, (program, _, _) in graphs.items()}
     lengths = [2, 40, 130] if length is None else [length]
     expect_equal_steps(model, lambda name, ids, mask, state: modules[name](ids, mask, *state), lengths, rows)
 
@@ -187,7 +188,8 @@ def test_a_text_goes_on_in_onnxruntime_as_in_generate(saved, tmp_path, monkeypat
     example = importlib.import_module("run_exported")
     flags = [str(tmp_path / "out"), "--prompt", "A text to go on with", "--tokens", "50", "--threads", "1"]
     assert len(example.main([*flags, "--compare", str(saved)])) == 50
-    exported, model = example.ExportedModel(tmp_path / "out", 1), small_lm(vocab_size=264, pad_token_id=256, bos_token_id=257)
+    exported = example.ExportedModel(tmp_path / "out", 1)
+    model = small_lm(vocab_size=264, pad_token_id=256, bos_token_id=257)
 
     def run(name, ids, mask, state):
         exported.state = [tensor.numpy() for tensor in state]

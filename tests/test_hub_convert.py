@@ -459,7 +459,8 @@ def test_names_and_entries_of_any_kind_are_refused(write, tmp_path):
 
 
 def key_of_keys(depth: int, width: int) -> bytes:
-    """A pickle of {t: 1} where t is a tuple of `width` times one tuple, which is one of `width` times one tuple, ..."""
+    """A pickle of {t: 1} where t is a tuple of `width` times one tuple, which is one of `width` times one tuple,
+    ..."""
     data = b"\x80\x02)q\x00"
     for level in range(depth):
         data += b"(" + b"h" + b"h".join([bytes([level])] * width) + b"tq" + bytes([level + 1]) + b"0"

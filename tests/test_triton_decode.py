@@ -153,7 +153,8 @@ def test_ema_step_equals_the_specification(width, states, marks, dtype):
 
 
 def test_steps_of_a_cut_kernel_forget_what_rounding_left_behind():
-    """Both twins: token by token they equal the sum over the last T inputs, and an error in the state is gone after T."""
+    """Both twins: token by token they equal the sum over the last T inputs, and an error in the state is gone after
+    T."""
     generator = torch.Generator().manual_seed(0)
     batch, length, width, states, truncation = 3, 30, 5, 3, 6
     x = torch.randn(batch, length, width, generator=generator)

@@ -5,8 +5,8 @@
     python examples/long_context/train_recall.py configuration/recipes/long_context/recall-toy.yaml \
         --model always --output_dir outputs/always
 
-Texts are made as they are needed, none twice. `curriculum.py` says when texts grow and when the budget for attention falls;
-`routing.py` says what makes the routers keep what is asked for later. Writes to `output_dir`: `metrics.jsonl`,
+Texts are made as they are needed, none twice. `curriculum.py` says when texts grow and when the budget for attention
+falls; `routing.py` says what makes the routers keep what is asked for later. Writes to `output_dir`: `metrics.jsonl`,
 `checkpoint-N/` to go on from with `--resume True`, and when it ends `final/`, a model folder with the task in
 `recall.json`, which `evaluate_recall.py` reads.
 """
