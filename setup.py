@@ -16,8 +16,11 @@ TRAIN = [
     "tensorboard>=2.18",
     "trl>=1.0",
 ]
+# Graphs for onnxruntime.
+EXPORT = ["onnx>=1.20", "onnxruntime>=1.24", "onnxscript>=0.6"]
 TEST = [
     *TRAIN,
+    *EXPORT,
     "hypothesis>=6.100",
     "pytest>=8.2",
     "pytest-timeout>=2.3",
@@ -60,7 +63,7 @@ setup(
         "tqdm>=4.66",
         "transformers>=5.17",
     ],
-    extras_require={"train": TRAIN, "test": TEST, "liger": LIGER},
+    extras_require={"train": TRAIN, "test": TEST, "liger": LIGER, "export": EXPORT},
     packages=["modeling_seqboat", "modeling_seqboat.configuration", "hub_upload"],
     package_dir={"modeling_seqboat.configuration": "configuration"},
     package_data={
