@@ -175,7 +175,8 @@ class Part:
         newest = last_real_tokens(x, truncation, context.real, context.reset, nothing)
         index, filled = self._newest(self.tails.clamp_max(truncation), truncation, 0)
         window = self._collect(newest, index).masked_fill(~filled[:, :, None], 0)
-        return Before(ssm.state_of(window), window[:, : x.shape[1]], False), window
+        state = ssm.state_of(window, self.offset)
+        return Before(state, window[:, : x.shape[1]], False, tokens=self.offset), window
 
     def memory(self, attention: nn.Module, x: Tensor, active: Tensor, context: SequenceContext) -> PartMemory:
         """What the attention finds before this part. x: (B, L, D), its inputs; active: (B, L) bool."""
