@@ -312,7 +312,7 @@ class SeqBoatCacheLayer(CacheLayerMixin):
             state = state.clone()
         window = self.recent_inputs() if self._renews(length) else None
         tokens = None if self.truncation is None else self.token_count
-        return Before(state, self.recent_inputs(length), self.steps_in_place(length), window, tokens)
+        return Before(state, self.recent_inputs(length), self.steps_in_place(length), window, tokens=tokens)
 
     def _renews(self, length: int) -> bool:
         """Whether a truncated state is made anew from its inputs before these columns, lest rounding pile up in it:
