@@ -216,12 +216,14 @@ class SeqBoatEMA(Recurrence):
             skip = self.omega.to(tables[0].dtype)
             block = None
             if tokens is not None:
-                with torch.no_grad():
-                    if window is not None:
+                if window is not None:
+                    with torch.no_grad():
                         renewed = torch.stack((_ema_state_of(window, *tables[:2]), state[:, 1]), dim=1).to(state.dtype)
                         state = state.copy_(renewed) if overwrite else renewed
-                    if x.shape[1] > 1:
-                        state, block = state.unbind(1)
+                if x.shape[1] > 1:
+                    # Of a text cut over processes the first has a gradient.
+                    state, block = state.unbind(1)
+                    with torch.no_grad():
                         block = _block_state(tables[:2], truncation, x, real, reset, block, history, tokens)
             if relay is not None:
                 arguments["relay"] = relay(functools.partial(ema_decayed, tables[0].detach()))
