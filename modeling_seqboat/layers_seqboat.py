@@ -198,7 +198,8 @@ class SeqBoatDecoderLayer(GradientCheckpointingLayer):
         if torch.compiler.is_compiling() and not in_place and not torch.compiler.is_exporting():
             attend = self._attend_outside_of_graphs
         scanned = None if cache is None else (h, state, replay)
-        memory = None if cache is None or cache.is_blank else cache
+        # A step reads the memory where it lies, and must not be compiled once more when the cache is no longer blank.
+        memory = None if cache is None or in_place or cache.is_blank else cache
         if context.part is not None:
             memory = context.part.memory(self.attention, m, active, context)
             if cache is not None:

@@ -67,7 +67,7 @@ class SpanWatch:
         def look(attention: nn.Module, arguments: tuple) -> None:
             if not self.noting:
                 return
-            x, active, _, context, cache = arguments
+            x, active, _, context, cache, _ = arguments
             rows, config = active[:, 0].nonzero()[:, 0], attention.config
             z = attention.activation(attention.in_proj(x[rows, 0]))[:, : config.qk_head_dim]
             q, k = (z * s + o for s, o in zip(attention.qk_scale, attention.qk_offset, strict=True))
