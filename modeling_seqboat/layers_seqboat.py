@@ -214,13 +214,14 @@ class SeqBoatDecoderLayer(GradientCheckpointingLayer):
         cache or a `PartMemory`. Moves the cache past these columns, given the recurrence's inputs, state and
         replay."""
         config, ops = self.config, context.ops
+        exporting = torch.compiler.is_exporting() and not in_place
         if in_place:
             if context.reset is not None:
                 cache.start_segments(context.reset)
             cache.make_room(1)
             packed = pack_step(active, all_rows=ops.runs_triton("memory_step"))
             hidden = ops.linear(self.hidden_proj, m)
-        elif torch.compiler.is_exporting():
+        elif exporting:
             hidden, packed = ops.linear(self.hidden_proj, m), Packed(None)
         else:
             pending = ops.pack(
@@ -236,7 +237,7 @@ class SeqBoatDecoderLayer(GradientCheckpointingLayer):
             # Before the wait, so that the device has work meanwhile.
             hidden = ops.linear(self.hidden_proj, m)
             packed = pending.wait()
-        if packed.steps and not in_place:
+        if exporting:
             out = exported_unit(self.attention, m, active, context, cache, scanned and scanned[:2]).flatten(0, 1)
         else:
             out, keys, values = self.attention(m, active, packed, context, cache, memory)
@@ -250,7 +251,8 @@ class SeqBoatDecoderLayer(GradientCheckpointingLayer):
             dropout_p,
             self.activation,
         )
-        if cache is not None and (in_place or not packed.steps):
+        # The exported unit has moved the cache itself.
+        if cache is not None and not exporting:
             cache.advance(context, *scanned, active, packed, keys, values)
         return y.view_as(residual)
 
