@@ -7,11 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from transformers import AutoConfig
 
-from modeling_seqboat import SeqBoatConfig
+from modeling_seqboat import SeqBoatConfig, SeqBoatForCausalLM
 
 PRESETS = [
+    "0.4b",
+    "1.3b",
     "enwik8",
     "lra-image",
     "lra-listops",
@@ -278,6 +281,13 @@ def test_the_encoder_presets_have_the_published_shapes(
     assert (config.qk_head_dim, config.state_size, config.memory_size) == (key, 16, window)
     assert (config.ssm_truncation, config.max_position_embeddings) == (truncation, positions)
     assert (config.num_labels, config.classifier_hidden_size) == (labels, value)
+
+
+@pytest.mark.parametrize(("name", "millions"), [("enwik8", 39.1), ("0.4b", 390.8), ("1.3b", 1289.0)])
+def test_presets_have_the_size_that_they_are_named_for(name, millions):
+    with torch.device("meta"):
+        model = SeqBoatForCausalLM(SeqBoatConfig.from_preset(name))
+    assert model.num_parameters() / 1e6 == pytest.approx(millions, abs=0.06)
 
 
 def test_overrides_of_a_preset():
