@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import load
+from accelerate.utils import load, set_seed
 from lm_arguments import TrainArguments
 from run_folder import PARTIAL, RunFolder, read_manifest, weights_only
 from safetensors import SafetensorError
@@ -78,8 +78,9 @@ class Saver:
     Args:
         folder: where they go; by default the folder of the arguments, for a run of its own.
         states: what a checkpoint keeps as JSON beside model, optimizer and random states, by name; each has
-            `state_dict` and `load_state_dict`.
+            `state_dict` and `load_state_dict`, and `gather` where the processes have different ones.
         averaged: a model that is an average of the trained one's weights, or None.
+        rows: that all processes together read in a step.
     """
 
     def __init__(
@@ -92,8 +93,9 @@ class Saver:
         folder: RunFolder | None = None,
         states: dict[str, Any] | None = None,
         averaged: torch.nn.Module | None = None,
+        rows: int | None = None,
     ):
-        self.a, self.accelerator, self.model = a, accelerator, model
+        self.a, self.accelerator, self.model, self.rows = a, accelerator, model, rows
         self.tokenizer, self.config = tokenizer, config
         self.folder, self.states = folder or RunFolder(Path(a.output_dir)), states or {}
         self.averaged = averaged
@@ -102,13 +104,16 @@ class Saver:
         stage = self.folder.path / f"{PARTIAL}checkpoint-{step}"
         try:
             self.accelerator.save_state(str(stage))
+            for kept in self.states.values():
+                if hasattr(kept, "gather"):
+                    kept.gather(self.accelerator)
             self.accelerator.wait_for_everyone()
             if self.accelerator.is_main_process:
                 self.config.save_pretrained(stage)
                 if self.averaged is not None:
                     save_model(self.averaged, str(stage / AVERAGED_FILE))
                 state = {name: kept.state_dict() for name, kept in self.states.items()}
-                self.folder.seal(stage, step, self.accelerator.num_processes, state)
+                self.folder.seal(stage, step, self.accelerator.num_processes, state, self.rows)
                 self.folder.keep_newest(self.a.save_total_limit)
         # torch and safetensors put a full disk into words of their own, which name no file.
         except (OSError, RuntimeError, SafetensorError) as error:
@@ -134,18 +139,27 @@ class Saver:
 
 
 def resume(
-    accelerator: Accelerator, checkpoint: Path, states: dict[str, Any], averaged: torch.nn.Module | None = None
+    accelerator: Accelerator,
+    checkpoint: Path,
+    states: dict[str, Any],
+    averaged: torch.nn.Module | None = None,
+    seed: int = 0,
 ) -> None:
     """Takes up model, optimizer, random states, `states` and averaged weights of a checkpoint that `find_checkpoint`
-    has verified.
+    has verified. Written by another number of processes, it has no random states for this one: `seed` makes new ones.
 
     Nothing in it is executed. Raises ValueError where it holds something else than this run needs.
     """
-    saved = read_manifest(checkpoint)["state"]
+    manifest = read_manifest(checkpoint)
+    saved = manifest["state"]
     with weights_only(checkpoint):
         accelerator.load_state(str(checkpoint))
         # Accelerate leaves the random states as they are if it cannot set them.
-        _restore_random_states(checkpoint / f"random_states_{accelerator.process_index}.pkl")
+        if manifest["processes"] == accelerator.num_processes:
+            _restore_random_states(checkpoint / f"random_states_{accelerator.process_index}.pkl")
+        else:
+            # There is not one for each process. Dropout goes on with other masks, but not with those of the beginning.
+            set_seed(seed + manifest["step"], device_specific=True)
         if averaged is not None:
             if not (checkpoint / AVERAGED_FILE).is_file():
                 raise ValueError(f"it has no {AVERAGED_FILE}: its run had no average_decay")

@@ -1,9 +1,12 @@
 """Training rows and validation tokens of `train_lm.py`, and the order in which a process reads them."""
 
+import os
+import signal
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from lm_arguments import TrainArguments
 from lm_parts import Parts
 from text_data import (
@@ -76,14 +79,49 @@ def load_data(a: TrainArguments, tokenizer) -> tuple[Dataset, dict[str, HeldOut]
     return StreamedBlocks(train, a.text_column, tokenizer, a.sequence_length), scored
 
 
-def build_loader(a: TrainArguments, parts: Parts, rows, start: int) -> DataLoader:
-    """This process's batches from micro-batch `start` on. Not prepared by Accelerate: the order has to be a function
-    of seed and position for an exact resume."""
+class StreamPlaces:
+    """Where each group of processes that share rows goes on in a streamed dataset; what a checkpoint keeps of it."""
+
+    def __init__(self, parts: Parts):
+        self.parts = parts
+        self.own = torch.zeros(3, dtype=torch.long)
+        self.all = torch.zeros(parts.data_size, 3, dtype=torch.long)
+
+    def reached(self, batch: dict[str, torch.Tensor]) -> None:
+        """Takes note of the batch that is trained on."""
+        self.own = batch["place"][-1]
+
+    def gather(self, accelerator: Accelerator) -> None:
+        """Called by all processes before `state_dict` is."""
+        self.all = accelerator.gather(self.own.to(accelerator.device)[None])[:: self.parts.context].cpu()
+
+    def state_dict(self) -> dict:
+        return {f"place_of_{rank}": place for rank, place in enumerate(self.all.tolist())}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.own = torch.tensor(state[f"place_of_{self.parts.data_rank}"])
+
+
+def _outlast_signals(worker: int) -> None:
+    """The training process ends its last step when it is told to stop, and may need rows for that."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def build_loader(a: TrainArguments, parts: Parts, rows, start: int, places: StreamPlaces | None) -> DataLoader:
+    """This process's batches from micro-batch `start` on, those of a stream from `places` on. Not prepared by
+    Accelerate: the order has to be a function of seed and position for an exact resume."""
     # Without a generator of its own, starting the loader would draw from the random state that dropout goes on with.
     generator = torch.Generator()
-    place = {"start": start, "rank": parts.data_rank, "world": parts.data_size}
-    if isinstance(rows, StreamedBlocks):
-        rows.place(a.batch_size, **place)
-        return DataLoader(rows, batch_size=a.batch_size, generator=generator)
-    order = RowOrder(len(rows.tokens), a.sequence_length, a.batch_size, a.seed, **place)
+    if places is not None:
+        rows.place(parts.data_rank, parts.data_size, places.own.tolist())
+        # It has been used, so that tokenizers would say at the fork that they go on without threads.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        # One process tokenises while the model trains; a second one would have to deal out documents once more.
+        return DataLoader(
+            rows, a.batch_size, generator=generator, num_workers=1, prefetch_factor=8, worker_init_fn=_outlast_signals
+        )
+    order = RowOrder(
+        len(rows.tokens), a.sequence_length, a.batch_size, a.seed, start, parts.data_rank, parts.data_size
+    )
     return DataLoader(rows, batch_size=a.batch_size, sampler=order, generator=generator)

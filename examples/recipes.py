@@ -65,7 +65,7 @@ def check_output_folder(folder: str, resuming: bool, overwrite: bool) -> Path:
     return Path(folder)
 
 
-def checkpoint_folder(given: str | None, output_dir: str) -> Path | None:
+def checkpoint_folder(given: str | None, output_dir: str, rows: int | None = None) -> Path | None:
     """The folder to resume from: the one given, or for 'latest' the one that the run in `output_dir` wrote last; None
     where none is given.
 
@@ -80,16 +80,18 @@ def checkpoint_folder(given: str | None, output_dir: str) -> Path | None:
             raise ValueError(f"there is no checkpoint in output_dir {output_dir!r} to resume from")
     if not (folder / "config.json").is_file() and not (folder / MANIFEST_FILE).is_file():
         raise ValueError(f"{str(folder)!r} is no checkpoint folder of this script: it has no config.json")
-    verify_checkpoint(folder, int(os.environ.get("WORLD_SIZE", "1")))
+    verify_checkpoint(folder, int(os.environ.get("WORLD_SIZE", "1")), rows)
     return folder
 
 
-def find_checkpoint(given: str | None, output_dir: str, config: PreTrainedConfig) -> Path | None:
+def find_checkpoint(
+    given: str | None, output_dir: str, config: PreTrainedConfig, rows: int | None = None
+) -> Path | None:
     """`checkpoint_folder`; raises ValueError also where that holds a model of another shape than `config`."""
     if given not in (None, "latest") and not (Path(given) / MANIFEST_FILE).is_file():
         # That it is no checkpoint at all, or another model's, says more than that it has no manifest.
         check_same_shape(Path(given), config)
-    folder = checkpoint_folder(given, output_dir)
+    folder = checkpoint_folder(given, output_dir, rows)
     if folder is not None:
         check_same_shape(folder, config)
     return folder

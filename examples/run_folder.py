@@ -69,10 +69,15 @@ class RunFolder:
         finally:
             shutil.rmtree(stage, ignore_errors=True)
 
-    def seal(self, stage: Path, step: int, processes: int, state: dict[str, Any]) -> None:
-        """Writes the manifest of a checkpoint that is whole but for it, and gives the folder its name."""
+    def seal(self, stage: Path, step: int, processes: int, state: dict[str, Any], rows: int | None = None) -> None:
+        """Writes the manifest of a checkpoint that is whole but for it, and gives the folder its name.
+
+        Args:
+            rows: that all processes together read in a step, where that is enough to say which ones.
+        """
         order = 1 + max((manifest["order"] for _, manifest in _manifests(self.path)), default=0)
-        write_manifest(stage, {"run": self.run, "order": order, "step": step, "processes": processes, "state": state})
+        values = {"run": self.run, "order": order, "step": step, "processes": processes, "state": state}
+        write_manifest(stage, {**values, **({} if rows is None else {"rows": rows})})
         put_in_place(stage, self.path / f"checkpoint-{step}")
 
     def keep_newest(self, limit: int | None, best: Path | None = None) -> None:
@@ -297,11 +302,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def verify_checkpoint(folder: Path, processes: int | None = None) -> dict[str, Any]:
+def verify_checkpoint(folder: Path, processes: int | None = None, rows: int | None = None) -> dict[str, Any]:
     """Compares every file of a checkpoint with its manifest, which is returned.
 
     Args:
         processes: of the run that goes on; another number has other random states and another order of rows.
+        rows: that these read in a step, where as many as before make any number of processes read the same ones.
 
     Raises ValueError that names the file at fault.
     """
@@ -322,7 +328,14 @@ def verify_checkpoint(folder: Path, processes: int | None = None) -> dict[str, A
     for path in folder.rglob("*"):
         if path.suffix in _PICKLES and path not in known:
             raise ValueError(f"{str(path)!r} is not in the checkpoint's manifest: it does not belong there")
-    if processes is not None and manifest["processes"] != processes:
+    if rows is not None and "rows" in manifest:
+        if manifest["rows"] != rows:
+            raise ValueError(
+                f"checkpoint {str(folder)!r} was written by a run of {manifest['rows']} rows a step, this run has "
+                f"{rows}: it would read some rows twice and others never; batch_size, gradient_accumulation_steps and "
+                f"the number of processes must make {manifest['rows']} rows"
+            )
+    elif processes is not None and manifest["processes"] != processes:
         raise ValueError(
             f"checkpoint {str(folder)!r} was written by {manifest['processes']} processes, this run has {processes}: "
             "it would draw other random numbers and read other rows"

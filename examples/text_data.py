@@ -1,7 +1,8 @@
 """Texts for the example scripts: files and `datasets` datasets, tokenised and packed into rows of one length."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -135,8 +136,9 @@ class RowOrder(Sampler[int]):
     """First tokens of the rows of one process, for ever. Each pass over the text cuts it into rows at another random
     offset, and takes them in another random order, the same for the same seed.
 
-    The order depends on the seed and on `start` alone, so a run that resumes at batch `start` reads what an
-    uninterrupted one would have read. Rows that do not fill a batch of all processes wait for another epoch.
+    The order depends on the seed, on `start` and on the rows of a batch of all processes, so a run that resumes at
+    batch `start` reads what an uninterrupted one would have read, whether the rows are shared out to as many processes
+    or not. Rows that do not fill a batch of all processes wait for another epoch.
     """
 
     def __init__(
@@ -177,37 +179,51 @@ def text_of(example: dict, column: str) -> str:
 
 
 class StreamedBlocks(IterableDataset):
-    """Rows of `length` tokens from an iterable of examples, for ever, joined by the tokenizer's end-of-text id; one
-    process gets its batches of `batch_size` rows out of those of all, from batch `start` on."""
+    """Rows of `length` tokens from an iterable of examples, for ever, each document followed by the tokenizer's
+    end-of-text id. Documents are dealt out to the processes in turn, so that each is tokenised once a pass.
+
+    A row comes with the place where the next one begins: how many passes are over, the document of this pass, and how
+    many of its tokens have been used. Starting from that place loses and repeats nothing.
+    """
 
     def __init__(self, examples: Iterable[dict], column: str, tokenizer: PreTrainedTokenizerBase, length: int):
         self.examples, self.column, self.encode = examples, column, text_encoder(tokenizer)
         self.end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         self.length = length
-        self.batch_size, self.start, self.rank, self.world = 1, 0, 0, 1
+        self.rank, self.world, self.start = 0, 1, (0, 0, 0)
 
-    def place(self, batch_size: int, start: int, rank: int, world: int) -> None:
-        self.batch_size, self.start, self.rank, self.world = batch_size, start, rank, world
+    def place(self, rank: int, world: int, start: Sequence[int] = (0, 0, 0)) -> None:
+        """Which of how many processes this is, and where its next row begins."""
+        self.rank, self.world, self.start = rank, world, tuple(start)
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        for index, row in enumerate(self._rows()):
-            batch, rank = divmod(index // self.batch_size, self.world)
-            if batch >= self.start and rank == self.rank:
-                yield {"input_ids": torch.tensor(row)}
-
-    def _rows(self) -> Iterator[list[int]]:
-        buffer: list[int] = []
+        passes, first, used = self.start
+        row: list[int] = []
         while True:
             size = 0
-            for example in self.examples:
+            for document, example in enumerate(self._after(first), start=first):
+                if document % self.world != self.rank:
+                    continue
                 ids = self.encode(text_of(example, self.column).encode("utf-8", "replace")).tolist() + self.end
                 size += len(ids)
-                buffer += ids
-                while len(buffer) >= self.length:
-                    yield buffer[: self.length]
-                    del buffer[: self.length]
-            if not size:
-                raise ValueError("the dataset is empty")
+                while used < len(ids):
+                    taken = ids[used : used + self.length - len(row)]
+                    row += taken
+                    used += len(taken)
+                    if len(row) == self.length:
+                        place = (passes, document, used)
+                        yield {"input_ids": torch.tensor(row), "place": torch.tensor(place)}
+                        row = []
+                used = 0
+            if not size and first == 0:
+                raise ValueError(
+                    f"the dataset has no text for process {self.rank} of {self.world}: it needs a document for each"
+                )
+            passes, first = passes + 1, 0
+
+    def _after(self, count: int) -> Iterable[dict]:
+        """The examples but the first `count`, which a dataset that can skips without reading them."""
+        return self.examples.skip(count) if hasattr(self.examples, "skip") else islice(self.examples, count, None)
 
 
 def joined_tokens(examples: Iterable[dict], column: str, tokenizer, limit: int) -> tuple[np.ndarray, float]:

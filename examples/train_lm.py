@@ -23,6 +23,8 @@ import math
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 # Threads that wait for work would spin, which costs a machine shared with other programs most of its speed.
@@ -33,15 +35,16 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, GradientAccumulationPlugin, set_seed
 from lm_arguments import TrainArguments, check_arguments, check_graphs, check_parts, json_object
 from lm_checkpoints import Clock, Progress, Saver, resume
-from lm_data import HeldOut, build_loader, load_data
+from lm_data import HeldOut, StreamPlaces, build_loader, load_data
 from lm_parts import Parts
 from recipes import check_launch, check_output_folder, find_checkpoint, parse_arguments
 from run_folder import RunFolder, open_log, take_folder_once
 from run_record import hardware, published_command, write_record
-from text_data import load_tokenizer
+from text_data import StreamedBlocks, load_tokenizer
+from torch import Tensor
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 
@@ -163,6 +166,10 @@ def agreed(accelerator: Accelerator, asked: bool, seconds: float) -> tuple[bool,
     return asked_share > 0, seconds
 
 
+def rows_of_a_step(a: TrainArguments, processes: int) -> int:
+    return a.batch_size * a.gradient_accumulation_steps * (processes // a.context_parallel)
+
+
 def device_memory(device: torch.device) -> float | None:
     """Peak GiB of accelerator memory, or None on the CPU."""
     return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
@@ -178,7 +185,8 @@ def main(argv: list[str] | None = None) -> dict:
     check_parts(a)
     tokenizer = load_tokenizer(a.tokenizer)
     config = build_config(a, tokenizer)
-    checkpoint = find_checkpoint(a.resume_from_checkpoint, a.output_dir, config)
+    rows = rows_of_a_step(a, int(os.environ.get("WORLD_SIZE", "1")))
+    checkpoint = find_checkpoint(a.resume_from_checkpoint, a.output_dir, config, rows)
     check_output_folder(a.output_dir, checkpoint is not None, a.overwrite_output_dir)
     train_rows, held_out = load_data(a, tokenizer)
     if len(held_out["validation"].tokens) < 2:
@@ -229,7 +237,7 @@ def train(
         averaged.module.to(accelerator.device)
     if a.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    monitor, collapse = RouterMonitor(model), CollapseWarning()
+    monitor = RouterMonitor(model)
     budget = build_budget(a, model, accelerator)
     optimizer = build_optimizer(a, model, accelerator.device)
     if a.compile:
@@ -243,35 +251,26 @@ def train(
         optimizer.optimizer, lambda step: rate_factor(a, step, progress.time_share)
     )
     states = {"progress": progress, "schedule": schedule, **({"parts": parts} if a.context_parallel > 1 else {})}
+    places = StreamPlaces(parts) if isinstance(train_rows, StreamedBlocks) else None
+    if places is not None:
+        states["stream"] = places
     if checkpoint is not None:
-        resume(accelerator, checkpoint, states, averaged)
+        resume(accelerator, checkpoint, states, averaged, a.seed)
         if not (folder.path / "best").is_dir():
             # The model of that value lies elsewhere: this folder's best one is still to come.
             progress.best = math.inf
-    loader = build_loader(a, parts, train_rows, progress.step * a.gradient_accumulation_steps)
+    loader = build_loader(a, parts, train_rows, progress.step * a.gradient_accumulation_steps, places)
     accelerator.init_trackers("tensorboard")
     if accelerator.is_main_process:
         accelerator.get_tracker("tensorboard", unwrap=True).add_text("run", folder.run, progress.step)
     # Every process draws its own dropout masks; a resumed run takes up the saved random states.
     if checkpoint is None:
         set_seed(a.seed, device_specific=True)
-    saver = Saver(a, accelerator, model, tokenizer, config, folder, states, averaged)
-    result = run(
-        a,
-        accelerator,
-        parts,
-        model,
-        optimizer,
-        schedule,
-        loader,
-        progress,
-        saver,
-        monitor,
-        collapse,
-        held_out,
-        budget,
-        averaged,
-    )
+    rows = rows_of_a_step(a, accelerator.num_processes)
+    saver = Saver(a, accelerator, model, tokenizer, config, folder, states, averaged, rows)
+    result = Training(
+        a, accelerator, parts, model, optimizer, schedule, progress, saver, monitor, held_out, budget, averaged, places
+    ).run(loader)
     monitor.close()
     if accelerator.is_main_process:
         write_record(folder.path, run_record(a, argv, accelerator, parts, progress))
@@ -289,7 +288,7 @@ def train(
 
 def run_record(a: TrainArguments, argv: list[str], accelerator: Accelerator, parts: Parts, progress: Progress) -> dict:
     """What the model card tells of a run."""
-    rows = a.batch_size * a.gradient_accumulation_steps * parts.data_size
+    rows = rows_of_a_step(a, accelerator.num_processes)
     tokens = progress.step * rows * a.sequence_length
     precision = accelerator.mixed_precision
     return {
@@ -320,138 +319,171 @@ def run_record(a: TrainArguments, argv: list[str], accelerator: Accelerator, par
     }
 
 
-def run(
-    a,
-    accelerator,
-    parts,
-    model,
-    optimizer,
-    schedule,
-    loader,
-    progress,
-    saver,
-    monitor,
-    collapse,
-    held_out,
-    budget,
-    averaged,
-) -> dict:
-    """The training loop, from `progress.step` on."""
-    stopping = {"asked": False}
+@dataclass
+class Training:
+    """A run, from `progress.step` on.
 
-    def ask_to_stop(number, frame):
-        if stopping["asked"]:
-            raise KeyboardInterrupt
-        stopping["asked"] = True
+    Attributes:
+        budget: what holds the routers' rate, None where nothing or the loss does.
+        averaged: an average of the weights, or None; places: of a streamed dataset, or None.
+    """
 
-    # Schedulers send SIGTERM before they kill.
-    previous = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    log = open_log(saver.folder.path / "metrics.jsonl") if accelerator.is_main_process else None
-    tokens_a_step = a.batch_size * a.gradient_accumulation_steps * parts.data_size * a.sequence_length
-    limit = None if math.isinf(a.max_steps) else a.max_steps
-    bar = tqdm(total=limit, initial=progress.step, disable=not accelerator.is_local_main_process)
-    device = accelerator.device
-    losses, clock, counted_from, speed, validated = [], Clock(progress.seconds), progress.step, 0.0, None
-    stop = False
+    a: TrainArguments
+    accelerator: Accelerator
+    parts: Parts
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    progress: Progress
+    saver: Saver
+    monitor: RouterMonitor
+    held_out: dict[str, HeldOut]
+    budget: RouterBudget | None
+    averaged: AveragedModel | None
+    places: StreamPlaces | None
 
-    def write(values: dict) -> None:
-        values = {**values, "train/seconds": progress.seconds, "train/tokens": progress.step * tokens_a_step}
-        accelerator.log(values, step=progress.step)
-        if log is not None:
-            entry = {"run": saver.folder.run, "step": progress.step, **values}
-            log.write(json.dumps(entry).encode("utf-8") + b"\n")
-            log.flush()
+    def __post_init__(self):
+        self.tokens_a_step = rows_of_a_step(self.a, self.accelerator.num_processes) * self.a.sequence_length
+        self.collapse = CollapseWarning()
+        self.graphed = None
+        if self.a.cuda_graphs:
+            self.graphed = GraphedStep(self.model, divisor=self.a.gradient_accumulation_steps)
+        self.log = None
+        self.asked_to_stop = False
 
-    def validate() -> float:
-        scores = {}
-        for split, texts in held_out.items():
-            scores[f"{split}/bits_per_byte"] = evaluate(a, accelerator, parts, model, texts)
-        if averaged is not None:
-            with accelerator.autocast():
-                for split in held_out:
-                    score = evaluate(a, accelerator, parts, averaged.module, held_out[split])
-                    scores[f"{split}/averaged_bits_per_byte"] = score
-        write(scores)
-        value = scores["validation/bits_per_byte"]
-        if value < progress.best:
-            progress.best = value
-            saver.model_folder("best")
-        return value
+    def run(self, loader: DataLoader) -> dict:
+        """Trains until the last step, the end of the time, or a signal."""
 
-    batches = iter(loader)
-    graphed = GraphedStep(model, divisor=a.gradient_accumulation_steps) if a.cuda_graphs else None
-    model.train()
-    try:
+        def ask_to_stop(number, frame):
+            if self.asked_to_stop:
+                raise KeyboardInterrupt
+            self.asked_to_stop = True
+
+        if self.accelerator.is_main_process:
+            self.log = open_log(self.saver.folder.path / "metrics.jsonl")
+        limit = None if math.isinf(self.a.max_steps) else self.a.max_steps
+        hidden = not self.accelerator.is_local_main_process
+        # Schedulers send SIGTERM before they kill.
+        previous = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            with tqdm(total=limit, initial=self.progress.step, disable=hidden) as bar:
+                return self._loop(iter(loader), bar)
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+            if self.log is not None:
+                self.log.close()
+
+    def _loop(self, batches: Iterator[dict], bar: tqdm) -> dict:
+        a, progress, clock = self.a, self.progress, Clock(self.progress.seconds)
+        losses, counted_from, speed, validated, stop, last = [], progress.step, 0.0, None, False, False
+        self.model.train()
         while progress.step < a.max_steps and progress.time_share < 1 and not stop:
-            step_loss = torch.zeros((), device=device)
-            for _ in range(a.gradient_accumulation_steps):
-                ids = next(batches)["input_ids"].to(device, non_blocking=True)
-                with accelerator.accumulate(model):
-                    if graphed is not None:
-                        loss = graphed(input_ids=ids, labels=ids)
-                    else:
-                        with parts.running(model):
-                            loss = model(**parts.of({"input_ids": ids, "labels": ids})).loss
-                        accelerator.backward(loss)
-                    if accelerator.sync_gradients:
-                        accelerator.clip_grad_norm_(model.parameters(), a.max_grad_norm)
-                    optimizer.step()
-                    optimizer.zero_grad()
-                step_loss += loss.detach().float() / a.gradient_accumulation_steps
-            if budget is not None:
-                budget.step()
-            if averaged is not None:
-                averaged.update_parameters(accelerator.unwrap_model(model))
-            if not accelerator.optimizer_step_was_skipped:
-                schedule.step()
+            loss = self._step(batches)
             progress.step += 1
-            losses.append(accelerator.reduce(step_loss, "mean"))
+            losses.append(self.accelerator.reduce(loss, "mean"))
             bar.update()
-            stop, progress.seconds = agreed(accelerator, stopping["asked"], clock.seconds)
+            stop, progress.seconds = agreed(self.accelerator, self.asked_to_stop, clock.seconds)
             last = progress.step == a.max_steps or progress.time_share >= 1
             if progress.step % a.logging_steps == 0 or last:
-                values = torch.stack(losses).tolist()
-                if not all(map(math.isfinite, values)):
-                    raise FloatingPointError(f"the loss is not finite near step {progress.step}: {values}")
-                speed = (progress.step - counted_from) * tokens_a_step / (clock.seconds - clock.before)
-                seen = monitor.read()
-                for message in collapse.check(seen, progress.step) if accelerator.is_main_process else ():
-                    write({"router/collapse": message})
-                memory = device_memory(device)
-                write(
-                    {
-                        "train/loss": sum(values) / len(values),
-                        "train/learning_rate": schedule.get_last_lr()[0],
-                        "train/tokens_per_second": speed,
-                        **({} if memory is None else {"train/memory_gib": memory}),
-                        **statistics_as_logs(seen),
-                    }
-                )
-                bar.set_postfix(loss=f"{values[-1]:.3f}", tokens_s=f"{speed:,.0f}")
+                speed = (progress.step - counted_from) * self.tokens_a_step / (clock.seconds - clock.before)
+                bar.set_postfix(loss=f"{self._report(losses, speed):.3f}", tokens_s=f"{speed:,.0f}")
                 losses = []
             validated = None
             if progress.step % a.eval_steps == 0 or last:
                 with clock.paused():
-                    validated = validate()
+                    validated = self._validate()
             if progress.step % a.save_steps == 0 or last or stop:
                 with clock.paused():
-                    saver.checkpoint(progress.step)
+                    self.saver.checkpoint(progress.step)
         if stop and not last:
-            accelerator.print(f"stopped after step {progress.step}; checkpoint-{progress.step} is saved")
+            self.accelerator.print(f"stopped after step {progress.step}; checkpoint-{progress.step} is saved")
         else:
-            saver.model_folder("final")
-            if averaged is not None:
-                saver.model_folder("averaged", averaged.module)
+            self.saver.model_folder("final")
+            if self.averaged is not None:
+                self.saver.model_folder("averaged", self.averaged.module)
         if validated is None:
-            validated = evaluate(a, accelerator, parts, model, held_out["validation"])
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-        bar.close()
-        if log is not None:
-            log.close()
-    return {"step": progress.step, "validation_bits_per_byte": validated, "best": progress.best,
-            "tokens_per_second": speed}  # fmt: skip
+            validated = evaluate(a, self.accelerator, self.parts, self.model, self.held_out["validation"])
+        return {
+            "step": progress.step, "validation_bits_per_byte": validated, "best": progress.best,
+            "tokens_per_second": speed,
+        }  # fmt: skip
+
+    def _step(self, batches: Iterator[dict]) -> Tensor:
+        """One step of the optimizer. Returns the loss of this process's rows."""
+        a, accelerator, model = self.a, self.accelerator, self.model
+        total = torch.zeros((), device=accelerator.device)
+        for _ in range(a.gradient_accumulation_steps):
+            batch = next(batches)
+            if self.places is not None:
+                self.places.reached(batch)
+            ids = batch["input_ids"].to(accelerator.device, non_blocking=True)
+            with accelerator.accumulate(model):
+                if self.graphed is not None:
+                    loss = self.graphed(input_ids=ids, labels=ids)
+                else:
+                    with self.parts.running(model):
+                        loss = model(**self.parts.of({"input_ids": ids, "labels": ids})).loss
+                    accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(model.parameters(), a.max_grad_norm)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            total += loss.detach().float() / a.gradient_accumulation_steps
+        if self.budget is not None:
+            self.budget.step()
+        if self.averaged is not None:
+            self.averaged.update_parameters(accelerator.unwrap_model(model))
+        if not accelerator.optimizer_step_was_skipped:
+            self.schedule.step()
+        return total
+
+    def _report(self, losses: list[Tensor], speed: float) -> float:
+        """Logs what the steps since the last report did. Returns the last loss."""
+        progress = self.progress
+        values = torch.stack(losses).tolist()
+        if not all(map(math.isfinite, values)):
+            raise FloatingPointError(f"the loss is not finite near step {progress.step}: {values}")
+        seen = self.monitor.read()
+        for message in self.collapse.check(seen, progress.step) if self.accelerator.is_main_process else ():
+            self._write({"router/collapse": message})
+        memory = device_memory(self.accelerator.device)
+        self._write(
+            {
+                "train/loss": sum(values) / len(values),
+                "train/learning_rate": self.schedule.get_last_lr()[0],
+                "train/tokens_per_second": speed,
+                **({} if memory is None else {"train/memory_gib": memory}),
+                **statistics_as_logs(seen),
+            }
+        )
+        return values[-1]
+
+    def _write(self, values: dict) -> None:
+        progress = self.progress
+        values = {**values, "train/seconds": progress.seconds, "train/tokens": progress.step * self.tokens_a_step}
+        self.accelerator.log(values, step=progress.step)
+        if self.log is not None:
+            entry = {"run": self.saver.folder.run, "step": progress.step, **values}
+            self.log.write(json.dumps(entry).encode("utf-8") + b"\n")
+            self.log.flush()
+
+    def _validate(self) -> float:
+        """Scores the held-out texts and keeps the model if it is the best so far. Returns validation bits per byte."""
+        a, accelerator, scores = self.a, self.accelerator, {}
+        for split, texts in self.held_out.items():
+            scores[f"{split}/bits_per_byte"] = evaluate(a, accelerator, self.parts, self.model, texts)
+        if self.averaged is not None:
+            with accelerator.autocast():
+                for split, texts in self.held_out.items():
+                    score = evaluate(a, accelerator, self.parts, self.averaged.module, texts)
+                    scores[f"{split}/averaged_bits_per_byte"] = score
+        self._write(scores)
+        value = scores["validation/bits_per_byte"]
+        if value < self.progress.best:
+            self.progress.best = value
+            self.saver.model_folder("best")
+        return value
 
 
 if __name__ == "__main__":

@@ -89,6 +89,32 @@ def test_pretraining_example_runs_and_resumes_exactly(tmp_path, config, script, 
     assert (tmp_path / "whole/final/model.safetensors").is_file()
 
 
+@pytest.mark.parametrize(
+    ("written", "resumed", "script"),
+    [
+        (("ddp_cpu.yaml", 2), ("cpu.yaml", 1), ("examples/train_lm.py",)),
+        pytest.param(("fsdp2.yaml", 2), ("fsdp2.yaml", 4), ("tests/distributed_worker.py", "train_lm"), marks=slow),
+    ],
+)
+def test_a_run_goes_on_with_another_number_of_processes(tmp_path, written, resumed, script):
+    """They read the same rows, as many in a step as before; without dropout nothing else is drawn."""
+
+    def train(output, config, processes, *flags):
+        launch(
+            config, processes, str(ROOT / script[0]), *script[1:], "--preset", "tiny", "--train_file",
+            str(ROOT / "examples/data/tinyshakespeare.txt"), "--max_bytes", "6000", "--sequence_length", "32",
+            "--batch_size", str(4 // processes), "--max_steps", "4", "--save_steps", "2", "--eval_steps", "4",
+            "--eval_tokens", "200", "--logging_steps", "1", "--warmup_steps", "2", "--output_dir", str(output), *flags,
+        )  # fmt: skip
+        lines = map(json.loads, (output / "metrics.jsonl").read_text("utf-8").splitlines())
+        return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
+
+    whole = train(tmp_path / "whole", *written)
+    checkpoint = str(tmp_path / "whole/checkpoint-2")
+    found = train(tmp_path / "resumed", *resumed, "--resume_from_checkpoint", checkpoint)
+    assert found == {step: pytest.approx(whole[step], rel=1e-5) for step in (3, 4)}
+
+
 @slow
 def test_fine_tuning_with_trainer_shares_the_work(tmp_path):
     """Two processes with 2 rows each take the steps that one process takes with 4."""

@@ -288,6 +288,41 @@ def test_datasets_dataset_trains_and_resumes_exactly(tmp_path, examples, streami
         run(examples, tmp_path / "other", **options)
 
 
+def test_a_stream_is_dealt_out_once_and_goes_on_where_it_was_left(examples):
+    import text_data
+
+    tokenizer = text_data.build_byte_tokenizer()
+    documents = [{"text": letter * size} for letter, size in zip("abcdefgh", (5, 40, 1, 0, 17, 8, 3, 30), strict=True)]
+
+    def rows(rank, world, count, start=(0, 0, 0)):
+        stream = text_data.StreamedBlocks(documents, "text", tokenizer, 8)
+        stream.place(rank, world, start)
+        return list(itertools.islice(stream, count))
+
+    def tokens(found):
+        return [int(token) for row in found for token in row["input_ids"]]
+
+    for world in (1, 3):
+        for rank in range(world):
+            mine = [document["text"] for document in documents[rank::world]]
+            one_pass = [token for text in mine for token in (*text.encode(), tokenizer.eos_token_id)]
+            whole = rows(rank, world, 40)
+            # Each document once a pass, none of another process.
+            assert tokens(whole) == (one_pass * 40)[: 40 * 8]
+            for done in range(1, 30):
+                assert tokens(rows(rank, world, 10, whole[done - 1]["place"].tolist())) == tokens(
+                    whole[done : done + 10]
+                )
+    with pytest.raises(ValueError, match="no text for process 8 of 9: it needs a document for each"):
+        rows(8, 9, 1)
+
+
+def test_a_run_that_would_read_other_rows_is_refused(tmp_path, examples):
+    run(examples, tmp_path / "run", max_steps=3)
+    with pytest.raises(ValueError, match="a run of 4 rows a step, this run has 2: .* must make 4 rows"):
+        run(examples, tmp_path / "other", resume_from_checkpoint=tmp_path / "run/checkpoint-3", batch_size=2)
+
+
 def test_bad_input_is_refused_before_training(tmp_path, examples):
     output = tmp_path / "run"
     cases = [
