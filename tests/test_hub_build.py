@@ -24,7 +24,7 @@ from hub_upload.code_files import auto_classes, auto_map, code_files
 from hub_upload.errors import HubUploadError, redact
 from hub_upload.folders import staged_folder
 from hub_upload.model_card import CardOptions
-from hub_upload.verify import verify_folder
+from hub_upload.verify import Check, verify_folder
 from modeling_seqboat import SeqBoatConfig, SeqBoatModel, build_byte_tokenizer
 
 PACKAGE = Path(modeling_seqboat.__file__).parent
@@ -446,14 +446,26 @@ def test_weights_are_rounded_on_request(copied, tmp_path):
     assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "bfloat16"
 
 
-def test_a_folder_without_code_is_verified_with_the_packages(copied, tmp_path):
-    output = tmp_path / "out"
+def test_a_folder_without_code_is_verified_with_the_packages(copied, built, tmp_path, monkeypatch):
+    """What the processes are given is what was built with code, and verifies in another test."""
+    output, given = tmp_path / "out", []
+
+    def read_files(source, saved, stage, home):
+        if stage == "first":
+            given.append({file.name: file.read_bytes() for file in source.iterdir()})
+        yield Check(stage, "")
+
+    monkeypatch.setattr("hub_upload.verify._run_child", read_files)
     assert main(["build", "--model", str(copied), "--output", str(output), "--without-code"]) == 0
     assert not list(output.glob("*.py")) and "auto_map" not in json.loads((output / "config.json").read_text())
     card = (output / "README.md").read_text()
     assert "import modeling_seqboat" in card and "trust_remote_code" not in card
     checks = verify_folder(output)
-    assert (checks[0].name, checks[1].name) == ("code", "AutoConfig")
+    assert [check.name for check in checks] == ["code", "first", "again"]
+    expected = {file.name: file.read_bytes() for file in built.iterdir()}
+    assert given[0].keys() == expected.keys()
+    # The card names another repository.
+    assert {name for name, data in given[0].items() if data != expected[name]} == {"README.md"}
     assert not list(output.glob("*.py"))
 
 
@@ -547,8 +559,9 @@ print(model.lm_head.weight.double().sum().item())
 """
 
 
-def test_a_model_fine_tuned_from_the_hub_is_saved_built_and_verified_again(built, tmp_path):
-    """A stranger fine-tunes the published model; what they save loads on its own and can be published in turn."""
+def test_a_model_fine_tuned_from_the_hub_is_saved_and_built_again(built, tmp_path):
+    """A stranger fine-tunes the published model; what they save can be published in turn. That it loads on its own is
+    checked of what `verify` saves again."""
     script = tmp_path / "tune.py"
     script.write_text(FINE_TUNE)
     tuned = tmp_path / "tuned"
@@ -561,7 +574,6 @@ def test_a_model_fine_tuned_from_the_hub_is_saved_built_and_verified_again(built
         timeout=240,
     )
     assert result.returncode == 0, result.stderr
-    verify_folder(tuned)
     again = build_folder(tuned, tmp_path / "again")
     assert again.model_class == "SeqBoatForCausalLM"
     assert json.loads((tmp_path / "again" / "config.json").read_text())["auto_map"] == auto_map()
