@@ -1,12 +1,14 @@
 """Started by test_distributed.py through `accelerate launch`: trains a few steps while the processes' routers activate
 nothing, about half and everything, and compares each step with one process that sees all the data. A `RouterBudget`
 holds the rate of all processes together; Muon takes the place of SGD where parameters are whole. All in float64.
+Besides, runs of examples/train_lm.py, which on the CPU needs help with FSDP2.
 
-Usage: distributed_worker.py REPORT.json, or distributed_worker.py train_lm FLAGS for examples/train_lm.py with FSDP2
-on the CPU.
+Usage: distributed_worker.py JOBS.json, a list of ["adversarial", REPORT.json] and ["train_lm", FLAGS...], which run
+one after the other: a launch costs more than what it runs.
 """
 
 import copy
+import gc
 import json
 import os
 import sys
@@ -15,7 +17,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import PartialState
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch.distributed.fsdp import FSDPModule
 
@@ -139,17 +141,28 @@ def run(path: str) -> None:
     accelerator.end_training()
 
 
-def run_train_lm(flags: list[str]) -> None:
+def run_train_lm(*flags: str) -> None:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
     import train_lm
 
-    train_lm.Accelerator = make_accelerator
-    train_lm.check_launch = lambda cpu: None
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        train_lm.Accelerator = make_accelerator
+        train_lm.check_launch = lambda cpu: None
     train_lm.main(flags)
 
 
+def main(path: str) -> None:
+    with open(path, encoding="utf-8") as file:
+        jobs = json.load(file)
+    # A job leaves the group to the next one.
+    leave, torch.distributed.destroy_process_group = torch.distributed.destroy_process_group, lambda *args: None
+    for kind, *arguments in jobs:
+        {"adversarial": run, "train_lm": run_train_lm}[kind](*arguments)
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+    gc.collect()
+    leave()
+
+
 if __name__ == "__main__":
-    if sys.argv[1] == "train_lm":
-        run_train_lm(sys.argv[2:])
-    else:
-        run(sys.argv[1])
+    main(sys.argv[1])

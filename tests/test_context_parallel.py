@@ -12,11 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate import ParallelismConfig
-from example_scripts import imported
 from helpers import tiny_config, tiny_encoder, tiny_lm, token_ids
-from test_distributed import launch
 from test_recurrences import GatedAverage
-from test_train_lm import SIBLINGS, forget_accelerator
 from torch import nn
 
 from modeling_seqboat import SeqBoatForSequenceClassification, SeqBoatForTokenClassification
@@ -161,39 +158,6 @@ def test_contexts_do_not_nest_and_an_error_inside_ends_them(group):
         model(torch.full((1, 3), 99))
     assert model.model.parts is None
     model(token_ids(1, 3))
-
-
-@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_pretraining_in_parts_is_that_of_one_process(tmp_path, monkeypatch, processes):
-    """With 4 processes there are two groups of rows besides, and a resumed run."""
-    flags = [
-        "--preset", "tiny", "--train_file", str(ROOT / "examples/data/tinyshakespeare.txt"), "--max_bytes", "6000",
-        "--sequence_length", "31", "--max_steps", "4", "--save_steps", "2", "--eval_steps", "2", "--eval_tokens",
-        "200", "--logging_steps", "1", "--warmup_steps", "2", "--gradient_accumulation_steps", "2",
-        "--average_decay", "0.9", "--config_overrides", '{"router_target_rate": 0.3}',
-    ]  # fmt: skip
-
-    def lines(folder: Path) -> list[dict]:
-        return [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
-
-    forget_accelerator()
-    for train_lm in imported(monkeypatch, "train_lm", *SIBLINGS):
-        whole = [*flags, "--batch_size", str(processes), "--cpu", "True", "--output_dir", str(tmp_path / "one")]
-        train_lm.main(whole)
-    forget_accelerator()
-    runs = {"cut": []}
-    if processes > 2:
-        runs["resumed"] = ["--resume_from_checkpoint", str(tmp_path / "cut/checkpoint-2")]
-    for folder, resume in runs.items():
-        cut = [*flags, "--batch_size", "2", "--context_parallel", "2", "--output_dir", str(tmp_path / folder)]
-        launch("ddp_cpu.yaml", processes, str(ROOT / "examples/train_lm.py"), *cut, *resume)
-    kept = ("train/loss", "validation/bits_per_byte", "router/activation_rate_0", "train/tokens")
-    for folder in runs:
-        first = 1 if folder == "cut" else 3
-        found = [{key: line[key] for key in kept if key in line} for line in lines(tmp_path / folder)]
-        one = [line for line in lines(tmp_path / "one") if line["step"] >= first]
-        assert found == [pytest.approx({key: line[key] for key in kept if key in line}, rel=1e-5) for line in one]
-        assert len(found) == 2 + 4 if first == 1 else 1 + 2
 
 
 def test_a_batch_that_cannot_be_cut_is_refused(group):

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from example_scripts import imported
+from test_train_lm import SIBLINGS, forget_accelerator
 
 from modeling_seqboat import SeqBoatConfig, SeqBoatForCausalLM, build_byte_tokenizer
 
@@ -43,11 +45,47 @@ def launch(config: str, processes: int, *command: str) -> str:
     return output
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=slow)])
-@pytest.mark.parametrize(("config", "kind"), [("ddp_cpu.yaml", "MULTI_CPU"), ("fsdp2.yaml", "FSDP")])
-def test_adversarial_routers_train_as_one_process_does(tmp_path, config, kind, processes):
-    report_file = tmp_path / "report.json"
-    launch(config, processes, str(ROOT / "tests/distributed_worker.py"), str(report_file))
+def launch_jobs(folder: Path, config: str, processes: int, jobs: list[list[str]]) -> None:
+    (folder / "jobs.json").write_text(json.dumps(jobs), "utf-8")
+    launch(config, processes, str(ROOT / "tests/distributed_worker.py"), str(folder / "jobs.json"))
+
+
+def train_lm(output: Path, *flags: str) -> list[str]:
+    """A job that pretrains for four steps."""
+    return [
+        "train_lm", "--preset", "tiny", "--train_file", str(ROOT / "examples/data/tinyshakespeare.txt"), "--max_bytes",
+        "6000", "--batch_size", "2", "--max_steps", "4", "--save_steps", "2", "--eval_tokens", "200",
+        "--logging_steps", "1", "--warmup_steps", "2", "--gradient_accumulation_steps", "2", "--output_dir",
+        str(output), *flags,
+    ]  # fmt: skip
+
+
+def with_its_resumption(folder: Path, *flags: str) -> list[list[str]]:
+    flags = ("--sequence_length", "32", "--eval_steps", "4", "--config_overrides",
+             '{"hidden_dropout": 0.1, "router_target_rate": 0.3}', *flags)  # fmt: skip
+    whole = train_lm(folder / "whole", *flags)
+    return [
+        whole,
+        train_lm(folder / "resumed", *flags, "--resume_from_checkpoint", str(folder / "whole/checkpoint-2")),
+    ]
+
+
+CUT = ("--sequence_length", "31", "--eval_steps", "2", "--average_decay", "0.9", "--config_overrides",
+       '{"router_target_rate": 0.3}')  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory) -> Path:
+    """The folder of what two processes did one after the other, launched once."""
+    folder = tmp_path_factory.mktemp("two")
+    jobs = [["adversarial", str(folder / "report.json")]]
+    jobs += with_its_resumption(folder, "--optimizer", "muon", "--average_decay", "0.9")
+    jobs.append(train_lm(folder / "cut", *CUT, "--context_parallel", "2"))
+    launch_jobs(folder, "ddp_cpu.yaml", 2, jobs)
+    return folder
+
+
+def expect_the_steps_of_one_process(report_file: Path, kind: str, processes: int) -> None:
     report = json.loads(report_file.read_text("utf-8"))
     assert (report["type"], report["world"]) == (kind, processes)
     assert (report["sharded"], report["sharded_layers"]) == ((True, 2) if kind == "FSDP" else (False, 0))
@@ -63,30 +101,74 @@ def test_adversarial_routers_train_as_one_process_does(tmp_path, config, kind, p
     assert report["rates"][2] == [0, 0]
 
 
+def test_adversarial_routers_train_as_one_process_does(two_processes):
+    expect_the_steps_of_one_process(two_processes / "report.json", "MULTI_CPU", 2)
+
+
 @pytest.mark.parametrize(
-    ("config", "script", "options"),
+    ("config", "kind", "processes"),
     [
-        ("ddp_cpu.yaml", ("examples/train_lm.py",), ("--optimizer", "muon", "--average_decay", "0.9")),
-        pytest.param("fsdp2.yaml", ("tests/distributed_worker.py", "train_lm"), (), marks=slow),
+        ("fsdp2.yaml", "FSDP", 2),
+        pytest.param("ddp_cpu.yaml", "MULTI_CPU", 4, marks=slow),
+        pytest.param("fsdp2.yaml", "FSDP", 4, marks=slow),
     ],
 )
-def test_pretraining_example_runs_and_resumes_exactly(tmp_path, config, script, options):
-    def train(output, *flags):
-        launch(
-            config, 2, str(ROOT / script[0]), *script[1:], "--preset", "tiny", "--train_file",
-            str(ROOT / "examples/data/tinyshakespeare.txt"), "--max_bytes", "6000", "--sequence_length", "32",
-            "--batch_size", "2", "--max_steps", "4", "--save_steps", "2", "--eval_steps", "4", "--eval_tokens", "200",
-            "--logging_steps", "1", "--warmup_steps", "2", "--gradient_accumulation_steps", "2", "--config_overrides",
-            '{"hidden_dropout": 0.1, "router_target_rate": 0.3}', "--output_dir", str(output), *options, *flags,
-        )  # fmt: skip
-        lines = map(json.loads, (output / "metrics.jsonl").read_text("utf-8").splitlines())
-        return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
+def test_adversarial_routers_sharded_and_in_more_processes(tmp_path, config, kind, processes):
+    launch_jobs(tmp_path, config, processes, [["adversarial", str(tmp_path / "report.json")]])
+    expect_the_steps_of_one_process(tmp_path / "report.json", kind, processes)
 
-    whole = train(tmp_path / "whole")
-    resumed = train(tmp_path / "resumed", "--resume_from_checkpoint", str(tmp_path / "whole/checkpoint-2"))
+
+def expect_an_exact_resumption(folder: Path) -> None:
+    def losses(output: Path) -> dict[int, float]:
+        return {line["step"]: line["train/loss"] for line in metrics(output) if "train/loss" in line}
+
+    whole = losses(folder / "whole")
     assert sorted(whole) == [1, 2, 3, 4]
-    assert resumed == {step: whole[step] for step in (3, 4)}
-    assert (tmp_path / "whole/final/model.safetensors").is_file()
+    assert losses(folder / "resumed") == {step: whole[step] for step in (3, 4)}
+    assert (folder / "whole/final/model.safetensors").is_file()
+
+
+def metrics(output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text("utf-8").splitlines()]
+
+
+def test_pretraining_example_runs_and_resumes_exactly(two_processes):
+    expect_an_exact_resumption(two_processes)
+
+
+@slow
+def test_pretraining_example_resumes_exactly_under_fsdp2(tmp_path):
+    launch_jobs(tmp_path, "fsdp2.yaml", 2, with_its_resumption(tmp_path))
+    expect_an_exact_resumption(tmp_path)
+
+
+def expect_the_run_of_one_process(monkeypatch, folder: Path, processes: int, *names: str) -> None:
+    """Runs in parts are those of a process that reads the whole."""
+    forget_accelerator()
+    for example in imported(monkeypatch, "train_lm", *SIBLINGS):
+        _, *flags = train_lm(folder / "one", *CUT, "--batch_size", str(processes), "--cpu", "True")
+        example.main(flags)
+    forget_accelerator()
+    kept = ("train/loss", "validation/bits_per_byte", "router/activation_rate_0", "train/tokens")
+    for name in names:
+        first = 1 if name == "cut" else 3
+        found = [{key: line[key] for key in kept if key in line} for line in metrics(folder / name)]
+        one = [line for line in metrics(folder / "one") if line["step"] >= first]
+        assert found == [pytest.approx({key: line[key] for key in kept if key in line}, rel=1e-5) for line in one]
+        assert len(found) == 2 + 4 if first == 1 else 1 + 2
+
+
+def test_pretraining_in_parts_is_that_of_one_process(two_processes, monkeypatch):
+    expect_the_run_of_one_process(monkeypatch, two_processes, 2, "cut")
+
+
+@slow
+def test_pretraining_in_parts_with_groups_of_rows_is_that_of_one_process(tmp_path, monkeypatch):
+    parts = (*CUT, "--context_parallel", "2")
+    jobs = [train_lm(tmp_path / "cut", *parts)]
+    jobs.append(train_lm(tmp_path / "resumed", *parts, "--resume_from_checkpoint", str(tmp_path / "cut/checkpoint-2")))
+    launch_jobs(tmp_path, "ddp_cpu.yaml", 4, jobs)
+    expect_the_run_of_one_process(monkeypatch, tmp_path, 4, "cut", "resumed")
 
 
 @pytest.mark.parametrize(
