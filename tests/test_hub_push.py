@@ -15,9 +15,10 @@ from safetensors.torch import load, load_file
 from small_models import small_lm
 
 from hub_upload.cli import main
-from hub_upload.code_files import code_files
+from hub_upload.code_files import auto_map, code_files
 from hub_upload.errors import HubUploadError
 from hub_upload.push import push_folder
+from hub_upload.verify import Check
 from modeling_seqboat import SeqBoatForCausalLM, build_byte_tokenizer
 
 TOKEN = "hf_" + "S3cretToken" * 3
@@ -95,28 +96,13 @@ print(json.dumps({"ids": text(model), "again": text(again), "class": type(model)
 """
 
 
-@pytest.fixture(scope="module")
-def from_scratch(tmp_path_factory):
-    """The model of examples/train_from_scratch.py in its short mode."""
-    folder = tmp_path_factory.mktemp("from_scratch") / "model"
-    result = subprocess.run(
-        [sys.executable, str(ROOT / "examples/train_from_scratch.py"), "--fast", "--output", str(folder)],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert result.returncode == 0, result.stderr
-    return folder
-
-
-def test_push_and_load_in_a_fresh_process(hub, from_scratch, tmp_path):
+def test_push_and_load_in_a_fresh_process(hub, saved, tmp_path):
     """A pushed model loads by name where the package is not installed, with the same weights and the same text."""
-    pushed = push(from_scratch)
+    pushed = push(saved)
     assert pushed.url == f"{hub.url}/ann/boat"
     assert hub.repos["ann/boat"].history() == ["Upload SeqBoatForCausalLM", "initial commit"]
 
-    before = load_file(from_scratch / "model.safetensors")
+    before = load_file(saved / "model.safetensors")
     after = load(hub.repos["ann/boat"].files()["model.safetensors"])
     assert sorted(before) == sorted(after) and all(torch.equal(before[name], after[name]) for name in before)
 
@@ -130,7 +116,7 @@ def test_push_and_load_in_a_fresh_process(hub, from_scratch, tmp_path):
     )
     assert result.returncode == 0, result.stderr
     seen = json.loads(result.stdout.splitlines()[-1])
-    model = SeqBoatForCausalLM.from_pretrained(from_scratch).eval()
+    model = SeqBoatForCausalLM.from_pretrained(saved).eval()
     ids = torch.tensor([list(PROMPT.encode())])
     expected = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
     assert seen["ids"] == seen["again"] == expected[0].tolist()
@@ -140,21 +126,21 @@ def test_push_and_load_in_a_fresh_process(hub, from_scratch, tmp_path):
     assert all("--" not in reference for reference in auto_map.values())
 
 
-def test_command_line_builds_verifies_and_prints_the_address(hub, saved, tmp_path):
-    command = ["push", "--model", str(saved), "--repo-id", "ann/boat", "--message", "First"]
-    result = subprocess.run(
-        [sys.executable, "-m", "hub_upload", *command, "--token", TOKEN],
-        env=environment(hub, tmp_path),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines()[-1] == f"{hub.url}/ann/boat"
-    assert "ok  AutoModelForCausalLM (saved again)" in result.stdout
-    assert "model.safetensors: 100%" in result.stderr, "no progress bar"
-    assert TOKEN not in result.stdout + result.stderr
+def test_command_line_builds_verifies_and_prints_the_address(hub, saved, monkeypatch, capfd):
+    verified = []
+
+    def verify(folder, on_check):
+        verified.append(json.loads((folder / "config.json").read_text("utf-8"))["auto_map"])
+        on_check(Check("AutoModelForCausalLM", "loaded", again=True))
+
+    monkeypatch.setattr("hub_upload.push.verify_folder", verify)
+    command = ["push", "--model", str(saved), "--repo-id", "ann/boat", "--message", "First", "--token", TOKEN]
+    status, said = main(command), capfd.readouterr()
+    assert status == 0, said.err
+    assert said.out.splitlines()[-1] == f"{hub.url}/ann/boat"
+    assert "ok  AutoModelForCausalLM (saved again)" in said.out and verified == [auto_map()]
+    assert "model.safetensors: 100%" in said.err, "no progress bar"
+    assert TOKEN not in said.out + said.err
     assert hub.repos["ann/boat"].history() == ["First", "initial commit"]
     assert not any(TOKEN.encode() in content for content in hub.repos["ann/boat"].files().values())
 

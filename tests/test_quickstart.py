@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from example_scripts import imported
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_seqboat import SeqBoatConfig, SeqBoatForCausalLM, build_byte_tokenizer
@@ -105,14 +106,19 @@ def test_says_what_it_leaves_out_where_the_extras_are_missing(model, tmp_path):
     assert sorted(path.name for path in output.iterdir()) == ["activation_map.html"]
 
 
-def test_refuses_what_it_cannot_use_before_any_work(model, tmp_path):
+def test_refuses_what_it_cannot_use_before_any_work(model, tmp_path, monkeypatch, capsys):
     (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
-    result = run("--fast", "--model", str(model), "--output", str(tmp_path))
-    assert result.returncode == 2
-    assert "is not empty" in result.stderr
-    result = run("--fast", "--model", str(tmp_path), "--output", str(tmp_path / "out"))
-    assert result.returncode == 2
-    assert "there is no model in" in result.stderr
+    for script in imported(
+        monkeypatch, "quickstart", "activation_map", "activation_page", "recipes", "train_from_scratch"
+    ):
+        for flags, message in (
+            (("--model", str(model), "--output", str(tmp_path)), "is not empty"),
+            (("--model", str(tmp_path), "--output", str(tmp_path / "out")), "there is no model in"),
+        ):
+            monkeypatch.setattr(sys, "argv", ["quickstart.py", "--fast", *flags])
+            with pytest.raises(SystemExit) as stopped:
+                script.main()
+            assert stopped.value.code == 2 and message in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 

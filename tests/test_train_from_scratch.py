@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from example_scripts import imported
+
+from hub_upload.build import build_folder
 
 SCRIPT = Path(__file__).resolve().parent.parent / "examples/train_from_scratch.py"
 
@@ -58,14 +61,17 @@ def test_cache_is_as_large_after_a_long_prompt_as_after_a_short_one(from_scratch
     assert short == long > 0
 
 
-def test_saves_model_and_tokenizer(from_scratch):
+def test_what_it_saves_can_be_published(from_scratch, tmp_path):
     _, output = from_scratch
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in output.iterdir()}
+    assert build_folder(output, tmp_path / "hub").model_class == "SeqBoatForCausalLM"
 
 
-def test_refuses_a_folder_that_holds_files(tmp_path):
+def test_refuses_a_folder_that_holds_files(tmp_path, monkeypatch, capsys):
     (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
-    result = run("--fast", "--output", str(tmp_path))
-    assert result.returncode == 2
-    assert "is not empty" in result.stderr
+    monkeypatch.setattr(sys, "argv", [SCRIPT.name, "--fast", "--output", str(tmp_path)])
+    for script in imported(monkeypatch, "train_from_scratch"):
+        with pytest.raises(SystemExit) as stopped:
+            script.main()
+    assert stopped.value.code == 2 and "is not empty" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
