@@ -1,6 +1,7 @@
 """Every mode of generate gives, token for token, what the model gives without a cache."""
 
 import copy
+import functools
 import logging
 from threading import Thread
 
@@ -35,6 +36,12 @@ def greedy(model, inputs: dict[str, torch.Tensor], **options) -> torch.Tensor:
     return model.generate(**inputs, do_sample=False, max_new_tokens=options.pop("max_new_tokens", NEW), **options)
 
 
+@functools.cache
+def cache_free(kind: tuple[str, str]) -> torch.Tensor:
+    """Greedy continuation of `padded_prompts` by a model of this kind without a cache."""
+    return greedy(model_of(kind), padded_prompts(), use_cache=False)
+
+
 def by_forward(model, ids: torch.Tensor, new: int = NEW) -> torch.Tensor:
     """Greedy continuation of one unpadded row by full forwards alone."""
     with torch.no_grad():
@@ -48,7 +55,7 @@ def by_forward(model, ids: torch.Tensor, new: int = NEW) -> torch.Tensor:
 def test_greedy_equals_full_forwards_row_by_row(kind):
     model, inputs = model_of(kind), padded_prompts()
     produced = greedy(model, inputs)
-    assert torch.equal(produced, greedy(model, inputs, use_cache=False))
+    assert torch.equal(produced, cache_free(kind))
     for row, mask, got in zip(inputs["input_ids"], inputs["attention_mask"], produced, strict=True):
         alone = row[mask.bool()][None]
         assert torch.equal(by_forward(model, alone)[0, alone.shape[1] :], got[row.shape[0] :])
@@ -102,13 +109,13 @@ def test_greedy_with_a_truncated_ema_and_a_feed_forward_block():
 @pytest.mark.parametrize("chunk", [1, 7, 100])
 def test_prefill_in_chunks(kind, chunk):
     model, inputs = model_of(kind), padded_prompts()
-    assert torch.equal(greedy(model, inputs, prefill_chunk_size=chunk), greedy(model, inputs, use_cache=False))
+    assert torch.equal(greedy(model, inputs, prefill_chunk_size=chunk), cache_free(kind))
 
 
 @pytest.mark.parametrize("rows", ["ids", "embeddings"])
 def test_a_long_prompt_is_read_in_chunks_that_are_reported(rows, monkeypatch):
     model, inputs = model_of(KINDS[0]), padded_prompts()
-    expected = greedy(model, inputs, use_cache=False)
+    expected = cache_free(KINDS[0])
     monkeypatch.setattr(generation_seqboat, "LONG_PREFILL", 8)
     if rows == "embeddings":
         inputs["inputs_embeds"] = model.get_input_embeddings()(inputs.pop("input_ids"))
@@ -137,9 +144,9 @@ def test_the_bar_of_a_prefill(capfd):
 @pytest.mark.parametrize("kind", KINDS, ids="-".join)
 def test_static_cache(kind):
     model, inputs = model_of(kind), padded_prompts()
-    expected = greedy(model, inputs, use_cache=False)
-    assert torch.equal(greedy(model, inputs, cache_implementation="static"), expected)
-    assert torch.equal(greedy(model, inputs, cache_implementation="static", prefill_chunk_size=4), expected)
+    for chunk in (None, 4):
+        found = greedy(model, inputs, cache_implementation="static", prefill_chunk_size=chunk)
+        assert torch.equal(found, cache_free(kind))
     expected = model.generate(**inputs, num_beams=2, max_new_tokens=12, use_cache=False)
     assert torch.equal(
         model.generate(**inputs, num_beams=2, max_new_tokens=12, cache_implementation="static"), expected
@@ -200,7 +207,7 @@ def test_a_filled_cache_with_only_new_columns():
 @pytest.mark.parametrize("implementation", [None, "static"])
 def test_continuing_from_a_returned_cache(implementation):
     model, inputs = model_of(KINDS[0]), padded_prompts()
-    expected = greedy(model, inputs, use_cache=False)
+    expected = cache_free(KINDS[0])
     options = {"return_dict_in_generate": True, "cache_implementation": implementation}
     first = greedy(model, inputs, max_new_tokens=10, **options)
     assert isinstance(first.past_key_values, SeqBoatCache)
