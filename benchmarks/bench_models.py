@@ -26,8 +26,10 @@ it.
 
 Times are medians with the device synchronised, so they include waiting for the host. Peak memory is what torch has
 allocated, weights and gradients included; that of a CUDA graph is taken while it is captured. Decoding is the forward
-of one token, the choice of the next left out; the state of a batch of rows is one row's, repeated. The line of the
-least time in the plot is bytes / copy bandwidth + matmul FLOPs / matmul rate, see roofline.py.
+of one token, the choice of the next left out; the state of a batch of rows is one row's, repeated. Op by op the Llama
+decodes twice: without cuDNN's attention, whose plan for each new number of keys takes the host longer than all else,
+and with the attention that PyTorch prefers, which on a Hopper is cuDNN's. The line of the least time in the plot is
+bytes / copy bandwidth + matmul FLOPs / matmul rate, see roofline.py.
 
 Writes results.csv, results.md, time_against_length.png and memory_against_length.png.
 """

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 Rows = list[dict]
 
 GRAPH, COMPILED, DEFAULTS = "CUDA graph", "compiled", "eager, cache by default"
+# Attention by whatever kernel PyTorch prefers.
+PREFERRED = "eager, attention as PyTorch chooses"
 SHAPE = (4, 8192)
 LENGTHS = (8192, 131072, 1 << 20)
 CONTEXTS = (1024, 32768, 1 << 20)

@@ -281,6 +281,21 @@ def test_every_context_decodes_the_same_varied_tokens(bench):
     assert len({str(token) for token in sequences[0]}) > 20
 
 
+def test_a_llama_decodes_op_by_op_without_plans_and_as_pytorch_chooses(bench):
+    """A plan for each number of keys would be most of the time of a token."""
+    import workloads
+
+    bench_, allowed = workloads.Workbench(torch.device("cpu"), bench.TOY), []
+    bench_.decoder = lambda *args: lambda **inputs: allowed.append(torch.backends.cuda.cudnn_sdp_enabled())
+    rows = [row for row in bench.plan(bench.TOY, ["decode"]) if row.model == "llama" and "eager" in row.mode]
+    seen = []
+    for row in rows:
+        row.measure(bench_, row)
+        seen.append(set(allowed))
+        allowed.clear()
+    assert seen == [{False}, {True}] and torch.backends.cuda.cudnn_sdp_enabled()
+
+
 def test_the_state_before_decoding_is_that_of_the_whole_context(bench):
     import workloads
 
