@@ -15,3 +15,22 @@ if importlib.util.find_spec("triton") is None:
 else:
     # Kernels are made for the interpreter or for a GPU when they are defined, so this comes before all test modules.
     import triton_interpreter  # noqa: F401
+
+# Files that take long, the longest first: one of them at the end would keep all processes but one waiting. The first two
+# hold slow tests alone.
+LONGEST = (
+    "fuzz", "long_context", "export", "hub_build", "distributed", "kernels", "pretrained", "classification_runs", "generation", "compile",
+    "router_types", "run_folder", "context_parallel", "experiments", "graphed_step", "router_budget",
+    "long_context_runs",
+)  # fmt: skip
+
+
+def pytest_configure(config):
+    if hasattr(config.option, "loadscopereorder"):
+        # Else xdist begins with the files that have the most tests; these have few.
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items):
+    place = {f"test_{name}": index for index, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
