@@ -16,8 +16,8 @@ else:
     # Kernels are made for the interpreter or for a GPU when they are defined, so this comes before all test modules.
     import triton_interpreter  # noqa: F401
 
-# Files that take long, the longest first: one of them at the end would keep all processes but one waiting. Of the first
-# two all tests are slow ones.
+# Files that take long, the longest first: one of them at the end would keep all processes but one waiting. Of the
+# first two all tests are slow ones.
 LONGEST = (
     "fuzz", "long_context", "export", "hub_build", "distributed", "kernels", "pretrained", "classification_runs",
     "generation", "compile", "router_types", "run_folder", "context_parallel", "experiments", "graphed_step",
