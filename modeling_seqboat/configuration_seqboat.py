@@ -329,7 +329,9 @@ class SeqBoatConfig(PreTrainedConfig):
             self._warn_if_unknown(key)
         else:
             value = check(key, self._with_default(key, value))
-            values = {**{name: self.__dict__[name] for name in FIELD_CHECKS if name in self.__dict__}, key: value}
+            # Read once: transformers' lookup of an attribute is slow.
+            own = self.__dict__
+            values = {name: own[name] for name in FIELD_CHECKS if name in own} | {key: value}
             # During construction the last field to be set finds all the others in place.
             if len(values) == len(FIELD_CHECKS):
                 for message in _contradictions(values):
