@@ -3,6 +3,7 @@ killed, nothing executed when it is resumed from, and a damaged file stops it by
 
 import importlib
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -55,12 +56,20 @@ def folders():
     return importlib.import_module("run_folder")
 
 
+def main(script: str, flags: list[str]):
+    """Calls a script's main function."""
+    path = ROOT / "examples" / script
+    if path.parent.name != "examples":
+        sys.path.insert(0, str(path.parent))
+    return importlib.import_module(path.name).main(flags)
+
+
 def run(output, ok=True, script="train_lm", **changes):
     """Runs a script in this process; what it refuses to do it with, where not `ok`."""
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
     try:
-        importlib.import_module(script).main(command(output, script, **changes)[2:])
+        main(script, command(output, script, **changes)[2:])
     except ValueError as error:
         assert not ok, error
         return f"ValueError: {error}"
@@ -69,6 +78,44 @@ def run(output, ok=True, script="train_lm", **changes):
         GradientState._reset_state()
     assert ok
     return None
+
+
+class Forked:
+    """A script that runs in a process of its own, which has this one's imports and prints nothing."""
+
+    def __init__(self, output, script="train_lm", settings=None, **changes):
+        flags = command(output, script, settings, **changes)[2:]
+        self.process = multiprocessing.get_context("fork").Process(target=self._run, args=(script, flags))
+        self.process.start()
+        self.kill = self.process.kill
+
+    @staticmethod
+    def _run(script, flags):
+        nothing = os.open(os.devnull, os.O_RDWR)
+        for stream in (1, 2):
+            os.dup2(nothing, stream)
+        sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+        main(script, flags)
+
+    def poll(self):
+        return self.process.exitcode
+
+    def wait(self, timeout=None):
+        self.process.join(timeout)
+        return self.process.exitcode
+
+    def send_signal(self, number):
+        os.kill(self.process.pid, number)
+
+
+def forked(output, script="train_lm", settings=None, **changes):
+    """`Forked`, or where CUDA is, which a fork cannot use again, the command itself."""
+    if not torch.cuda.is_available():
+        return Forked(output, script, settings, **changes)
+    flags = command(output, script, settings, **changes)
+    return subprocess.Popen(flags, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def losses(output):
@@ -253,9 +300,11 @@ def wait_for(condition, process, seconds=100):
 def test_a_signal_saves_a_checkpoint_to_go_on_from(whole, tmp_path, number):
     output = tmp_path / "run"
     changes = {"save_steps": 100_000, "max_steps": 100_000, "eval_steps": 100_000}
-    process = subprocess.Popen(
-        command(output, **changes), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    if number == signal.SIGTERM:
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        process = subprocess.Popen(command(output, **changes), env=ENVIRONMENT, **quiet)
+    else:
+        process = forked(output, **changes)
     try:
         log = output / "metrics.jsonl"
         wait_for(lambda: log.is_file() and log.read_bytes().count(b"\n") > 2, process)
@@ -275,15 +324,12 @@ def test_a_signal_saves_a_checkpoint_to_go_on_from(whole, tmp_path, number):
 def test_a_kill_at_any_moment_loses_no_more_than_the_steps_since_the_last_checkpoint(whole, tmp_path):
     expected = losses(whole)
     began = time.monotonic()
-    subprocess.run(command(tmp_path / "timed"), env=ENVIRONMENT, check=True, capture_output=True)
+    assert forked(tmp_path / "timed").wait() == 0
     length = time.monotonic() - began
     for attempt in range(6):
         output = tmp_path / f"run{attempt}"
-        process = subprocess.Popen(
-            command(output), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        # Steps and saves fill the last part of a run; the first is Python's imports.
-        time.sleep(length * (0.55 + 0.45 * attempt / 6))
+        process = forked(output)
+        time.sleep(length * (attempt + 0.5) / 6)
         process.kill()
         process.wait()
         for name in ("best", "final"):
@@ -377,7 +423,7 @@ def test_a_signal_saves_a_checkpoint_of_fine_tuning(model, tmp_path):
 )
 def test_a_kill_of_fine_tuning_leaves_a_folder_to_go_on_in(tuned, model, tmp_path, moment):
     output = tmp_path / "run"
-    kill_when(command(output, "finetune_trainer", INSTRUCTIONS, model=model), lambda: any(output.glob(moment)))
+    kill_when(forked(output, "finetune_trainer", INSTRUCTIONS, model=model), lambda: any(output.glob(moment)))
     if (output / "final").exists():
         AutoModelForCausalLM.from_pretrained(output / "final")
     else:
@@ -388,13 +434,24 @@ def test_a_kill_of_fine_tuning_leaves_a_folder_to_go_on_in(tuned, model, tmp_pat
         assert (output / name).read_bytes() == (tuned / name).read_bytes()
 
 
-def kill_when(arguments, condition):
-    """Runs a script until the condition holds, and ends it there with SIGKILL; or until its own end."""
-    process = subprocess.Popen(arguments, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def kill_when(process, condition):
+    """Lets a process run until the condition holds, and ends it there with SIGKILL; or until its own end."""
     while process.poll() is None and not condition():
         time.sleep(0.001)
     process.kill()
     process.wait()
+
+
+ADAPTER = {
+    "train_file": TEXT, "max_bytes": 4000, "sequence_length": 64, "max_steps": 4, "batch_size": 2, "use_cpu": True,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def adapted(model, tmp_path_factory):
+    output = tmp_path_factory.mktemp("adapted") / "run"
+    run(output, script="finetune_lora", settings=ADAPTER, model=model)
+    return output
 
 
 @pytest.mark.slow
@@ -402,21 +459,32 @@ def kill_when(arguments, condition):
 @pytest.mark.parametrize(
     "moment", ["run.json", ".partial-adapter*/adapter_model*", "adapter_model.safetensors", "adapter_config.json"]
 )
-def test_a_kill_of_an_adapter_s_training_says_so(model, tmp_path, moment):
+def test_a_kill_of_an_adapter_s_training_says_so(adapted, model, tmp_path, moment):
     """It keeps no checkpoints: what is there is the whole adapter, or the same command starts again when told to."""
-    settings = {
-        "model": model, "train_file": TEXT, "max_bytes": 4000, "sequence_length": 64, "max_steps": 4, "batch_size": 2,
-        "use_cpu": True,
-    }  # fmt: skip
-    output, whole = tmp_path / "run", tmp_path / "whole"
-    run(whole, script="finetune_lora", settings=settings)
-    kill_when(command(output, "finetune_lora", settings), lambda: any(output.glob(moment)))
+    output, settings = tmp_path / "run", {**ADAPTER, "model": model}
+    kill_when(forked(output, "finetune_lora", settings), lambda: any(output.glob(moment)))
     left = {path.name for path in output.iterdir()} - {"run.json", ".lock"}
     if any(not name.startswith(".partial-") for name in left):
         assert "is not empty" in run(output, ok=False, script="finetune_lora", settings=settings)
     run(output, script="finetune_lora", settings=settings, overwrite_output_dir=True)
     name = "adapter_model.safetensors"
-    assert (output / name).read_bytes() == (whole / name).read_bytes()
+    assert (output / name).read_bytes() == (adapted / name).read_bytes()
+
+
+def classified(output):
+    results = json.loads((output / "results.json").read_text("utf-8"))
+    return results["confusion_matrix"], (output / "best/model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def classification(tmp_path_factory):
+    """Settings of a classification, and what an uninterrupted run comes to."""
+    folder = tmp_path_factory.mktemp("classification")
+    settings = {**write_reviews(folder), "task": "text", "preset": "lra-text", "max_steps": 6, "eval_steps": 2}
+    settings |= {"config_overrides": json.dumps(TINY), "use_cpu": True, "batch_size": 4, "logging_steps": 1}
+    settings |= {"validation_size": 4}
+    assert forked(folder / "whole", "classification/train", settings).wait() == 0
+    return settings, classified(folder / "whole")
 
 
 @pytest.mark.slow
@@ -424,23 +492,13 @@ def test_a_kill_of_an_adapter_s_training_says_so(model, tmp_path, moment):
 @pytest.mark.parametrize(
     "moment", ["checkpoint-2", ".partial-checkpoint-4*", "checkpoint-4", ".partial-best*", "best"]
 )
-def test_a_kill_of_a_classification_leaves_a_folder_to_go_on_in(tmp_path, moment):
-    settings = {**write_reviews(tmp_path), "task": "text", "preset": "lra-text", "max_steps": 6, "eval_steps": 2}
-    settings |= {"config_overrides": json.dumps(TINY), "use_cpu": True, "batch_size": 4, "logging_steps": 1}
-    settings |= {"validation_size": 4}
-
-    def finished(output, **changes):
-        flags = command(output, "classification/train", settings, **changes)
-        done = subprocess.run(flags, env=ENVIRONMENT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        results = json.loads((output / "results.json").read_text("utf-8"))
-        return results["confusion_matrix"], (output / "best/model.safetensors").read_bytes()
-
-    output = tmp_path / "run"
-    kill_when(command(output, "classification/train", settings), lambda: any(output.glob(moment)))
+def test_a_kill_of_a_classification_leaves_a_folder_to_go_on_in(classification, tmp_path, moment):
+    (settings, whole), output = classification, tmp_path / "run"
+    kill_when(forked(output, "classification/train", settings), lambda: any(output.glob(moment)))
     kept = list(output.glob("checkpoint-*"))
     changes = {"resume_from_checkpoint": "latest"} if kept else {"overwrite_output_dir": True}
-    assert finished(output, **changes) == finished(tmp_path / "whole")
+    assert forked(output, "classification/train", settings, **changes).wait() == 0
+    assert classified(output) == whole
 
 
 def test_paths_in_a_trainer_s_state_are_not_followed(tmp_path):
