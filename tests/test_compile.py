@@ -102,7 +102,9 @@ def test_the_step_of_a_dynamic_cache_compiles_too():
 def test_a_step_by_kernels_is_the_step_in_torch(options, compiles, monkeypatch):
     """The kernels that a GPU takes, here in Triton's interpreter; under a compiler as an op of its own."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    model, steps = small_lm(**options).to(DEVICE), random_ids(3, 12, seed=4).to(DEVICE)
+    # One layer: the interpreter is slow, and a second runs as the first.
+    model = small_lm(num_hidden_layers=1, **options).to(DEVICE)
+    steps = random_ids(3, 12, seed=4).to(DEVICE)
     prompt = {name: tensor.to(DEVICE) for name, tensor in pad_left([row for row in random_ids(3, 9)]).items()}
     caches = [SeqBoatCache(model.config, static=static) for static in (compiles, False)]
     for cache in caches:
