@@ -73,6 +73,8 @@ def with_its_resumption(folder: Path, *flags: str) -> list[list[str]]:
 CUT = ("--sequence_length", "31", "--eval_steps", "2", "--average_decay", "0.9", "--config_overrides",
        '{"router_target_rate": 0.3}')  # fmt: skip
 
+PLAIN = ("--sequence_length", "32", "--eval_steps", "4", "--gradient_accumulation_steps", "1")
+
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory) -> Path:
@@ -81,6 +83,7 @@ def two_processes(tmp_path_factory) -> Path:
     jobs = [["adversarial", str(folder / "report.json")]]
     jobs += with_its_resumption(folder, "--optimizer", "muon", "--average_decay", "0.9")
     jobs.append(train_lm(folder / "cut", *CUT, "--context_parallel", "2"))
+    jobs.append(train_lm(folder / "written", *PLAIN))
     launch_jobs(folder, "ddp_cpu.yaml", 2, jobs)
     return folder
 
@@ -118,10 +121,11 @@ def test_adversarial_routers_sharded_and_in_more_processes(tmp_path, config, kin
     expect_the_steps_of_one_process(tmp_path / "report.json", kind, processes)
 
 
-def expect_an_exact_resumption(folder: Path) -> None:
-    def losses(output: Path) -> dict[int, float]:
-        return {line["step"]: line["train/loss"] for line in metrics(output) if "train/loss" in line}
+def losses(output: Path) -> dict[int, float]:
+    return {line["step"]: line["train/loss"] for line in metrics(output) if "train/loss" in line}
 
+
+def expect_an_exact_resumption(folder: Path) -> None:
     whole = losses(folder / "whole")
     assert sorted(whole) == [1, 2, 3, 4]
     assert losses(folder / "resumed") == {step: whole[step] for step in (3, 4)}
@@ -142,13 +146,17 @@ def test_pretraining_example_resumes_exactly_under_fsdp2(tmp_path):
     expect_an_exact_resumption(tmp_path)
 
 
-def expect_the_run_of_one_process(monkeypatch, folder: Path, processes: int, *names: str) -> None:
-    """Runs in parts are those of a process that reads the whole."""
+def run_here(monkeypatch, job: list[str]) -> None:
+    """A pretraining in this process."""
     forget_accelerator()
     for example in imported(monkeypatch, "train_lm", *SIBLINGS):
-        _, *flags = train_lm(folder / "one", *CUT, "--batch_size", str(processes), "--cpu", "True")
-        example.main(flags)
+        example.main(job[1:])
     forget_accelerator()
+
+
+def expect_the_run_of_one_process(monkeypatch, folder: Path, processes: int, *names: str) -> None:
+    """Runs in parts are those of a process that reads the whole."""
+    run_here(monkeypatch, train_lm(folder / "one", *CUT, "--batch_size", str(processes), "--cpu", "True"))
     kept = ("train/loss", "validation/bits_per_byte", "router/activation_rate_0", "train/tokens")
     for name in names:
         first = 1 if name == "cut" else 3
@@ -171,30 +179,25 @@ def test_pretraining_in_parts_with_groups_of_rows_is_that_of_one_process(tmp_pat
     expect_the_run_of_one_process(monkeypatch, tmp_path, 4, "cut", "resumed")
 
 
-@pytest.mark.parametrize(
-    ("written", "resumed", "script"),
-    [
-        (("ddp_cpu.yaml", 2), ("cpu.yaml", 1), ("examples/train_lm.py",)),
-        pytest.param(("fsdp2.yaml", 2), ("fsdp2.yaml", 4), ("tests/distributed_worker.py", "train_lm"), marks=slow),
-    ],
-)
-def test_a_run_goes_on_with_another_number_of_processes(tmp_path, written, resumed, script):
+def expect_the_same_steps(whole: Path, resumed: Path) -> None:
     """They read the same rows, as many in a step as before; without dropout nothing else is drawn."""
+    assert losses(resumed) == {step: pytest.approx(losses(whole)[step], rel=1e-5) for step in (3, 4)}
 
-    def train(output, config, processes, *flags):
-        launch(
-            config, processes, str(ROOT / script[0]), *script[1:], "--preset", "tiny", "--train_file",
-            str(ROOT / "examples/data/tinyshakespeare.txt"), "--max_bytes", "6000", "--sequence_length", "32",
-            "--batch_size", str(4 // processes), "--max_steps", "4", "--save_steps", "2", "--eval_steps", "4",
-            "--eval_tokens", "200", "--logging_steps", "1", "--warmup_steps", "2", "--output_dir", str(output), *flags,
-        )  # fmt: skip
-        lines = map(json.loads, (output / "metrics.jsonl").read_text("utf-8").splitlines())
-        return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
 
-    whole = train(tmp_path / "whole", *written)
-    checkpoint = str(tmp_path / "whole/checkpoint-2")
-    found = train(tmp_path / "resumed", *resumed, "--resume_from_checkpoint", checkpoint)
-    assert found == {step: pytest.approx(whole[step], rel=1e-5) for step in (3, 4)}
+def test_a_run_goes_on_in_one_process(two_processes, monkeypatch):
+    written, output = two_processes / "written", two_processes / "resumed_alone"
+    flags = ("--batch_size", "4", "--cpu", "True", "--resume_from_checkpoint", str(written / "checkpoint-2"))
+    run_here(monkeypatch, train_lm(output, *PLAIN, *flags))
+    expect_the_same_steps(written, output)
+
+
+@slow
+def test_a_run_goes_on_sharded_over_more_processes(tmp_path):
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    launch_jobs(tmp_path, "fsdp2.yaml", 2, [train_lm(whole, *PLAIN)])
+    flags = ("--batch_size", "1", "--resume_from_checkpoint", str(whole / "checkpoint-2"))
+    launch_jobs(tmp_path, "fsdp2.yaml", 4, [train_lm(resumed, *PLAIN, *flags)])
+    expect_the_same_steps(whole, resumed)
 
 
 @slow
