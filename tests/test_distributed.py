@@ -108,17 +108,9 @@ def test_adversarial_routers_train_as_one_process_does(two_processes):
     expect_the_steps_of_one_process(two_processes / "report.json", "MULTI_CPU", 2)
 
 
-@pytest.mark.parametrize(
-    ("config", "kind", "processes"),
-    [
-        ("fsdp2.yaml", "FSDP", 2),
-        pytest.param("ddp_cpu.yaml", "MULTI_CPU", 4, marks=slow),
-        pytest.param("fsdp2.yaml", "FSDP", 4, marks=slow),
-    ],
-)
-def test_adversarial_routers_sharded_and_in_more_processes(tmp_path, config, kind, processes):
-    launch_jobs(tmp_path, config, processes, [["adversarial", str(tmp_path / "report.json")]])
-    expect_the_steps_of_one_process(tmp_path / "report.json", kind, processes)
+def test_adversarial_routers_train_sharded_as_one_process_does(tmp_path):
+    launch_jobs(tmp_path, "fsdp2.yaml", 2, [["adversarial", str(tmp_path / "report.json")]])
+    expect_the_steps_of_one_process(tmp_path / "report.json", "FSDP", 2)
 
 
 def losses(output: Path) -> dict[int, float]:
@@ -138,12 +130,6 @@ def metrics(output: Path) -> list[dict]:
 
 def test_pretraining_example_runs_and_resumes_exactly(two_processes):
     expect_an_exact_resumption(two_processes)
-
-
-@slow
-def test_pretraining_example_resumes_exactly_under_fsdp2(tmp_path):
-    launch_jobs(tmp_path, "fsdp2.yaml", 2, with_its_resumption(tmp_path))
-    expect_an_exact_resumption(tmp_path)
 
 
 def run_here(monkeypatch, job: list[str]) -> None:
@@ -171,11 +157,13 @@ def test_pretraining_in_parts_is_that_of_one_process(two_processes, monkeypatch)
 
 
 @slow
-def test_pretraining_in_parts_with_groups_of_rows_is_that_of_one_process(tmp_path, monkeypatch):
+def test_four_processes_train_as_one_does(tmp_path, monkeypatch):
+    """Adversarial routers; and a pretraining in parts of a sequence, with two groups of rows, and its resumption."""
     parts = (*CUT, "--context_parallel", "2")
-    jobs = [train_lm(tmp_path / "cut", *parts)]
+    jobs = [["adversarial", str(tmp_path / "report.json")], train_lm(tmp_path / "cut", *parts)]
     jobs.append(train_lm(tmp_path / "resumed", *parts, "--resume_from_checkpoint", str(tmp_path / "cut/checkpoint-2")))
     launch_jobs(tmp_path, "ddp_cpu.yaml", 4, jobs)
+    expect_the_steps_of_one_process(tmp_path / "report.json", "MULTI_CPU", 4)
     expect_the_run_of_one_process(monkeypatch, tmp_path, 4, "cut", "resumed")
 
 
@@ -192,12 +180,16 @@ def test_a_run_goes_on_in_one_process(two_processes, monkeypatch):
 
 
 @slow
-def test_a_run_goes_on_sharded_over_more_processes(tmp_path):
-    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-    launch_jobs(tmp_path, "fsdp2.yaml", 2, [train_lm(whole, *PLAIN)])
-    flags = ("--batch_size", "1", "--resume_from_checkpoint", str(whole / "checkpoint-2"))
-    launch_jobs(tmp_path, "fsdp2.yaml", 4, [train_lm(resumed, *PLAIN, *flags)])
-    expect_the_same_steps(whole, resumed)
+@pytest.mark.timeout(600)
+def test_sharded_runs_resume_exactly_and_go_on_over_more_processes(tmp_path):
+    written, resumed = tmp_path / "written", tmp_path / "over_four"
+    launch_jobs(tmp_path, "fsdp2.yaml", 2, [*with_its_resumption(tmp_path), train_lm(written, *PLAIN)])
+    expect_an_exact_resumption(tmp_path)
+    flags = ("--batch_size", "1", "--resume_from_checkpoint", str(written / "checkpoint-2"))
+    jobs = [["adversarial", str(tmp_path / "report.json")], train_lm(resumed, *PLAIN, *flags)]
+    launch_jobs(tmp_path, "fsdp2.yaml", 4, jobs)
+    expect_the_steps_of_one_process(tmp_path / "report.json", "FSDP", 4)
+    expect_the_same_steps(written, resumed)
 
 
 @slow
