@@ -1,4 +1,5 @@
-"""Packaging. The folder `configuration` is installed as data of the package, not as a module of its own."""
+"""Packaging. The folder `configuration` is installed as data of the package, and the scripts of `examples` beside
+`hub_upload`, whose command runs them; neither becomes a module of its own."""
 
 import re
 from pathlib import Path
@@ -64,12 +65,14 @@ setup(
         "transformers>=5.17",
     ],
     extras_require={"train": TRAIN, "test": TEST, "liger": LIGER, "export": EXPORT},
-    packages=["modeling_seqboat", "modeling_seqboat.configuration", "hub_upload"],
-    package_dir={"modeling_seqboat.configuration": "configuration"},
+    packages=["modeling_seqboat", "modeling_seqboat.configuration", "hub_upload", "hub_upload.examples"],
+    package_dir={"modeling_seqboat.configuration": "configuration", "hub_upload.examples": "examples"},
+    entry_points={"console_scripts": ["seqboat = hub_upload.cli:main"]},
     package_data={
         "modeling_seqboat": ["py.typed"],
         "modeling_seqboat.configuration": ["README.md", "**/*.json", "**/*.yaml", "**/*.yml", "**/*.toml"],
         "hub_upload": ["**/*"],
+        "hub_upload.examples": ["*.html"],
     },
     zip_safe=False,
 )

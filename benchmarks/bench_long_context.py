@@ -17,7 +17,6 @@ import argparse
 import csv
 import json
 import math
-import os
 import re
 import sys
 import time
@@ -25,9 +24,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-# Threads that wait for work would spin, which costs a machine shared with other programs most of its speed.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+import script_start  # noqa: F401, before torch
 
+# isort: split
 import numpy as np
 import torch
 from evaluate_lm import cut_split

@@ -7,6 +7,9 @@
 The page opens in any browser, needs no network, and works with the keyboard alone. Runs on the CPU.
 """
 
+from script_start import ArgumentParser  # before torch
+
+# isort: split
 import argparse
 import math
 import os
@@ -18,6 +21,7 @@ import numpy as np
 import torch
 from activation_cells import Token, tokens_of, visible
 from activation_page import ActivationMap, build_page, write_png
+from recipes import check_model_folder
 from safe_files import read_json_object, replacing, write_text
 from text_data import load_tokenizer
 from torch import Tensor
@@ -33,8 +37,10 @@ PAGE, PICTURE = "activation_map.html", "activation_map.png"
 
 def load_config(name: str) -> SeqBoatConfig:
     """Raises ValueError where there is no SeqBoat under `name`."""
-    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-        raise ValueError(f"{name!r} holds no config.json; name a folder that save_pretrained has written")
+    try:
+        check_model_folder(name)
+    except FileNotFoundError as error:
+        raise ValueError(str(error)) from None
     try:
         config = AutoConfig.from_pretrained(name)
     # A config of any content fails in as many ways.
@@ -229,7 +235,7 @@ def _finite(text: str) -> float:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", metavar="MODEL", help="folder or Hub name of a SeqBoat")
     parser.add_argument("source", metavar="TEXT-OR-FILE", help="a text, a file, or - for standard input")
     parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, help=f"folder, {DEFAULT_OUTPUT} by default")

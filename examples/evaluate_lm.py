@@ -13,18 +13,18 @@ every window are scored (of the first, all but its first token): each token once
 (those of the first window with what there is). Any causal language model can be scored so, a Llama too.
 """
 
+from script_start import ArgumentParser  # before torch
+
+# isort: split
 import argparse
 import math
-import os
 import sys
 import time
 from pathlib import Path
 
-# Threads that wait for work would spin, which costs a machine shared with other programs most of its speed.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-
 import numpy as np
 import torch
+from recipes import check_model_folder
 from run_record import published_command
 from safe_files import write_json
 from text_data import ENWIK8_BYTES, ENWIK8_SPLIT, load_tokenizer, read_text_file, text_encoder
@@ -35,7 +35,7 @@ from modeling_seqboat import SeqBoatCache, SeqBoatForCausalLM
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder of a causal language model with its tokenizer, or a Hub name")
     parser.add_argument("--data", required=True, help="text file, plain, .gz or .xz")
     parser.add_argument(
@@ -66,7 +66,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
                 f"--stride must be from 1 to {arguments.context - 1}, below --context; got {arguments.stride}"
             )
     if arguments.output is not None and arguments.output.exists():
-        parser.error(f"--output {arguments.output} exists already")
+        parser.error(f"--output {arguments.output} exists already; name another file")
+    try:
+        check_model_folder(arguments.model)
+    except FileNotFoundError as error:
+        parser.error(str(error))
     return arguments
 
 

@@ -5,6 +5,9 @@ cost and brought.
         --output_dir outputs/adapter
 """
 
+import script_start  # noqa: F401, before torch
+
+# isort: split
 import os
 import time
 from dataclasses import dataclass, field

@@ -8,6 +8,9 @@ attention stopping at their borders. Writes checkpoints, `final/` and `report.js
 SIGTERM, saves a checkpoint after the current step and ends.
 """
 
+import script_start  # noqa: F401, before torch
+
+# isort: split
 import math
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -6,6 +6,9 @@ Each argument is a name and a run's folder or its `metrics.jsonl`. The curves ar
 runs logged it (`--score_test True`), else of the validation split. The table goes to standard output as Markdown.
 """
 
+from script_start import ArgumentParser  # before torch
+
+# isort: split
 import argparse
 import json
 from pathlib import Path
@@ -148,7 +151,7 @@ def plot(runs: list[Run], path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="NAME=FOLDER")
     parser.add_argument("--output", type=Path, required=True, help="PNG to write")
     arguments = parser.parse_args(argv)

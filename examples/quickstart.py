@@ -9,14 +9,13 @@ ignores. The picture as a PNG needs matplotlib, the fine-tuning PEFT: both come 
 and what is missing is left out.
 """
 
+from script_start import ArgumentParser  # before torch
+
+# isort: split
 import argparse
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
-
-# Threads that wait for work would spin, which costs a machine shared with other programs most of its speed.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import numpy as np
 import torch
@@ -172,7 +171,7 @@ def shorten(path: Path) -> Path:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fast", action="store_true", help="less of everything, under a minute")
     parser.add_argument("--model", type=Path, default=DEFAULT_MODEL, help="another byte-level SeqBoat")
     parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, help="folder for adapter, model and picture")

@@ -10,11 +10,18 @@ from typing import Any, TypeVar
 import yaml
 from run_folder import MANIFEST_FILE, check_free, latest_checkpoint, verify_checkpoint
 from safe_files import read_json_object, read_text
+from script_start import ArgumentParser
 from transformers import HfArgumentParser, PreTrainedConfig, PreTrainedTokenizerBase
 
 from modeling_seqboat import SeqBoatConfig
 
 Arguments = TypeVar("Arguments")
+
+
+class _Parser(HfArgumentParser):
+    """An HfArgumentParser whose errors are one line, without the list of all options."""
+
+    error = ArgumentParser.error
 
 
 def parse_arguments(kind: type[Arguments], argv: list[str] | None = None) -> Arguments:
@@ -23,7 +30,7 @@ def parse_arguments(kind: type[Arguments], argv: list[str] | None = None) -> Arg
     Raises FileNotFoundError and ValueError that name the recipe and the key at fault.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = HfArgumentParser(kind)
+    parser = _Parser(kind)
     if argv and argv[0].endswith((".yaml", ".yml")):
         argv = _recipe_flags(Path(argv[0]), set(kind.__dataclass_fields__)) + argv[1:]
     return parser.parse_args_into_dataclasses(args=argv)[0]
@@ -126,8 +133,12 @@ def check_model_folder(name: str) -> None:
     """Raises FileNotFoundError if `name` means a local folder, rather than a repository of the Hub, and no model is
     there."""
     folder = Path(name)
-    beside_others = len(folder.parts) > 1 and Path(folder.parts[0]).is_dir()
+    # A name on the Hub has one slash; where the examples write to is none's.
+    beside_others = len(folder.parts) > 1 and (Path(folder.parts[0]).is_dir() or folder.parts[0] == "outputs")
+    beside_others = beside_others or len(folder.parts) > 2
     if folder.exists() or folder.is_absolute() or name.startswith(".") or beside_others:
+        if not folder.exists():
+            raise FileNotFoundError(f"the model folder {name!r} does not exist")
         if not (folder / "config.json").is_file():
             raise FileNotFoundError(
                 f"there is no model in {name!r}: it has no config.json (train_lm.py writes models to best/ and final/)"

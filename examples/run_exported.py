@@ -8,6 +8,9 @@ The state goes from each call to the next: zeros, then what the last call return
 continued by `generate()`, and the tokens must be equal.
 """
 
+from script_start import ArgumentParser  # before torch
+
+# isort: split
 import argparse
 import json
 import time
@@ -53,7 +56,7 @@ class ExportedModel:
 
 
 def main(argv: list[str] | None = None) -> list[int]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="folder that export wrote")
     parser.add_argument("--prompt", default="The [[Mediterranean Sea]] is")
     parser.add_argument("--tokens", type=int, default=50)

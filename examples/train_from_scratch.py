@@ -6,16 +6,15 @@
 Needs no network. The model and its tokenizer are written to `outputs/train_from_scratch`, which git ignores.
 """
 
+from script_start import ArgumentParser  # before torch
+
+# isort: split
 import argparse
 import math
-import os
 import statistics
 import time
 from dataclasses import dataclass
 from pathlib import Path
-
-# Threads that wait for work would spin, which costs a machine shared with other programs most of its speed.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import numpy as np
 import torch
@@ -113,7 +112,7 @@ def decode_speed(model: SeqBoatForCausalLM, prompt: Tensor, steps: int) -> tuple
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fast", action="store_true", help="few steps and short measurements, about 20 seconds")
     parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, help="folder for model and tokenizer")
     parser.add_argument("--overwrite", action="store_true", help="write into an --output that holds files already")

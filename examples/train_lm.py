@@ -18,17 +18,16 @@ goes on with the time already used, and the learning rate falls by the share of 
 whichever is larger. `--model_type llama` trains a LlamaForCausalLM in the same way, for comparison.
 """
 
+import script_start  # noqa: F401, before torch
+
+# isort: split
 import json
 import math
-import os
 import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-
-# Threads that wait for work would spin, which costs a machine shared with other programs most of its speed.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 from accelerate import Accelerator

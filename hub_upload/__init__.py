@@ -1,4 +1,4 @@
 """Publishing SeqBoat models on the Hugging Face Hub: `build_folder`, `verify_folder`, `push_folder`, and
 `convert_checkpoint` for the published checkpoints, each in the module of its name. The command line is
-`python -m hub_upload`.
+`seqboat`, or `python -m hub_upload`.
 """

@@ -1,6 +1,8 @@
-"""Command line: `python -m hub_upload push|build|verify|convert|export|serve`."""
+"""Train, evaluate, look at, publish, convert, serve and export SeqBoat models. The command is `seqboat`, or
+`python -m hub_upload` where the package is not installed."""
 
 import argparse
+import runpy
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,13 +11,29 @@ from huggingface_hub import get_token
 
 from .errors import HubUploadError, redact
 
+# Scripts of `examples/`, which read the rest of the command line themselves.
+SCRIPTS = {
+    "train": ("train_lm.py", "train a language model by a recipe, or by flags"),
+    "evaluate": ("evaluate_lm.py", "bits per byte of a language model on a text"),
+    "activations": ("activation_map.py", "a page that shows where a model attends in a text or picture"),
+}
 
-def build_parser() -> argparse.ArgumentParser:
+
+class _Parser(argparse.ArgumentParser):
+    """Errors are one line, without the list of all options."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message} (--help lists the options)\n")
+
+
+def build_parser(prog: str = "seqboat") -> argparse.ArgumentParser:
     """The parser of all subcommands."""
-    parser = argparse.ArgumentParser(prog="python -m hub_upload", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
+    parser = _Parser(prog=prog, description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (_, text) in SCRIPTS.items():
+        commands.add_parser(name, help=text)
 
-    push = commands.add_parser("push", help="build, verify and upload a model in one commit")
+    push = commands.add_parser("publish", aliases=["push"], help="build, verify and upload a model in one commit")
     _add_model(push)
     push.add_argument("--repo-id", required=True, metavar="NAME/REPO", help="created if it does not exist")
     push.add_argument("--private", action="store_true", help="create the repo as a private one")
@@ -27,7 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     push.add_argument("--no-verify", action="store_true", help="upload without loading the folder in a fresh process")
     push.set_defaults(run=_push)
 
-    build = commands.add_parser("build", help="write the folder that push would upload")
+    build = commands.add_parser("build", help="write the folder that publish would upload")
     _add_model(build)
     build.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder to write")
     build.add_argument("--overwrite", action="store_true", help="replace an existing model folder")
@@ -205,9 +223,25 @@ def _serve(args: argparse.Namespace) -> None:
     serve_model(args.model, args.rest)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def _run_script(name: str, arguments: Sequence[str], prog: str) -> int:
+    """Run a script as `python` would, in this process: a signal reaches it, and it ends the process as it likes."""
+    here = Path(__file__).resolve().parent
+    # An installed package holds the scripts, in a checkout (editable installs too) they lie beside it.
+    for folder in (here / "examples", here.parent / "examples"):
+        if (folder / name).is_file():
+            sys.path.insert(0, str(folder))
+            sys.argv = [prog, *arguments]
+            runpy.run_path(str(folder / name), run_name="__main__")
+            return 0
+    raise HubUploadError(f"{name} is not beside this package: install it again, or run the command in a checkout.")
+
+
+def main(arguments: Sequence[str] | None = None, prog: str = "seqboat") -> int:
     """Run the command line. Returns the exit status: 0, or 1 after an error that was printed."""
-    parser = build_parser()
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments and arguments[0] in SCRIPTS:
+        return _run_script(SCRIPTS[arguments[0]][0], arguments[1:], f"{prog} {arguments[0]}")
+    parser = build_parser(prog)
     args, args.rest = parser.parse_known_args(arguments)
     if args.rest and args.command != "serve":
         parser.error(f"unrecognized arguments: {' '.join(args.rest)}")

@@ -6,17 +6,21 @@ The table stands between two comment lines of the page; what is written around t
 the last one counts.
 """
 
+import sys
+from pathlib import Path
+
+# The examples share modules, which lie one folder up.
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+from script_start import ArgumentParser  # before torch
+
+# isort: split
 import argparse
 import lzma
 import math
-import sys
 import tarfile
 import zlib
-from pathlib import Path
 
-# The examples share this module, which lies one folder up.
-sys.path.append(str(Path(__file__).resolve().parent.parent))
-from safe_files import decode_text, parse_json, replacing, write_json, write_text  # noqa: E402
+from safe_files import decode_text, parse_json, replacing, write_json, write_text
 
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 PICTURES = ("confusion_matrix.png", "activations.png")
@@ -168,7 +172,7 @@ def write_page(page: Path, results: dict[str, dict], pictures: dict[str, dict[st
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("collected", nargs="+", type=Path, metavar="FILE.tar.gz")
     parser.add_argument("--page", required=True, type=Path)
     a = parser.parse_args(argv)

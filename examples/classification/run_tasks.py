@@ -8,21 +8,25 @@ Each argument `TASK=DATA` is a task and its --data_path (image: and, behind a co
 `output_dir` a folder a task, its output as `TASK.log`, and `summary.json`. A task that fails does not stop the others.
 """
 
+import sys
+from pathlib import Path
+
+# The examples share modules, which lie one folder up.
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+from script_start import ArgumentParser  # before torch
+
+# isort: split
 import argparse
 import os
 import shlex
 import signal
 import subprocess
-import sys
 import tarfile
 import time
-from pathlib import Path
+
+from safe_files import read_json_object, replacing, write_json
 
 HERE = Path(__file__).resolve().parent
-# The examples share this module, which lies one folder up.
-sys.path.append(str(HERE.parent))
-from safe_files import read_json_object, replacing, write_json  # noqa: E402
-
 RECIPES = HERE.parent.parent / "configuration/recipes/classification"
 RECIPE_NAMES = {
     "text": "lra-text", "image": "lra-image", "listops": "lra-listops", "pathfinder": "lra-pathfinder",
@@ -35,7 +39,7 @@ LOG_BYTES = 1_000_000
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tasks", nargs="+", metavar="TASK=DATA", help=f"a task: {', '.join(RECIPE_NAMES)}")
     parser.add_argument("--output_dir", required=True, type=Path, help="must be new or empty, unless a task resumes")
     parser.add_argument("--published", action="store_true", help="the published recipes instead of the short ones")

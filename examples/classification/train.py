@@ -9,36 +9,39 @@ after the current step; interrupted in whatever way, it goes on from the last on
 latest`. With `--max_minutes` it ends in time, the learning rate run down.
 """
 
+import sys
+from pathlib import Path
+
+# The examples share modules, which lie one folder up.
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+import script_start  # noqa: F401, before torch
+
+# isort: split
 import math
 import os
 import platform
 import shlex
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
 from budget import TimeBudget
 from pictures import write_activations, write_confusion_matrix
+from ranges import BETA, LARGEST_SEED, MAX_NORM, Range, at_least, check_ranges, from_to
+from recipes import check_output_folder, check_same_shape, checkpoint_folder, parse_arguments
+from run_folder import RunFolder, take_folder_once
+from safe_files import parse_json, replacing, write_json
 from tasks import DATA_RANGES, DataArguments, EpochOrder, TaskData, load_task
 from tqdm.auto import tqdm
+from trainer_runs import RunTrainer, check_trainer_checkpoint
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
 import modeling_seqboat
 from modeling_seqboat import SeqBoatConfig
 from modeling_seqboat.training_seqboat import RouterCallback, parameter_groups
-
-# The examples share this module, which lies one folder up.
-sys.path.append(str(Path(__file__).resolve().parent.parent))
-from ranges import BETA, LARGEST_SEED, MAX_NORM, Range, at_least, check_ranges, from_to  # noqa: E402
-from recipes import check_output_folder, check_same_shape, checkpoint_folder, parse_arguments  # noqa: E402
-from run_folder import RunFolder, take_folder_once  # noqa: E402
-from safe_files import parse_json, replacing, write_json  # noqa: E402
-from trainer_runs import RunTrainer, check_trainer_checkpoint  # noqa: E402
 
 
 @dataclass

@@ -18,6 +18,7 @@ from example_paths import write_text  # noqa: E402
 from plan import Planned, Results  # noqa: E402
 from run_data import Sources  # noqa: E402
 from run_recipe import RunRecipe, load_recipe  # noqa: E402
+from script_start import ArgumentParser  # noqa: E402
 from tables import Row, conditions, finished, is_timed, runs_table, settings_table, speed_table  # noqa: E402
 
 RECIPES = ROOT / "configuration/recipes/experiments"
@@ -105,7 +106,7 @@ def write_page(experiment: Experiment, rows: list[Row], missing: int, folder: Pa
 
 
 def build_parser(description: str | None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--output", type=Path, default=OUTPUT, help=f"folder of results and pages, {OUTPUT} by default"
     )

@@ -8,11 +8,14 @@ from pathlib import Path
 
 # The package beside the examples, installed or not.
 sys.path.append(str(Path(__file__).resolve().parents[2]))
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+import script_start  # noqa: F401, before torch
 
-import torch  # noqa: E402
-from run_data import Sources  # noqa: E402
-from run_recipe import from_flat  # noqa: E402
-from runs import execute  # noqa: E402
+# isort: split
+import torch
+from run_data import Sources
+from run_recipe import from_flat
+from runs import execute
 
 
 def main() -> None:

@@ -9,30 +9,32 @@ What `results.jsonl` holds already is not computed again. With flags after it, `
 mean.
 """
 
+import sys
+from pathlib import Path
+
+# The examples share modules, which lie one folder up.
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+import script_start  # noqa: F401, before torch
+
+# isort: split
 import json
 import math
-import os
-import sys
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
-from pathlib import Path
 
 import numpy as np
 import torch
 from reading import Reading, read_texts
 from recall_models import TaskArguments, build_task
 from recall_tasks import batch_of, example_of
+from recipes import check_model_folder, parse_arguments
+from run_folder import open_log
+from safe_files import json_lines, read_json_object, replacing, write_text
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM
 
 import modeling_seqboat  # noqa: F401  (registers the architecture)
-
-# The examples share this module, which lies one folder up.
-sys.path.append(str(Path(__file__).resolve().parent.parent))
-from recipes import check_model_folder, parse_arguments  # noqa: E402
-from run_folder import open_log  # noqa: E402
-from safe_files import json_lines, read_json_object, replacing, write_text  # noqa: E402
 
 RECALL_FILE = "recall.json"
 RESULTS = "results.jsonl"
@@ -259,8 +261,6 @@ def check_arguments(a: EvaluateArguments) -> None:
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
-    # As the other examples: waiting threads leave the cores to others.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     a = parse_arguments(EvaluateArguments, argv)
     check_arguments(a)
     output = Path(a.output_dir)

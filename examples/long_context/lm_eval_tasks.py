@@ -17,22 +17,25 @@ The last three are in the style of RULER (arXiv 2404.06654), at bytes: prompts o
 generate.
 """
 
-import json
 import sys
+from pathlib import Path
+
+# The examples share modules, which lie one folder up.
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+import script_start  # noqa: F401, before torch
+
+# isort: split
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import yaml
 from recall_models import EXCERPT
 from recall_tasks import spread
-
-# The examples share these modules, which lie one folder up.
-sys.path.append(str(Path(__file__).resolve().parent.parent))
-from recipes import check_output_folder, parse_arguments  # noqa: E402
-from safe_files import write_text  # noqa: E402
-from text_data import read_text_file  # noqa: E402
+from recipes import check_output_folder, parse_arguments
+from safe_files import write_text
+from text_data import read_text_file
 
 GROUP = "long_bytes"
 

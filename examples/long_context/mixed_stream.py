@@ -17,20 +17,23 @@ the answer: the class as a digit, the word's place as a letter, or the fact's di
 Letters: L tokens of a stream.
 """
 
-import io
 import sys
+from pathlib import Path
+
+# The examples share modules, which lie one folder up.
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+import script_start  # noqa: F401, before torch
+
+# isort: split
+import io
 import zipfile
 import zlib
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 from recall_tasks import FACT_END, FACT_START, Example, spread
-
-# The examples share this module, which lies one folder up.
-sys.path.append(str(Path(__file__).resolve().parent.parent))
-from recipes import parse_arguments  # noqa: E402
-from safe_files import read_packed, replacing  # noqa: E402
+from recipes import parse_arguments
+from safe_files import read_packed, replacing
 
 # Marks of the modalities are ids of the byte tokenizer's specials: no byte can be mistaken for one.
 TEXT, AUDIO, PICTURE, END, QUESTION = 257, 260, 261, 263, 262

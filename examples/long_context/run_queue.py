@@ -9,21 +9,25 @@ has `final/` already is left out, one that has a checkpoint goes on from it. A r
 minutes and five more is noted in `queue.jsonl`, and the next one begins. Runs start in the order of the plan.
 """
 
+import sys
+from pathlib import Path
+
+# The examples share modules, which lie one folder up.
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+import script_start  # noqa: F401, before torch
+
+# isort: split
 import json
 import math
 import os
 import re
 import subprocess
-import sys
 import threading
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 
-# The examples share this module, which lies one folder up.
-sys.path.append(str(Path(__file__).resolve().parent.parent))
-from recipes import parse_arguments, read_yaml  # noqa: E402
-from run_folder import open_log  # noqa: E402
+from recipes import parse_arguments, read_yaml
+from run_folder import open_log
 
 SCRIPT = Path(__file__).resolve().parent / "train_recall.py"
 # Seconds that a run may take beside its training: starting, validation, saving.

@@ -11,15 +11,20 @@ falls; `routing.py` says what makes the routers keep what is asked for later. Wr
 `recall.json`, which `evaluate_recall.py` reads.
 """
 
+import sys
+from pathlib import Path
+
+# The examples share modules, which lie one folder up.
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+import script_start  # noqa: F401, before torch
+
+# isort: split
 import json
 import math
-import os
 import shutil
-import sys
 import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
@@ -29,20 +34,9 @@ from evaluate_recall import RECALL_FILE, distance_bucket, summary
 from reading import read_texts
 from recall_models import ModelArguments, TaskArguments, build_model, build_task, parameter_count
 from recall_tasks import Batch, batch_of, example_of
+from recipes import parse_arguments
 from routing import RouterWatch, open_routers, release_routers
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from torch.nn import functional as F
-from transformers import set_seed
-
-from modeling_seqboat import SeqBoatForCausalLM
-from modeling_seqboat.training_seqboat import parameter_groups
-
-# The examples share these modules, which lie one folder up.
-sys.path.append(str(Path(__file__).resolve().parent.parent))
-from recipes import parse_arguments  # noqa: E402
-from run_folder import (  # noqa: E402
+from run_folder import (
     PARTIAL,
     RunFolder,
     check_free,
@@ -51,7 +45,15 @@ from run_folder import (  # noqa: E402
     take_folder,
     verify_checkpoint,
 )
-from safe_files import write_json  # noqa: E402
+from safe_files import write_json
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import set_seed
+
+from modeling_seqboat import SeqBoatForCausalLM
+from modeling_seqboat.training_seqboat import parameter_groups
 
 VALIDATION_SEED = 2**31
 STATE_FILE = "state.safetensors"
@@ -303,8 +305,6 @@ def write_model(training: Training, folder: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> dict:
-    # As the other examples: waiting threads leave the cores to others.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     a = parse_arguments(TrainArguments, argv)
     check_arguments(a)
     checkpoint = latest_checkpoint(Path(a.output_dir)) if a.resume else None
