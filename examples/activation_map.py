@@ -281,11 +281,7 @@ def main(arguments: list[str] | None = None) -> None:
     with replacing(arguments.output / PICTURE) as partial:
         write_png(shown, partial)
     write_text(arguments.output / PAGE, page)
-    report = shown.report
-    print("layer  activated  span  context")
-    for layer, (rate, span, context) in enumerate(zip(report.rates, report.spans, report.contexts, strict=True)):
-        print(f"{layer:5}  {rate:9.1%}  {span:4.0f}  {context:7.0f}")
-    print(f"FLOPs saved against attention that is always on: {report.share_saved:.1%}")
+    print(shown.report)
     print(visible(f"wrote {arguments.output / PAGE} and {arguments.output / PICTURE}"))
 
 

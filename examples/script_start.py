@@ -1,11 +1,12 @@
 """What every script does first: `import script_start`, before torch.
 
-It lets waiting threads sleep, and ends what users can put right in one line instead of a traceback: a wrong value or
-file that the code here refused, and a package that is not installed. `SEQBOAT_TRACEBACK=1` in front of a command shows
-the traceback of those too.
+It lets waiting threads sleep, leaves out warnings that no user can act on, and ends what users can put right in one
+line instead of a traceback: a wrong value or file that the code here refused, and a package that is not installed.
+`SEQBOAT_TRACEBACK=1` in front of a command shows the traceback of those too.
 """
 
 import argparse
+import logging
 import os
 import sys
 from pathlib import Path
@@ -13,6 +14,12 @@ from types import FrameType, TracebackType
 
 # Threads that wait for work would spin, which costs a machine shared with other programs most of its speed.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+# Kernels of torchao that this machine's torch cannot load, which nothing here calls; remarks of torch on torchao; and
+# that output and embedding share a weight, as the config says, in every checkpoint.
+for _name in ("torchao", "torch.utils._pytree"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
+logging.getLogger("accelerate.utils.other").addFilter(lambda record: "Removed shared tensor" not in str(record.msg))
 
 HERE = Path(__file__).resolve().parent
 # Packages that the scripts import, and the extra that brings each.

@@ -2,10 +2,10 @@
 `python -m hub_upload` where the package is not installed."""
 
 import argparse
-import runpy
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
 from huggingface_hub import get_token
 
@@ -229,9 +229,13 @@ def _run_script(name: str, arguments: Sequence[str], prog: str) -> int:
     # An installed package holds the scripts, in a checkout (editable installs too) they lie beside it.
     for folder in (here / "examples", here.parent / "examples"):
         if (folder / name).is_file():
+            file = folder / name
+            script = ModuleType("__main__")
+            script.__file__ = str(file)
+            sys.modules["__main__"], sys.argv = script, [prog, *arguments]
             sys.path.insert(0, str(folder))
-            sys.argv = [prog, *arguments]
-            runpy.run_path(str(folder / name), run_name="__main__")
+            # Not runpy: it would put the file's name in place of the command's, which errors are reported by.
+            exec(compile(file.read_bytes(), str(file), "exec"), script.__dict__)
             return 0
     raise HubUploadError(f"{name} is not beside this package: install it again, or run the command in a checkout.")
 

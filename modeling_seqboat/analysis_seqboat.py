@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .configuration_seqboat import SeqBoatConfig
@@ -129,7 +129,8 @@ def _ratio(part: Tensor, whole: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ActivationReport:
-    """Counts over the real tokens of some rows, and the averages that they give. Reports of several batches add up.
+    """Counts over the real tokens of some rows, and the averages that they give. Reports of several batches add up;
+    `print` shows one as a table.
 
     Attributes:
         config: the model's.
@@ -210,6 +211,14 @@ class ActivationReport:
         always_on = self.always_on_flops.total * len(self.flops)
         return sum(self.flops_saved) / always_on if always_on else float("nan")
 
+    def __str__(self) -> str:
+        lines = [f"{self.tokens:,} tokens", "layer  activated  span  context"]
+        rows = zip(self.rates.tolist(), self.spans.tolist(), self.contexts.tolist(), strict=True)
+        lines += [
+            f"{layer:5}  {rate:9.1%}  {span:4.0f}  {context:7.0f}" for layer, (rate, span, context) in enumerate(rows)
+        ]
+        return "\n".join([*lines, f"FLOPs saved against attention that is always on: {self.share_saved:.1%}"])
+
     def __add__(self, other: "ActivationReport") -> "ActivationReport":
         """The report on both sets of rows. Raises ValueError where layers, buckets or classes are not the same."""
         for name in ("bucket_size", "class_names"):
@@ -228,8 +237,8 @@ class ActivationReport:
 
 
 def analyse_activations(
-    router_probs: Sequence[Tensor],
-    config: SeqBoatConfig,
+    router_probs: Sequence[Tensor] | nn.Module,
+    config: SeqBoatConfig | Tensor,
     *,
     input_ids: Tensor | None = None,
     attention_mask: Tensor | None = None,
@@ -241,9 +250,13 @@ def analyse_activations(
 ) -> ActivationReport:
     """Counts activations, spans and FLOPs of whole rows.
 
+    `analyse_activations(model, input_ids)` runs a model that reads tokens on (B, L) ids, in evaluation mode and with
+    the masks and positions given here, and counts what its routers chose.
+
     Args:
         router_probs: one (B, L) float tensor a layer, as the model returned it: above 0 at activated tokens. The rows
             must be whole: for a text fed in chunks through a cache, concatenate the chunks' tensors.
+        config: the model's.
         input_ids: (B, L) int64, for the rates by token class.
         attention_mask, position_ids, seq_idx, cu_seq_lens_q: as they were given to the model.
         bucket_size: tokens a position bucket; an eighth of L, rounded up, when not given.
@@ -251,7 +264,18 @@ def analyse_activations(
 
     Raises:
         ValueError: for shapes that do not fit each other, an activated pad, or a class outside `token_classes.names`.
+        TypeError: for anything but router_probs with a config, or a model with ids.
     """
+    if isinstance(router_probs, nn.Module) and isinstance(config, Tensor):
+        model, input_ids = router_probs, config
+        given = {"attention_mask": attention_mask, "position_ids": position_ids, "seq_idx": seq_idx,
+                 "cu_seq_lens_q": cu_seq_lens_q}  # fmt: skip
+        router_probs, config = _run(model, input_ids, given), model.config
+    if isinstance(router_probs, nn.Module) or not isinstance(config, SeqBoatConfig):
+        raise TypeError(
+            "analyse_activations takes (outputs.router_probs, model.config) of a call with output_router_probs=True, "
+            f"or (model, input_ids); got {type(router_probs).__name__} and {type(config).__name__}"
+        )
     active = _active_tokens(router_probs, config)
     batch, length = active.shape[1:]
     if bucket_size is None:
@@ -296,6 +320,17 @@ def analyse_activations(
         distance=torch.stack([reach.mean_distance.sum() for reach in reaches]).cpu(),
         farthest=torch.stack([reach.farthest.sum() for reach in reaches]).cpu(),
     )
+
+
+@torch.no_grad()
+def _run(model: nn.Module, input_ids: Tensor, given: dict[str, Tensor | None]) -> tuple[Tensor, ...]:
+    """A model's `router_probs` for some rows."""
+    was_training = model.training
+    try:
+        options = {name: value for name, value in given.items() if value is not None}
+        return model.eval()(input_ids, use_cache=False, output_router_probs=True, **options).router_probs
+    finally:
+        model.train(was_training)
 
 
 def _active_tokens(router_probs: Sequence[Tensor], config: SeqBoatConfig) -> Tensor:

@@ -7,6 +7,8 @@ import copy
 import difflib
 import inspect
 import math
+import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Integral
@@ -51,6 +53,9 @@ AUTO_CLASSES: dict[str, str] = {
     "AutoModelForQuestionAnswering": "SeqBoatForQuestionAnswering",
     "AutoModelForMaskedLM": "SeqBoatForMaskedLM",
 }
+
+# Up to here one busy program takes a large part of the machine.
+_FEW_CORES = 4
 
 # What every model takes that says what else to return.
 OUTPUT_FLAGS = ("output_hidden_states", "output_router_probs", "output_attentions")
@@ -181,6 +186,35 @@ def refuse_tracing() -> None:
         )
 
 
+def _warn_of_another_window(config: SeqBoatConfig, name: str | os.PathLike, options: dict[str, Any]) -> None:
+    """Says where a model was loaded with another memory than its weights were saved with."""
+    where = {key: options[key] for key in ("cache_dir", "revision", "subfolder") if options.get(key) is not None}
+    try:
+        # What was read a moment ago: no request is made for it.
+        saved, _ = SeqBoatConfig.get_config_dict(name, local_files_only=True, **where)
+    # Weights can come without a file of their config.
+    except (OSError, TypeError, ValueError):
+        return
+    trained = saved.get("memory_size", config.memory_size)
+    if trained != config.memory_size:
+        logger.warning(
+            f"memory_size is {config.memory_size}, but {trained} in {name}: a trained model "
+            "is best with the window that it was trained with, and worse with smaller and larger ones."
+        )
+
+
+def _hint_at_waiting_threads() -> None:
+    """Says once that OpenMP's threads spin while they wait, where that can cost most of the speed: few cores, and no
+    accelerator. Only the environment of a process that starts can change it."""
+    few = sys.platform == "linux" and (os.cpu_count() or 1) <= _FEW_CORES and torch.get_num_threads() > 1
+    chosen = "OMP_WAIT_POLICY" in os.environ or "GOMP_SPINCOUNT" in os.environ
+    if few and not chosen and not torch.accelerator.is_available():
+        logger.warning_once(
+            "SeqBoat on few CPU cores: start Python with OMP_WAIT_POLICY=passive if other programs run beside it, "
+            "which can make it ten times faster, or with OMP_WAIT_POLICY=active if none do."
+        )
+
+
 class SeqBoatPreTrainedModel(PreTrainedModel):
     """Initialisation, loading and the capability sheet shared by all SeqBoat models."""
 
@@ -276,11 +310,14 @@ class SeqBoatPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
         """`PreTrainedModel.from_pretrained`, which would only warn of a checkpoint that is no SeqBoat's.
 
+        Warns where `memory_size` is not the one that the weights were saved with.
+
         Raises:
             ValueError: if the checkpoint holds none of the layers' tensors but others; with `output_loading_info` the
                 report that is returned says so.
         """
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        _warn_of_another_window(model.config, args[0] if args else kwargs["pretrained_model_name_or_path"], kwargs)
         if output_loading_info:
             return model, info
         layers = {name for name in model.state_dict() if "layers." in name}
@@ -322,6 +359,7 @@ class SeqBoatModel(SeqBoatPreTrainedModel):
 
     def __init__(self, config: SeqBoatConfig):
         super().__init__(config)
+        _hint_at_waiting_threads()
         if config.input_type == "tokens":
             self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         else:

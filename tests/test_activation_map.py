@@ -227,7 +227,7 @@ def test_refuses_inputs(models, tmp_path, capsys, kind, source, message):
 def test_refuses_models_and_options(models, tmp_path, capsys):
     out = ["--output", str(tmp_path / "out")]
     (tmp_path / "empty").mkdir()
-    assert "holds no config.json" in refusal([str(tmp_path / "empty"), "text", *out], capsys)
+    assert "it has no config.json" in refusal([str(tmp_path / "empty"), "text", *out], capsys)
     (tmp_path / "other").mkdir()
     (tmp_path / "other/config.json").write_text('{"model_type": "gpt2"}')
     assert "is a 'gpt2', not a SeqBoat" in refusal([str(tmp_path / "other"), "text", *out], capsys)

@@ -275,3 +275,25 @@ def test_refuses_what_does_not_fit():
     report = analyse_activations(probs, model.config)
     with pytest.raises(ValueError, match="differ in bucket_size: 2 and 3"):
         report + analyse_activations(probs, model.config, bucket_size=3)
+
+
+def test_a_model_and_ids_give_the_report_of_its_router_probs():
+    """`analyse_activations(model, ids)` is short for running the model, whose mode stays what it was."""
+    torch.manual_seed(0)
+    model = tiny_lm().train()
+    ids = token_ids(2, 24)
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    report = analyse_activations(model, ids, attention_mask=mask)
+    assert model.training
+    with torch.no_grad():
+        probs = model.eval()(ids, attention_mask=mask, output_router_probs=True).router_probs
+    expected = analyse_activations(probs, model.config, input_ids=ids, attention_mask=mask)
+    assert report.tokens == 43 and torch.equal(report.activated, expected.activated)
+    assert torch.equal(report.class_activated, expected.class_activated)
+    lines = str(report).splitlines()
+    assert lines[:2] == ["43 tokens", "layer  activated  span  context"] and len(lines) == 3 + len(probs)
+    assert f"{report.rates[0]:.1%}" in lines[2]
+    for wrong in ((model, model.config), (probs, ids)):
+        with pytest.raises(TypeError, match="or \\(model, input_ids\\)"):
+            analyse_activations(*wrong)

@@ -1,0 +1,146 @@
+"""The command `seqboat`, and what the scripts say of mistakes: one line that names what is wrong."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import tiny_lm
+
+from hub_upload.cli import main
+from modeling_seqboat import SeqBoatForCausalLM, build_byte_tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(command, cwd, *, start="", **environment):
+    """A command of Python in another folder, as a user types it; `start` runs first in the process."""
+    script = f"import sys; sys.argv = {command!r}; sys.path.insert(0, {str(ROOT)!r})\n{start}\n" + (
+        f"sys.path.insert(0, {os.path.dirname(command[0])!r})\n"
+        "import runpy; runpy.run_path(sys.argv[0], run_name='__main__')"
+        if command[0].endswith(".py")
+        else "from hub_upload.cli import main; sys.exit(main())"
+    )
+    variables = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "HF_HUB_OFFLINE": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        **environment,
+    }
+    return subprocess.run(
+        [sys.executable, "-c", script], cwd=cwd, env=variables, capture_output=True, text=True, timeout=280
+    )
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    tiny_lm(vocab_size=264).save_pretrained(folder)
+    build_byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_lists_its_commands(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    for name in ("train", "evaluate", "activations", "publish", "convert", "serve", "export"):
+        assert f"\n    {name} " in shown
+
+
+@pytest.mark.parametrize("command", [["nothing"], ["convert"], ["evaluate"], ["train", "--max_step", "3"]])
+def test_a_wrong_command_line_is_answered_in_one_line(command, tmp_path):
+    done = run(["seqboat", *command], tmp_path)
+    assert done.returncode == 2
+    (line,) = [line for line in done.stderr.splitlines() if "rror" in line]
+    assert line.startswith(f"seqboat {command[0]}: error: " if command != ["nothing"] else "seqboat: error: ")
+    assert "usage:" not in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_folder_that_does_not_exist_is_named(tmp_path):
+    done = run(["seqboat", "evaluate", "outputs/nothing", "--data", "text.txt"], tmp_path)
+    assert done.returncode == 2 and "the model folder 'outputs/nothing' does not exist" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_activations_twice(model, tmp_path):
+    """A second run says what is there, and `--overwrite` replaces it."""
+    pytest.importorskip("matplotlib")
+    command = ["seqboat", "activations", str(model), "To be, or not to be"]
+    first, second = run(command, tmp_path), run(command, tmp_path)
+    assert first.returncode == 0, first.stderr
+    assert "layer  activated" in first.stdout
+    assert (tmp_path / "outputs/activation_map/activation_map.html").is_file()
+    assert second.returncode == 2 and "add --overwrite to replace" in second.stderr
+    assert "usage:" not in second.stderr and "Traceback" not in second.stderr
+    assert run([*command, "--overwrite"], tmp_path).returncode == 0
+
+
+def test_a_value_that_is_refused_ends_in_one_line_and_a_fault_in_its_traceback(tmp_path):
+    """Errors that this package raises say what to do; any other needs its traceback."""
+    text = tmp_path / "text.txt"
+    text.write_text("To be, or not to be")
+    command = [
+        str(ROOT / "examples/train_lm.py"),
+        "--train_file",
+        "text.txt",
+        "--output_dir",
+        "out",
+        "--max_steps",
+        "1",
+    ]
+    pytest.importorskip("accelerate")
+    done = run(command, tmp_path)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "train_lm.py: error: sequence_length" in done.stderr
+    assert "Traceback" in run(command, tmp_path, SEQBOAT_TRACEBACK="1").stderr
+    broken = run(command, tmp_path, start="import transformers; transformers.HfArgumentParser.parse_args = 1 / 0")
+    assert broken.returncode == 1 and "Traceback" in broken.stderr and "ZeroDivisionError" in broken.stderr
+
+
+@pytest.mark.parametrize(
+    "package, extra, script", [("accelerate", "train", "train_lm"), ("peft", "train", "finetune_lora")]
+)
+def test_a_missing_package_names_the_extra(package, extra, script, tmp_path):
+    hide = f"sys.modules[{package!r}] = None"
+    done = run([str(ROOT / f"examples/{script}.py"), "--output_dir", "out"], tmp_path, start=hide)
+    assert done.returncode == 1
+    assert f'the package {package} is not installed: pip install -c constraints.txt -e ".[{extra}]"' in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_scripts_let_waiting_threads_sleep():
+    """Every script that computes imports `script_start` before torch: OpenMP reads it when torch is loaded."""
+    marker = '__name__ == "__main__"'
+    scripts = [path for path in (ROOT / "examples").rglob("*.py") if marker in path.read_text("utf-8")]
+    # The experiments compute in the processes of worker.py alone.
+    scripts = [path for path in scripts if path.parent.name != "experiments" or path.name == "worker.py"]
+    assert len(scripts) > 15
+    for path in scripts:
+        lines = path.read_text("utf-8").splitlines()
+        torch_lines = [n for n, line in enumerate(lines) if line.startswith(("import torch", "from torch"))]
+        if torch_lines:
+            assert any("script_start" in line for line in lines[: torch_lines[0]]), path
+
+
+def test_another_memory_than_the_trained_one_is_warned_of(model, caplog):
+    """The window is part of what was trained: loading with another one says so, with the same one nothing."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.enable_propagation()
+    try:
+        trained = AutoModelForCausalLM.from_pretrained(model).config.memory_size
+        assert "memory_size" not in caplog.text
+        AutoModelForCausalLM.from_pretrained(model, memory_size=trained + 1)
+        assert f"memory_size is {trained + 1}, but {trained} in" in caplog.text
+        caplog.clear()
+        config = AutoConfig.from_pretrained(model)
+        config.memory_size = trained + 2
+        SeqBoatForCausalLM.from_pretrained(model, config=config)
+        assert f"memory_size is {trained + 2}, but {trained} in" in caplog.text
+    finally:
+        logging.disable_propagation()
