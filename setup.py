@@ -33,6 +33,9 @@ TEST = [
     "triton>=3.6; platform_system == 'Linux'",
 ]
 
+# The documentation's site: `mkdocs serve`.
+DOCS = ["mkdocs>=1.6", "mkdocs-material>=9.6", "mkdocstrings[python]>=0.30"]
+
 # The loss of large vocabularies without their logits, on a GPU.
 LIGER = ["liger-kernel>=0.6.2"]
 
@@ -64,7 +67,7 @@ setup(
         "tqdm>=4.66",
         "transformers>=5.17",
     ],
-    extras_require={"train": TRAIN, "test": TEST, "liger": LIGER, "export": EXPORT},
+    extras_require={"train": TRAIN, "test": TEST, "liger": LIGER, "export": EXPORT, "docs": DOCS},
     packages=["modeling_seqboat", "modeling_seqboat.configuration", "hub_upload", "hub_upload.examples"],
     package_dir={"modeling_seqboat.configuration": "configuration", "hub_upload.examples": "examples"},
     entry_points={"console_scripts": ["seqboat = hub_upload.cli:main"]},

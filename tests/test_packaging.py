@@ -88,3 +88,20 @@ def test_constraints_pin_every_requirement(file):
     pinned = {line.split("==")[0].lower().replace("_", "-") for line in lines}
     direct = {"torch", "transformers", "tokenizers", "safetensors", "numpy", "huggingface-hub", "tqdm"}
     assert direct | {"accelerate", "datasets", "peft", "trl", "pytest", "hypothesis"} <= pinned
+
+
+def test_the_command_finds_its_scripts_after_a_plain_install(installed, tmp_path):
+    """`seqboat train` and the like work without a checkout."""
+    entry = (next(installed.glob("*.dist-info")) / "entry_points.txt").read_text(encoding="utf-8")
+    assert "seqboat = hub_upload.cli:main" in entry
+    output = run_there(
+        installed,
+        "from hub_upload.cli import main\n"
+        "try:\n"
+        "    main(['evaluate', '--help'])\n"
+        "finally:\n"
+        "    print(sys.modules['script_start'].__file__)\n",
+        tmp_path,
+    )
+    assert "usage: seqboat evaluate" in output
+    assert Path(output.splitlines()[-1]).is_relative_to(installed)
