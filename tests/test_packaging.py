@@ -54,7 +54,10 @@ def test_presets_are_found_after_a_plain_install(installed, tmp_path):
 
 
 def test_only_the_package_and_hub_upload_become_modules(installed):
-    names = {path.name for path in installed.iterdir() if not path.name.endswith(".dist-info")} - {"__pycache__"}
+    names = {path.name for path in installed.iterdir() if not path.name.endswith(".dist-info")} - {
+        "__pycache__",
+        "bin",
+    }
     assert names == {"modeling_seqboat", "hub_upload"}
     assert (installed / "modeling_seqboat" / "py.typed").is_file()
     shipped = {path.name for path in (installed / "modeling_seqboat").glob("*.py")}
