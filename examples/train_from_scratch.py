@@ -64,9 +64,12 @@ def train(model: SeqBoatForCausalLM, data: Tensor, plan: Plan) -> int:
     windows = data.unfold(0, plan.length, 1)
     model.train()
     start = time.perf_counter()
-    bar = tqdm(range(plan.steps), desc="training", unit="step", mininterval=1.0)
-    for step in bar:
-        done = max(step / plan.steps, (time.perf_counter() - start) / plan.seconds)
+    # Seconds, for time ends a run on most machines; one that does all steps before goes to the end at once.
+    bar = tqdm(total=round(plan.seconds), desc="training", unit="s", mininterval=1.0)
+    for step in range(plan.steps):
+        seconds = time.perf_counter() - start
+        done = max(step / plan.steps, seconds / plan.seconds)
+        bar.update(min(round(seconds), bar.total) - bar.n)
         if done >= 1:
             bar.close()
             return step
@@ -79,7 +82,9 @@ def train(model: SeqBoatForCausalLM, data: Tensor, plan: Plan) -> int:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        bar.set_postfix(bits_per_byte=f"{loss.item() / math.log(2):.3f}", refresh=False)
+        bar.set_postfix(step=step, bits_per_byte=f"{loss.item() / math.log(2):.3f}", refresh=False)
+    bar.update(bar.total - bar.n)
+    bar.close()
     return plan.steps
 
 

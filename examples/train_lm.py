@@ -360,12 +360,15 @@ class Training:
 
         if self.accelerator.is_main_process:
             self.log = open_log(self.saver.folder.path / "metrics.jsonl")
-        limit = None if math.isinf(self.a.max_steps) else self.a.max_steps
+        # What ends by time is counted in seconds.
+        total, done, unit = self.a.max_steps, self.progress.step, "it"
+        if math.isinf(total):
+            total, done, unit = round(60 * self.a.max_minutes), round(self.progress.seconds), "s"
         hidden = not self.accelerator.is_local_main_process
         # Schedulers send SIGTERM before they kill.
         previous = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            with tqdm(total=limit, initial=self.progress.step, disable=hidden) as bar:
+            with tqdm(total=total, initial=done, unit=unit, disable=hidden) as bar:
                 return self._loop(iter(loader), bar)
         finally:
             for number, handler in previous.items():
@@ -381,8 +384,8 @@ class Training:
             loss = self._step(batches)
             progress.step += 1
             losses.append(self.accelerator.reduce(loss, "mean"))
-            bar.update()
             stop, progress.seconds = agreed(self.accelerator, self.asked_to_stop, clock.seconds)
+            bar.update(min(round(progress.seconds), bar.total) - bar.n if math.isinf(a.max_steps) else 1)
             last = progress.step == a.max_steps or progress.time_share >= 1
             if progress.step % a.logging_steps == 0 or last:
                 speed = (progress.step - counted_from) * self.tokens_a_step / (clock.seconds - clock.before)
