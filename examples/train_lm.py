@@ -23,6 +23,7 @@ import script_start  # noqa: F401, before torch
 # isort: split
 import json
 import math
+import os
 import signal
 import sys
 from collections.abc import Iterator
