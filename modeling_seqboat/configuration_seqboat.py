@@ -192,7 +192,7 @@ class SeqBoatConfig(PreTrainedConfig):
         hidden_size: D, width of the residual stream.
         num_hidden_layers: number of layers.
         state_size: N, real states a channel (`ema`), complex states a channel (`s4d`), or complex states a layer
-            (`s5`): the same N gives all three 4*D*N parameters a layer and direction, but for smaller terms.
+            (`s5`): the same N gives all three `4*D*N` parameters a layer and direction, but for smaller terms.
         qk_head_dim: Z, width of queries and keys; readable as `head_dim` too.
         v_head_dim: V, width of values.
         memory_size: W, activated tokens that one activated token sees before itself (encoders: after itself too).
