@@ -73,7 +73,8 @@ def load_base(arguments: LoraArguments) -> torch.nn.Module:
     """The base model, its linear layers quantised if asked for. Raises ValueError for an unknown setting."""
     if arguments.quantization not in ("none", "int8", "int4"):
         raise ValueError(f"quantization must be none, int8 or int4, got {arguments.quantization!r}")
-    settings = {}
+    # Weights are often stored in bfloat16, in which merging an adapter rounds it away; --bf16 is autocast.
+    settings = {"dtype": torch.float32}
     if arguments.quantization != "none":
         from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup
         from transformers import TorchAoConfig

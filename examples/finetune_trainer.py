@@ -163,7 +163,8 @@ def main(argv: list[str] | None = None) -> dict:
     check_output_folder(a.output_dir, a.resume_from_checkpoint is not None, a.overwrite_output_dir)
     tokenizer = load_tokenizer(a.tokenizer or a.model)
     train, validation = load_data(a, tokenizer)
-    model = AutoModelForCausalLM.from_pretrained(a.model)
+    # Weights are often stored in bfloat16, in which small steps are rounded away; --bf16 is autocast.
+    model = AutoModelForCausalLM.from_pretrained(a.model, dtype=torch.float32)
     check_model(a.model, model.config, tokenizer)
     checkpoint = find_checkpoint(a.resume_from_checkpoint, a.output_dir, model.config)
     if checkpoint is not None:
