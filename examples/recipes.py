@@ -138,7 +138,7 @@ def check_model_folder(name: str) -> None:
     beside_others = beside_others or len(folder.parts) > 2
     if folder.exists() or folder.is_absolute() or name.startswith(".") or beside_others:
         if not folder.exists():
-            raise FileNotFoundError(f"the model folder {name!r} does not exist")
+            raise FileNotFoundError(f"there is no model in {name!r}: the folder does not exist")
         if not (folder / "config.json").is_file():
             raise FileNotFoundError(
                 f"there is no model in {name!r}: it has no config.json (train_lm.py writes models to best/ and final/)"

@@ -62,7 +62,7 @@ def test_a_wrong_command_line_is_answered_in_one_line(command, tmp_path):
 
 def test_a_folder_that_does_not_exist_is_named(tmp_path):
     done = run(["seqboat", "evaluate", "outputs/nothing", "--data", "text.txt"], tmp_path)
-    assert done.returncode == 2 and "the model folder 'outputs/nothing' does not exist" in done.stderr
+    assert done.returncode == 2 and "there is no model in 'outputs/nothing': the folder does not exist" in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -309,7 +309,7 @@ def test_runs_that_cannot_be_are_refused_before_they_start(train, tmp_path):
         with pytest.raises(ValueError, match=message):
             train.main([*TINY, *arguments, "--output_dir", str(tmp_path / "run")])
     assert not (tmp_path / "run").exists()
-    with pytest.raises(FileNotFoundError, match="does not exist"):
+    with pytest.raises(FileNotFoundError, match="there is no model"):
         modules(train).evaluate.main(["--models", str(tmp_path / "none"), "--output_dir", str(tmp_path / "r")])
 
 
