@@ -344,7 +344,7 @@ class Training:
 
     def __post_init__(self):
         self.tokens_a_step = rows_of_a_step(self.a, self.accelerator.num_processes) * self.a.sequence_length
-        self.collapse = CollapseWarning()
+        self.collapse = CollapseWarning(patience=3)
         self.graphed = None
         if self.a.cuda_graphs:
             self.graphed = GraphedStep(self.model, divisor=self.a.gradient_accumulation_steps)

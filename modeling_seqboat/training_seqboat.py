@@ -295,27 +295,35 @@ class CollapseWarning:
     """Warns when a router stops choosing: (nearly) no token or (nearly) every token of a layer is activated.
 
     It warns once a layer and side, and again only after that layer's rate has come back in between.
+
+    Args:
+        patience: checks in a row that must find the layer there: at the beginning of a training many come back soon.
     """
 
-    def __init__(self, low: float = 0.001, high: float = 0.999):
+    def __init__(self, low: float = 0.001, high: float = 0.999, patience: int = 1):
         if not 0 <= low < high <= 1:
             raise ValueError(f"0 <= low < high <= 1 must hold, got low={low} and high={high}")
-        self.low, self.high = low, high
-        self._side: dict[int, int] = {}
+        if patience < 1:
+            raise ValueError(f"patience must be at least 1, got {patience}")
+        self.low, self.high, self.patience = low, high, patience
+        # Of each layer the side, and how many checks in a row have found it there.
+        self._found: dict[int, tuple[int, int]] = {}
 
     def check(self, statistics: dict[int, RouterStatistics], step: int) -> list[str]:
         """Logs, and returns, one message for each layer that has newly collapsed."""
         messages = []
         for layer, seen in statistics.items():
             side = -1 if seen.activation_rate <= self.low else int(seen.activation_rate >= self.high)
-            if side and side != self._side.get(layer, 0):
+            before, times = self._found.get(layer, (0, 0))
+            times = times + 1 if side == before else 1
+            self._found[layer] = side, times
+            if side and times == self.patience:
                 consequence = "its attention is off" if side < 0 else "it no longer selects"
                 messages.append(
                     f"step {step}: the router of layer {layer} activates {seen.activation_rate:.1%} of the tokens: "
                     f"{consequence}. A lower learning rate for the routers, a longer warm-up or another "
                     "router_temperature_init may help"
                 )
-            self._side[layer] = side
         for message in messages:
             logger.warning(message)
         return messages

@@ -134,11 +134,11 @@ def test_the_rate_is_held_and_is_no_part_of_the_loss(tmp_path, examples):
 
 
 def test_a_layer_that_stops_choosing_is_an_event_of_the_log(tmp_path, examples, monkeypatch):
-    run(examples, tmp_path / "run", steps=2, config_overrides='{"activation_bias": 1000.0}')
+    run(examples, tmp_path / "run", steps=4, config_overrides='{"activation_bias": 1000.0}')
     entries = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text("utf-8").splitlines()]
     events = [entry for entry in entries if "router/collapse" in entry]
     layers = SeqBoatConfig.from_preset("tiny").num_hidden_layers
-    assert len(events) == layers and all(entry["step"] == 1 and entry["train/tokens"] == 128 for entry in events)
+    assert len(events) == layers and all(entry["step"] == 3 and entry["train/tokens"] == 384 for entry in events)
     assert "the router of layer 0 activates 0.0% of the tokens" in events[0]["router/collapse"]
 
 

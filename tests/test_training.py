@@ -294,8 +294,12 @@ def test_collapse_is_reported_once_until_the_router_has_come_back():
         return len(warning.check({3: RouterStatistics(rate, 5.0)}, step=10))
 
     assert [check(rate) for rate in (0.5, 1.0, 1.0, 0.4, 0.9995, 0.0, 0.0)] == [0, 1, 0, 0, 1, 1, 0]
+    warning = CollapseWarning(patience=2)
+    assert [check(rate) for rate in (1.0, 0.4, 1.0, 1.0, 1.0, 0.0, 1.0, 1.0)] == [0, 0, 0, 1, 0, 0, 0, 1]
     with pytest.raises(ValueError, match="got low=0.5 and high=0.5"):
         CollapseWarning(0.5, 0.5)
+    with pytest.raises(ValueError, match="patience must be at least 1, got 0"):
+        CollapseWarning(patience=0)
 
 
 @pytest.mark.parametrize("adapted", [False, True])
