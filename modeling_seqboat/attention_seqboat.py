@@ -234,6 +234,7 @@ class SeqBoatAttention(nn.Module):
             activation=config.attention_activation,
             scale=self.scale,
             rows=rows,
+            pages=cache.pages,
             **options,
         )
         return attended.to(gate.dtype) * gate

@@ -161,6 +161,8 @@ class SeqBoatCacheLayer(CacheLayerMixin):
     supports_early_init = False
     # Columns that can be taken back at most: assisted decoding drops the rejected candidates of its last forward.
     rollback_limit = 1024
+    # See `memory_step`.
+    pages: Tensor | None = None
     renewed_columns = 16_384
 
     def __init__(self, config: SeqBoatConfig, static: bool = False):

@@ -375,6 +375,7 @@ def memory_step(
     bias_center: int = 0,
     bias_by_index: bool = False,
     rows: Tensor | None = None,
+    pages: Tensor | None = None,
 ) -> Tensor:
     """Attention of one token a row over its memory and itself; then the token enters the memory, in place.
 
@@ -392,14 +393,24 @@ def memory_step(
         activation, scale, bias_table, bias_center: as in `windowed_attention`.
         bias_by_index: whether places are counts of activated tokens, in place of positions.
         rows: (R,) int64, the only active rows, in order, that q, k_new and v_new hold; None for all rows.
+        pages: (B,) int64, where keys, values and positions are those of P texts in place of the B rows: which of them
+            each row is. None for the B rows in order.
 
     Returns:
         (B or R, V) of v_new's dtype.
     """
     size, count, place, old_keys, old_values = keys.shape[1], activated_count, position, keys, values
+    used, old_places, at = size, positions, rows
     if rows is not None:
-        count, place, old_keys, old_values = count[rows], place[rows], keys[rows], values[rows]
-    slots = torch.arange(size + 1, device=q.device)
+        count, place = count[rows], place[rows]
+    if pages is not None:
+        at = pages if rows is None else pages[rows]
+    if at is not None:
+        if q.device.type == "cpu" and not torch.compiler.is_compiling():
+            # Looking is free, and copying what nobody has filled is not.
+            used = min(size, int(count.max()))
+        old_keys, old_values, old_places = keys[:, :used][at], values[:, :used][at], positions[:, :used][at]
+    columns = torch.arange(used + 1, device=q.device)
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     scaled = q.to(dtype) * scale
     scores = torch.matmul(old_keys.to(dtype), scaled[:, :, None])[:, :, 0]
@@ -409,21 +420,18 @@ def memory_step(
         if bias_by_index:
             # Slot s holds the newest token i < count with i % W == s.
             q_place = count[:, None]
-            k_place = q_place - 1 - (q_place - 1 - slots[:-1]) % size
+            k_place = q_place - 1 - (q_place - 1 - columns[:-1]) % size
         else:
-            q_place, k_place = place[:, None], positions if rows is None else positions[rows]
+            q_place, k_place = place[:, None], old_places
         entries = (bias_center + torch.cat([k_place, q_place], dim=1) - q_place).clamp(0, bias_table.shape[0] - 1)
         scores = scores + bias_table.to(dtype)[entries]
-    visible = (slots < count[:, None].clamp_max(size)) | (slots == size)
+    visible = (columns < count[:, None].clamp_max(size)) | (columns == used)
     weights = attention_weights(scores, visible, activation).to(values.dtype)
     out = (torch.matmul(weights[:, None, :-1], old_values)[:, 0] + weights[:, -1:] * v_new).to(v_new.dtype)
-    slot = count % size
-    if rows is not None:
-        keys[rows, slot] = k_new.to(keys.dtype)
-        values[rows, slot] = v_new.to(values.dtype)
-        positions[rows, slot] = place
-        return out
-    for ring, new in ((keys, k_new), (values, v_new), (positions[:, :, None], position[:, None])):
-        at = slot[:, None, None].expand(-1, 1, ring.shape[2])
-        ring.scatter_(1, at, torch.where(active[:, None, None], new[:, None].to(ring.dtype), ring.gather(1, at)))
+    slot, at = count % size, torch.arange(active.shape[0], device=active.device) if at is None else at
+    for ring, new in ((keys, k_new), (values, v_new), (positions, place)):
+        new = new.to(ring.dtype)
+        if rows is None:
+            new = torch.where(active.view(-1, *[1] * (new.dim() - 1)), new, ring[at, slot])
+        ring[at, slot] = new
     return out

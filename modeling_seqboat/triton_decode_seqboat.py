@@ -95,13 +95,15 @@ def _bias(table_ptr, offset, LENGTH: tl.constexpr):
 
 @kernel("bias_center")
 def _memory_partial_kernel(
-    q_ptr, keys_ptr, values_ptr, positions_ptr, count_ptr, active_ptr, place_ptr, bias_ptr, top_ptr, total_ptr,
-    part_ptr, scale, bias_center,
+    q_ptr, keys_ptr, values_ptr, positions_ptr, count_ptr, active_ptr, position_ptr, bias_ptr, pages_ptr,
+    key_stride, value_stride, position_stride, top_ptr, total_ptr, part_ptr, scale, bias_center,
     W: tl.constexpr, Z: tl.constexpr, V: tl.constexpr, S: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
-    BLOCK_W: tl.constexpr, BLOCK_Z: tl.constexpr, BLOCK_V: tl.constexpr, GROUPS: tl.constexpr, BY_INDEX: tl.constexpr,
+    BLOCK_W: tl.constexpr, BLOCK_Z: tl.constexpr, HAS_PAGES: tl.constexpr, BLOCK_V: tl.constexpr,
+    GROUPS: tl.constexpr, BY_INDEX: tl.constexpr,
 ):
     """Weighted values of a split of the memory (B, S, V); for softmax its largest score and sum of weights (B, S)."""
     split, group, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    page = tl.load(pages_ptr + row) if HAS_PAGES else row
     active = tl.load(active_ptr + row)
     count = tl.load(count_ptr + row)
     valid = tl.minimum(count, W)
@@ -114,20 +116,21 @@ def _memory_partial_kernel(
     z = tl.arange(0, BLOCK_Z)
     v = group * BLOCK_V + tl.arange(0, BLOCK_V)
     BLOCKS: tl.constexpr = (V + BLOCK_V * GROUPS - 1) // (BLOCK_V * GROUPS)
-    values_ptr += row * (W * V) + w[:, None] * V + v[None, :]
+    values_ptr += page * value_stride + w[:, None] * V + v[None, :]
     # Loads are issued well before their use: values before the scores, and each block before the work on the last one.
     keys = tl.load(
-        keys_ptr + row * (W * Z) + w[:, None] * Z + z[None, :], mask=filled[:, None] & (z < Z)[None, :], other=0.0
+        keys_ptr + page * key_stride + w[:, None] * Z + z[None, :], mask=filled[:, None] & (z < Z)[None, :], other=0.0
     )
     q = tl.load(q_ptr + row * Z + z, mask=z < Z, other=0.0).to(tl.float32) * scale
     values = tl.load(values_ptr, mask=filled[:, None] & (v < V)[None, :], other=0.0)
     score = tl.sum(keys.to(tl.float32) * q[None, :], axis=1)
     if BIAS > 0:
         if BY_INDEX:
-            place = count - 1 - (count - 1 - w + W) % W  # the newest activated token i < count with i % W == w
+            offset = -1 - (count - 1 - w + W) % W  # of the newest activated token i < count with i % W == w
         else:
-            place = tl.load(positions_ptr + row * W + w, mask=filled, other=0)
-        score += _bias(bias_ptr, bias_center + place - tl.load(place_ptr + row), BIAS)
+            place = tl.load(positions_ptr + page * position_stride + w, mask=filled, other=0)
+            offset = place - tl.load(position_ptr + row)
+        score += _bias(bias_ptr, bias_center + offset, BIAS)
     if ACTIVATION == "softmax":
         score = tl.where(filled, score, float("-inf"))
         top = tl.max(score, axis=0)
@@ -153,11 +156,12 @@ def _memory_partial_kernel(
 
 @kernel("bias_center")
 def _memory_combine_kernel(
-    q_ptr, k_new_ptr, v_new_ptr, keys_ptr, values_ptr, positions_ptr, count_ptr, active_ptr, place_ptr, position_ptr,
-    bias_ptr, top_ptr, total_ptr, part_ptr, out_ptr, scale, bias_center,
+    q_ptr, k_new_ptr, v_new_ptr, keys_ptr, values_ptr, positions_ptr, count_ptr, active_ptr, position_ptr, bias_ptr,
+    pages_ptr, key_stride, value_stride, position_stride, top_ptr, total_ptr, part_ptr, out_ptr, scale,
+    bias_center,
     W: tl.constexpr, Z: tl.constexpr, V: tl.constexpr, S: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
-    BLOCK_W: tl.constexpr, BLOCK_Z: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_S: tl.constexpr,
-    SPLITS: tl.constexpr,
+    BLOCK_W: tl.constexpr, BLOCK_Z: tl.constexpr, HAS_PAGES: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_S: tl.constexpr, SPLITS: tl.constexpr,
 ):
     """Adds up the splits and the token itself, then writes the token into the ring.
 
@@ -169,6 +173,7 @@ def _memory_combine_kernel(
     if tl.load(active_ptr + row) == 0:
         tl.store(out_ptr + row * V + v, tl.zeros((BLOCK_V,), out_ptr.dtype.element_ty), mask=inside)
         return
+    page = tl.load(pages_ptr + row) if HAS_PAGES else row
     count = tl.load(count_ptr + row)
     used = (tl.minimum(count, W) + BLOCK_W - 1) // BLOCK_W
     z = tl.arange(0, BLOCK_Z)
@@ -199,11 +204,13 @@ def _memory_combine_kernel(
     if ACTIVATION == "softmax":
         out = out / total
     tl.store(out_ptr + row * V + v, out.to(out_ptr.dtype.element_ty), mask=inside)
-    ring_index = row * W + count % W
-    tl.store(values_ptr + ring_index * V + v, value.to(values_ptr.dtype.element_ty), mask=inside)
+    oldest = count % W
+    values_ptr += page * value_stride + oldest * V
+    tl.store(values_ptr + v, value.to(values_ptr.dtype.element_ty), mask=inside)
     if tl.program_id(0) == 0:
-        tl.store(keys_ptr + ring_index * Z + z, key.to(keys_ptr.dtype.element_ty), mask=z < Z)
-        tl.store(positions_ptr + ring_index, tl.load(position_ptr + row))
+        keys_ptr += page * key_stride + oldest * Z
+        tl.store(keys_ptr + z, key.to(keys_ptr.dtype.element_ty), mask=z < Z)
+        tl.store(positions_ptr + page * position_stride + oldest, tl.load(position_ptr + row))
 
 
 def _overwritten(*tensors: Tensor) -> None:
@@ -213,12 +220,13 @@ def _overwritten(*tensors: Tensor) -> None:
             torch.autograd.graph.increment_version(tensor)
 
 
-def _check_step(name: str, x: Tensor, inputs: dict, in_place: tuple[str, ...]) -> None:
+def _check_step(name: str, x: Tensor, inputs: dict, in_place: tuple[str, ...], paged: bool = False) -> None:
     """Raises where a tensor (name -> tensor or None, shape, dtypes) does not fit, or a gradient would be needed."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t, _, _ in inputs.values()):
         raise RuntimeError(f"{name} works in place and has no gradient; call it under torch.no_grad()")
     for argument in in_place:
-        if not inputs[argument][0].is_contiguous():
+        # Pages may stand apart.
+        if not inputs[argument][0][slice(1 if paged else None)].is_contiguous():
             strides = inputs[argument][0].stride()
             raise ValueError(f"{argument} is written in place and must be contiguous, its strides are {strides}")
     expect_all(inputs, x)
@@ -264,11 +272,12 @@ def ema_step_triton(
 def memory_step_triton(
     q: Tensor, k_new: Tensor, v_new: Tensor, keys: Tensor, values: Tensor, positions: Tensor, activated_count: Tensor,
     active: Tensor, position: Tensor, activation: str, scale: float, bias_table: Tensor | None = None,
-    bias_center: int = 0, bias_by_index: bool = False, rows: Tensor | None = None,
+    bias_center: int = 0, bias_by_index: bool = False, rows: Tensor | None = None, pages: Tensor | None = None,
 ) -> Tensor:
-    """`memory_step` in two launches. Floats are float32, bfloat16 or float16; keys, values and positions are
-    contiguous and written in place. Rows that are not active cost nothing and give 0, so `rows` is None here."""
-    batch, memory, qk_width = keys.shape
+    """`memory_step` in two launches. Floats are float32, bfloat16 or float16; keys, values and positions are written
+    in place, and each page of them is contiguous. Rows that are not active cost nothing and give 0, so `rows` is None
+    here."""
+    (batch, _), (held, memory, qk_width) = q.shape, keys.shape
     v_width = values.shape[-1]
     bias = 0 if bias_table is None else bias_table.numel()
     if CHECKS:
@@ -277,12 +286,16 @@ def memory_step_triton(
         integers, row = (torch.int64,), (batch,)
         inputs = {
             "q": (q, (batch, qk_width), _FLOATS), "k_new": (k_new, (batch, qk_width), _FLOATS),
-            "v_new": (v_new, (batch, v_width), _FLOATS), "keys": (keys, (batch, memory, qk_width), _FLOATS),
-            "values": (values, (batch, memory, v_width), _FLOATS), "positions": (positions, (batch, memory), integers),
-            "activated_count": (activated_count, row, integers), "active": (active, row, (torch.bool,)),
+            "v_new": (v_new, (batch, v_width), _FLOATS), "active": (active, row, (torch.bool,)),
+            "keys": (keys, (held, memory, qk_width), _FLOATS),
+            "values": (values, (held, memory, v_width), _FLOATS),
+            "positions": (positions, (held, memory), integers),
+            "activated_count": (activated_count, row, integers), "pages": (pages, row, integers),
             "position": (position, row, integers), "bias_table": (bias_table, (bias,), _FLOATS),
         }
-        _check_step("memory_step_triton", q, inputs, ("keys", "values", "positions"))
+        if pages is None and held != batch:
+            raise ValueError(f"keys has {held} pages for {batch} rows, and no pages are given")
+        _check_step("memory_step_triton", q, inputs, ("keys", "values", "positions"), pages is not None)
     v_new = v_new.contiguous()
     out = torch.empty_like(v_new)
     block_w, block_v, groups, warps = next(entry[1:] for entry in _SPLITS if batch <= entry[0])
@@ -292,17 +305,17 @@ def memory_step_triton(
     top, total = torch.empty(2, batch, splits, dtype=torch.float32, device=q.device)
     bias_ = q if bias_table is None else bias_table.contiguous()
     q, position, active = q.contiguous(), position.contiguous(), active.contiguous()
-    place = activated_count if bias_by_index else position
-    cache = (keys, values, positions, activated_count, active, place)
+    shared = (keys, values, positions, activated_count, active, position, bias_, active if pages is None else pages)
+    shared += (keys.stride(0), values.stride(0), positions.stride(0))
     sizes = {"W": memory, "Z": qk_width, "V": v_width, "S": splits, "BIAS": bias, "ACTIVATION": activation}
-    sizes |= {"BLOCK_W": block_w, "BLOCK_Z": power_of_two(qk_width, 1)}
+    sizes |= {"BLOCK_W": block_w, "BLOCK_Z": power_of_two(qk_width, 1), "HAS_PAGES": pages is not None}
     _memory_partial_kernel(
-        (splits, groups, batch), q, *cache, bias_, top, total, part, float(scale), bias_center,
+        (splits, groups, batch), q, *shared, top, total, part, float(scale), bias_center,
         options={"num_warps": warps}, **sizes, BLOCK_V=block_v, GROUPS=groups, BY_INDEX=bias_by_index,
     )
     _memory_combine_kernel(
-        (-(-v_width // _COMBINE_V), batch), q, k_new.contiguous(), v_new, *cache, position, bias_, top, total, part,
-        out, float(scale), bias_center, **sizes, BLOCK_V=_COMBINE_V, BLOCK_S=_COMBINE_SPLITS,
+        (-(-v_width // _COMBINE_V), batch), q, k_new.contiguous(), v_new, *shared, top, total, part, out,
+        float(scale), bias_center, **sizes, BLOCK_V=_COMBINE_V, BLOCK_S=_COMBINE_SPLITS,
         SPLITS=power_of_two(splits, _COMBINE_SPLITS),
     )
     _overwritten(keys, values, positions)
@@ -316,7 +329,7 @@ memory_step_compiled = torch.library.custom_op(
     mutates_args=("keys", "values", "positions"),
     schema="(Tensor q, Tensor k_new, Tensor v_new, Tensor(a!) keys, Tensor(b!) values, Tensor(c!) positions, "
     "Tensor activated_count, Tensor active, Tensor position, str activation, float scale, Tensor? bias_table=None, "
-    "int bias_center=0, bool bias_by_index=False, Tensor? rows=None) -> Tensor",
+    "int bias_center=0, bool bias_by_index=False, Tensor? rows=None, Tensor? pages=None) -> Tensor",
 )
 
 
