@@ -352,6 +352,10 @@ class _WindowedAttention(torch.autograd.Function):
         return *found, *[None] * 4
 
 
+def _of_rows(ring: Tensor, at: Tensor | None) -> Tensor:
+    return ring if at is None else ring[at]
+
+
 @op(
     "memory_step",
     triton=memory_step_triton,
@@ -399,21 +403,25 @@ def memory_step(
     Returns:
         (B or R, V) of v_new's dtype.
     """
-    size, count, place, old_keys, old_values = keys.shape[1], activated_count, position, keys, values
-    used, old_places, at = size, positions, rows
+    size, used, at, count, place = keys.shape[1], keys.shape[1], rows, activated_count, position
     if rows is not None:
         count, place = count[rows], place[rows]
     if pages is not None:
         at = pages if rows is None else pages[rows]
-    if at is not None:
-        if q.device.type == "cpu" and not torch.compiler.is_compiling():
-            # Looking is free, and copying what nobody has filled is not.
-            used = min(size, int(count.max()))
-        old_keys, old_values, old_places = keys[:, :used][at], values[:, :used][at], positions[:, :used][at]
+    filled = None
+    if at is not None and q.device.type == "cpu" and not torch.compiler.is_compiling():
+        # Looking is free, and so each row's memory can be read where it lies, as far as it is filled.
+        filled = list(zip(at.tolist(), count.clamp_max(size).tolist(), strict=True))
+        used = max((length for _, length in filled), default=0)
     columns = torch.arange(used + 1, device=q.device)
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     scaled = q.to(dtype) * scale
-    scores = torch.matmul(old_keys.to(dtype), scaled[:, :, None])[:, :, 0]
+    if filled is None:
+        scores = torch.matmul(_of_rows(keys, at).to(dtype), scaled[:, :, None])[:, :, 0]
+    else:
+        scores = scaled.new_zeros(scaled.shape[0], used)
+        for row, (page, length) in enumerate(filled):
+            torch.mv(keys[page, :length].to(dtype), scaled[row], out=scores[row, :length])
     own = (scaled * k_new.to(dtype)).sum(-1, keepdim=True)
     scores = torch.cat([scores, own], dim=1)
     if bias_table is not None:
@@ -422,12 +430,18 @@ def memory_step(
             q_place = count[:, None]
             k_place = q_place - 1 - (q_place - 1 - columns[:-1]) % size
         else:
-            q_place, k_place = place[:, None], old_places
+            q_place, k_place = place[:, None], _of_rows(positions, at)[:, :used]
         entries = (bias_center + torch.cat([k_place, q_place], dim=1) - q_place).clamp(0, bias_table.shape[0] - 1)
         scores = scores + bias_table.to(dtype)[entries]
     visible = (columns < count[:, None].clamp_max(size)) | (columns == used)
     weights = attention_weights(scores, visible, activation).to(values.dtype)
-    out = (torch.matmul(weights[:, None, :-1], old_values)[:, 0] + weights[:, -1:] * v_new).to(v_new.dtype)
+    if filled is None:
+        attended = torch.matmul(weights[:, None, :-1], _of_rows(values, at))[:, 0]
+    else:
+        attended = values.new_empty(weights.shape[0], values.shape[2])
+        for row, (page, length) in enumerate(filled):
+            torch.mv(values[page, :length].t(), weights[row, :length], out=attended[row])
+    out = (attended + weights[:, -1:] * v_new).to(v_new.dtype)
     slot, at = count % size, torch.arange(active.shape[0], device=active.device) if at is None else at
     for ring, new in ((keys, k_new), (values, v_new), (positions, place)):
         new = new.to(ring.dtype)
