@@ -7,6 +7,7 @@ import torch
 from triton_interpreter import DEVICE  # first, before anything imports triton
 
 from modeling_seqboat import triton_decode_seqboat
+from modeling_seqboat.ops_attention_seqboat import memory_step
 from modeling_seqboat.ops_ema_seqboat import ema_step
 from modeling_seqboat.ops_naive_seqboat import ema_scan_naive, windowed_attention_naive
 from modeling_seqboat.triton_decode_seqboat import ema_step_triton, memory_step_triton
@@ -224,3 +225,32 @@ def test_a_wanted_gradient_is_refused():
         memory_step_triton(**inputs)
     with torch.no_grad():
         memory_step_triton(**inputs)
+
+
+@pytest.mark.parametrize("activation", ["softmax", "relu2"])
+@pytest.mark.parametrize("bias_by_index", [False, True])
+def test_memories_in_pages_are_read_and_written_where_they_lie(activation, bias_by_index):
+    """Both twins, on pages that stand apart, equal a step on copies; the other pages stay as they are."""
+    generator = torch.Generator().manual_seed(0)
+    rows, size, held = 4, 5, 7
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    whole = [randn(held, 2, size, 6), randn(held, 2, size, 10), torch.randint(0, 20, (held, 2, size))]
+    pages, active = torch.tensor([5, 0, 6, 2]), torch.tensor([True, True, False, True])
+    new = randn(rows, 6), randn(rows, 6), randn(rows, 10)
+    given = torch.tensor([2, 0, 9, 12]), active, torch.tensor([21, 22, 23, 24])
+    options = {"activation": activation, "scale": 0.3, "bias_by_index": bias_by_index}
+    options |= {"bias_table": randn(9), "bias_center": 6}
+    copies = [ring[pages, 1].clone() for ring in whole]
+    expected = memory_step(*new, *copies, *given, **options)
+    for step in (memory_step, memory_step_triton):
+        rings = [ring.clone().to(DEVICE) for ring in whole]
+        others = (tensor.to(DEVICE) for tensor in (*new, *(ring[:, 1] for ring in rings), *given))
+        found = step(*others, pages=pages.to(DEVICE), **to_device(options))
+        torch.testing.assert_close(found.cpu()[active], expected[active], atol=1e-5, rtol=1e-5)
+        for ring, old, copy in zip(rings, whole, copies, strict=True):
+            changed = old.clone()
+            changed[pages, 1] = copy
+            assert torch.equal(ring.cpu(), changed)

@@ -81,9 +81,9 @@ class SeqBoatForVllm(nn.Module, HasInnerState, IsAttentionFree):
         if found.num_prefills:
             first = found.num_decodes
             borders = found.query_start_loc[first : first + found.num_prefills + 1].tolist()
-            for page, begin, end in zip(pages[first:].tolist(), borders[:-1], borders[1:], strict=False):
-                start = int(positions[begin])
-                parts.append(self.cache.prompt(self.model, input_ids[begin:end], page, start))
+            texts = [input_ids[begin:end] for begin, end in zip(borders[:-1], borders[1:], strict=True)]
+            starts = positions[found.query_start_loc[first : first + found.num_prefills]].tolist()
+            parts += self.cache.prompts(self.model, texts, pages[first:].tolist(), starts)
         hidden = parts[0] if len(parts) == 1 else torch.cat(parts)
         missing = input_ids.shape[0] - hidden.shape[0]
         return nn.functional.pad(hidden, (0, 0, 0, missing)) if missing else hidden

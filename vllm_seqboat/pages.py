@@ -1,7 +1,6 @@
 """The states of many texts in one pool, one page each, read and written where they lie. Knows nothing of vLLM.
 
-Letters: B rows of a step, P pages, K layers, D channels, N states a channel, W memory size, Z key width, V value width,
-T truncation.
+Letters: B rows of a step, L tokens, P pages, D channels, W memory size, T truncation.
 """
 
 from collections.abc import Iterator
@@ -88,7 +87,7 @@ class _PagedLayer(SeqBoatCacheLayer):
 
 
 class PagedCache(SeqBoatCache):
-    """Runs texts whose states are the pages of a pool. No page is copied: prompts write into their own, and a step of
+    """Runs texts whose states are the pages of a pool. No page is copied: texts go on within their own, and a step of
     many texts finds theirs by number.
 
     Args:
@@ -100,31 +99,58 @@ class PagedCache(SeqBoatCache):
         self.layers = [_PagedLayer(config) for _ in range(config.num_hidden_layers)]
         self.pool = dict(zip(page_layout(config, pages[-1].dtype), pages, strict=True))
 
-    def _lay(self, chosen: dict[str, Tensor], token_count: Tensor, pages: Tensor | None, blank: bool) -> None:
+    def _lay(self, chosen: dict[str, Tensor], pages: Tensor | None) -> None:
         """Gives the layers their tensors, the layers being the second dimension of each."""
         for index, layer in enumerate(self.layers):
             for name, tensor in chosen.items():
                 setattr(layer, name, tensor[:, index])
-            layer.token_count, layer.pages, layer.is_blank = token_count, pages, blank
-            layer.seen = 0
+            layer.pages, layer.is_blank, layer.seen = pages, False, 0
 
-    def prompt(self, model: SeqBoatForCausalLM, ids: Tensor, page: int, start: int) -> Tensor:
-        """Reads the next tokens of one text.
+    def prompts(
+        self, model: SeqBoatForCausalLM, texts: list[Tensor], pages: list[int], starts: list[int]
+    ) -> list[Tensor]:
+        """Reads the next tokens of several texts. Those that begin are read together, padded to no more than twice
+        their tokens, and written into their pages; the others go on within their pages one by one.
 
         Args:
-            ids: (L,) int64; page: the text's; start: how many tokens it has had, 0 empties the page first.
+            texts: (L,) int64 each; pages: one each; starts: how many tokens each text has had.
 
         Returns:
-            (L, D), the last hidden states.
+            (L, D) each, the last hidden states.
         """
-        chosen = {name: tensor[page : page + 1] for name, tensor in self.pool.items()}
-        if start == 0:
-            for tensor in chosen.values():
-                tensor.zero_()
-        self._lay(chosen, torch.full((1,), start, device=ids.device), None, start == 0)
+        found: list[Tensor | None] = [None] * len(texts)
+        waiting = sorted((i for i, start in enumerate(starts) if start == 0), key=lambda i: len(texts[i]))
+        while waiting:
+            group = [i for i in waiting if len(texts[i]) <= 2 * len(texts[waiting[0]])]
+            waiting = waiting[len(group) :]
+            hidden = self._begin(model, [texts[i] for i in group], [pages[i] for i in group])
+            for i, row in zip(group, hidden, strict=True):
+                found[i] = row[: len(texts[i])]
+        for i, start in enumerate(starts):
+            if start > 0:
+                found[i] = self._go_on(model, texts[i], pages[i], start)
+        return found
+
+    def _begin(self, model: SeqBoatForCausalLM, texts: list[Tensor], pages: list[int]) -> Tensor:
+        ids = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
+        lengths = torch.tensor([len(text) for text in texts], device=ids.device)
+        mask = (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]).long()
+        cache = SeqBoatCache(self.config)
+        hidden = model.model(input_ids=ids, attention_mask=mask, past_key_values=cache).last_hidden_state
+        at = torch.tensor(pages, device=ids.device)
+        for index, layer in enumerate(cache.layers):
+            for name, tensor in self.pool.items():
+                state, target = getattr(layer, name), tensor[:, index]
+                # A memory that has not yet had W tokens may be shorter.
+                target = target if state.dim() == 1 else target[:, : state.shape[1]]
+                target[at] = state
+        return hidden
+
+    def _go_on(self, model: SeqBoatForCausalLM, text: Tensor, page: int, start: int) -> Tensor:
+        self._lay({name: tensor[page : page + 1] for name, tensor in self.pool.items()}, None)
         for layer in self.layers:
-            layer.token_count = layer.token_count.clone()
-        return model.model(input_ids=ids[None], past_key_values=self).last_hidden_state[0]
+            layer.token_count = torch.full((1,), start, device=text.device)
+        return model.model(input_ids=text[None], past_key_values=self).last_hidden_state[0]
 
     def step(self, model: SeqBoatForCausalLM, ids: Tensor, pages: Tensor, positions: Tensor) -> Tensor:
         """Reads one token of each of B texts. No shape and, on a GPU, no branch depends on the data.
@@ -138,9 +164,10 @@ class PagedCache(SeqBoatCache):
         """
         counts = self.pool["activated_count"].index_select(0, pages).mul_((positions > 0)[:, None]).t().contiguous()
         # `position_ids` of 0 restart a text; where none was read there would be nothing to restart.
-        self._lay(self.pool, positions.clamp_min(1), pages, False)
+        seen = positions.clamp_min(1)
+        self._lay(self.pool, pages)
         for layer, count in zip(self.layers, counts, strict=True):
-            layer.activated_count = count
+            layer.activated_count, layer.token_count = count, seen
         hidden = model.model(
             input_ids=ids[:, None], position_ids=positions[:, None], past_key_values=self
         ).last_hidden_state
