@@ -3,9 +3,9 @@
     python benchmarks/bench_paged_step.py --output benchmarks/results/h100/paged_step.md
 
 Both steps are CUDA graphs of the same model with full memories. The pages are taken in a shuffled order from a pool
-that has more of them than there are rows. `copied` is what a plug-in would do that gathers each row's state and puts it
-back. Before anything is timed, the hidden states of the first two are compared. Without a GPU `--toy` runs a small
-model eagerly, to see that it works.
+that has more of them than there are rows. `copied` is what a plug-in would do that gathers each row's state and
+puts it back. Before anything is timed, the hidden states of the first two are compared. Without a GPU `--toy` runs a
+small model eagerly, to see that it works.
 """
 
 import argparse
@@ -104,8 +104,8 @@ def main(argv: list[str] | None = None) -> None:
         "",
         f"`python benchmarks/bench_paged_step.py{' --toy' if a.toy else ''}`: {where}, torch {torch.__version__}, "
         f"{size:.1f} M parameters, {model.dtype}, memories full, medians of {a.repeats} steps"
-        f"{' as CUDA graphs' if on_gpu else ''}, in ms. Active: the share of tokens that attend. Difference: of hidden "
-        "states between the first two.",
+        f"{' as CUDA graphs' if on_gpu else ''}, in ms. Active: the share of tokens that attend. Difference: of "
+        "hidden states between the first two.",
         "",
         "| rows | in a row | in pages | copied out and back | tokens/s in pages | active | difference |",
         "| --- | --- | --- | --- | --- | --- | --- |",

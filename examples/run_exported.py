@@ -1,4 +1,5 @@
-"""Continues a text with a model that `python -m hub_upload export` wrote, in onnxruntime and without this package.
+"""Continues a text with a model that `python -m hub_upload export` wrote, in onnxruntime or ExecuTorch, without this
+package.
 
     python -m hub_upload export examples/pretrained/seqboat-enwik8-small --format onnx --output outputs/onnx
     python examples/run_exported.py outputs/onnx --prompt "The [[Mediterranean Sea]] is" --tokens 50 \
@@ -14,29 +15,24 @@ from script_start import ArgumentParser  # before torch
 import argparse
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 
 class ExportedModel:
-    """A language model's `prompt` and `step` in onnxruntime, with its state."""
+    """A language model's `prompt` and `step` in onnxruntime or ExecuTorch, with its state."""
 
     def __init__(self, folder: Path, threads: int = 0):
-        import onnxruntime
-
         described = json.loads((folder / "export.json").read_text("utf-8"))
-        if described["format"] != "onnx" or "step" not in described["graphs"]:
-            raise SystemExit(f"{folder} holds no language model in the format onnx")
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        self.sessions = {
-            name: onnxruntime.InferenceSession(str(folder / graph["file"]), options)
-            for name, graph in described["graphs"].items()
-        }
-        # Names of the state's tensors, behind ids and mask, with their shapes but for the rows.
-        self.state_inputs = described["graphs"]["prompt"]["inputs"][2:]
-        self.outputs = [output["name"] for output in described["graphs"]["prompt"]["outputs"]]
+        kind, graphs = described["format"], described["graphs"]
+        if kind not in _RUNTIMES or "step" not in graphs:
+            raise SystemExit(f"{folder} holds no language model in the format onnx or executorch")
+        self.runs = {name: _RUNTIMES[kind](folder, graph, threads) for name, graph in graphs.items()}
+        ids, _, *self.state_inputs = graphs["prompt"]["inputs"]
+        # Columns of a prompt, where the graph takes no other number.
+        self.columns = ids["shape"][1] if isinstance(ids["shape"][1], int) else None
         self.state: list[np.ndarray] = []
 
     def reset(self, rows: int) -> None:
@@ -45,14 +41,54 @@ class ExportedModel:
 
     def read(self, ids: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
         """(B, L) int64 ids onto the state -> (B, vocabulary) logits behind each row's last real token."""
-        session = self.sessions["step" if ids.shape[1] == 1 else "prompt"]
-        names = [each["name"] for each in self.state_inputs]
-        given = dict(zip(names, self.state, strict=True))
-        given |= {"input_ids": ids, "attention_mask": np.ones_like(ids) if mask is None else mask}
-        # A graph does without what it does not read.
-        known = {each.name for each in session.get_inputs()}
-        logits, *self.state = session.run(self.outputs, {name: given[name] for name in given if name in known})
+        mask = np.ones_like(ids) if mask is None else mask
+        if ids.shape[1] == 1 or self.columns is None:
+            return self._read("step" if ids.shape[1] == 1 else "prompt", ids, mask)
+        if len(ids) > 1 and ids.shape[1] > self.columns:
+            raise ValueError(f"rows of more than {self.columns} columns, which this graph takes, are read one by one")
+        for first in range(0, ids.shape[1], self.columns):
+            missing = max(0, first + self.columns - ids.shape[1])
+            part = [np.pad(each[:, first : first + self.columns], ((0, 0), (0, missing))) for each in (ids, mask)]
+            logits = self._read("prompt", *part)
         return logits
+
+    def _read(self, name: str, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        logits, *self.state = self.runs[name]([ids, mask, *self.state])
+        return logits
+
+
+def _in_onnxruntime(folder: Path, graph: dict, threads: int) -> Callable[[list[np.ndarray]], list[np.ndarray]]:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(str(folder / graph["file"]), options)
+    names, outputs = ([each["name"] for each in graph[part]] for part in ("inputs", "outputs"))
+    # A graph does without what it does not read.
+    known = {each.name for each in session.get_inputs()}
+
+    def run(values: list[np.ndarray]) -> list[np.ndarray]:
+        given = dict(zip(names, values, strict=True))
+        return session.run(outputs, {name: given[name] for name in given if name in known})
+
+    return run
+
+
+def _in_executorch(folder: Path, graph: dict, threads: int) -> Callable[[list[np.ndarray]], list[np.ndarray]]:
+    import torch
+    from executorch.runtime import Runtime
+
+    method = Runtime.get().load_program(folder / graph["file"]).load_method("forward")
+
+    def run(values: list[np.ndarray]) -> list[np.ndarray]:
+        found = method.execute([torch.from_numpy(np.ascontiguousarray(value)) for value in values])
+        # The next call writes over what this one returned.
+        return [tensor.numpy().copy() for tensor in found]
+
+    return run
+
+
+_RUNTIMES = {"onnx": _in_onnxruntime, "executorch": _in_executorch}
 
 
 def main(argv: list[str] | None = None) -> list[int]:
@@ -60,7 +96,7 @@ def main(argv: list[str] | None = None) -> list[int]:
     parser.add_argument("folder", type=Path, help="folder that export wrote")
     parser.add_argument("--prompt", default="The [[Mediterranean Sea]] is")
     parser.add_argument("--tokens", type=int, default=50)
-    parser.add_argument("--threads", type=int, default=0, help="0: as many as there are cores")
+    parser.add_argument("--threads", type=int, default=0, help="for onnxruntime; 0: as many as there are cores")
     parser.add_argument("--compare", type=Path, help="folder of the model, to compare with its generate()")
     a = parser.parse_args(argv)
     from tokenizers import Tokenizer

@@ -1,4 +1,4 @@
-"""Models as graphs for other runtimes: `python -m hub_upload export FOLDER --format torch|onnx`.
+"""Models as graphs for other runtimes: `python -m hub_upload export FOLDER --format torch|onnx|executorch`.
 
 A language model becomes two graphs, `prompt` for several columns and `step` for one. Both take the state of what came
 before, and give it back moved on: constant in size, zeros before the first prompt. Every other model is one graph,
@@ -20,12 +20,9 @@ from .build import read_config
 from .errors import HubUploadError
 from .folders import check_output, staged_folder
 
-FORMATS = ("torch", "onnx")
+FORMATS = ("torch", "onnx", "executorch")
 # What was tried, and why it is not offered.
-_REFUSED = {
-    "aoti": "AOTInductor compiles these graphs, but what it compiled gave other logits",
-    "executorch": "it was not tried",
-}
+_REFUSED = {"aoti": "AOTInductor compiles these graphs, but what it compiled gave other logits"}
 FILE = "export.json"
 # Files of a folder that say how a text becomes ids.
 _TOKENIZER = (
@@ -35,7 +32,7 @@ _TOKENIZER = (
     "generation_config.json",
     "config.json",
 )
-_SUFFIX = {"torch": ".pt2", "onnx": ".onnx"}
+_SUFFIX = {"torch": ".pt2", "onnx": ".onnx", "executorch": ".pte"}
 
 
 @dataclass
@@ -164,7 +161,8 @@ def export_folder(
 
     Args:
         model: folder with a saved or built model; output: folder to write.
-        kind: torch (for `torch.export.load`) or onnx (for onnxruntime).
+        kind: torch (for `torch.export.load`), onnx (for onnxruntime) or executorch, whose graphs have no size of any
+            value.
         rows, length: as in `export_model`.
         overwrite: replace an existing folder.
 
@@ -172,9 +170,14 @@ def export_folder(
     """
     model, output = Path(model), Path(output)
     if kind in _REFUSED:
-        raise HubUploadError(f"--format {kind} is not offered: {_REFUSED[kind]}. Use torch or onnx.")
+        raise HubUploadError(f"--format {kind} is not offered: {_REFUSED[kind]}. Use {', '.join(FORMATS)}.")
     if kind not in FORMATS:
         raise HubUploadError(f"--format must be one of {', '.join(FORMATS)}, got {kind!r}.")
+    if kind == "executorch" and (rows is None or length is None):
+        raise HubUploadError(
+            "--format executorch sets memory aside for the largest size: give --rows of at least 1 and --length, "
+            "the columns that a prompt is cut into or padded to."
+        )
     check_output(output, overwrite, keep=model)
     config, model_class = read_config(model)
     write = _writer(kind)
@@ -213,14 +216,16 @@ def _signature(program: ExportedProgram, inputs: list[str], outputs: list[str]) 
 
 def _writer(kind: str) -> Callable[[ExportedProgram, Path, list[str], list[str]], None]:
     """What writes such a graph. Raises HubUploadError where its package is missing."""
-    if kind == "torch":
-        return _write_torch
     try:
-        import onnxruntime  # noqa: F401
-        import onnxscript  # noqa: F401
+        if kind == "onnx":
+            import onnxruntime  # noqa: F401
+            import onnxscript  # noqa: F401
+        elif kind == "executorch":
+            import executorch.exir  # noqa: F401
     except ImportError as error:
-        raise HubUploadError(f"--format onnx needs more packages (pip install -e '.[export]'): {error}") from error
-    return _write_onnx
+        packages = "pip install executorch" if kind == "executorch" else "pip install -e '.[export]'"
+        raise HubUploadError(f"--format {kind} needs more packages ({packages}): {error}") from error
+    return {"torch": _write_torch, "onnx": _write_onnx, "executorch": _write_executorch}[kind]
 
 
 def _write_torch(program: ExportedProgram, path: Path, inputs: list[str], outputs: list[str]) -> None:
@@ -231,3 +236,11 @@ def _write_onnx(program: ExportedProgram, path: Path, inputs: list[str], outputs
     torch.onnx.export(
         program, (), str(path), input_names=inputs, output_names=outputs, external_data=False, verbose=False
     )
+
+
+def _write_executorch(program: ExportedProgram, path: Path, inputs: list[str], outputs: list[str]) -> None:
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import to_edge_transform_and_lower
+
+    lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
+    path.write_bytes(lowered.to_executorch().buffer)

@@ -54,7 +54,7 @@ def exported_unit(unit, x: Tensor, active: Tensor, context, cache, scanned: tupl
         earlier = before - memory + torch.arange(memory, device=x.device)
         keys, values, key_places = _led(k, memory), _led(v, memory), F.pad(places, (memory, 0))
         if cache is not None:
-            slots = (earlier % memory)[:, :, None]
+            slots = ((earlier + memory) % memory)[:, :, None]
             keys = torch.cat([cache.keys.gather(1, slots.expand(-1, -1, k.shape[2])).to(k.dtype), k], dim=1)
             values = torch.cat([cache.values.gather(1, slots.expand(-1, -1, v.shape[2])).to(v.dtype), v], dim=1)
             key_places = torch.cat([cache.positions.gather(1, slots[:, :, 0]), places], dim=1)
@@ -107,7 +107,7 @@ def _advance(cache, context, hidden, state, before, count, keys, values, places)
     memory = cache.memory_size
     last = before + count - 1
     # The newest token whose ordinal leaves the rest of its slot.
-    newest = last - (last - torch.arange(memory, device=last.device)) % memory
+    newest = last - (last + memory - torch.arange(memory, device=last.device)) % memory
     is_new, taken = newest >= before, (newest - before).clamp_min(0)
     taken = torch.minimum(taken, torch.full_like(taken, 1) * (keys.shape[1] - 1))
     for name, rows in (("keys", keys), ("values", values), ("positions", places[:, :, None])):
@@ -120,7 +120,8 @@ def _advance(cache, context, hidden, state, before, count, keys, values, places)
     if cache.ssm_inputs is not None:
         inputs = last_real_tokens(hidden, cache.truncation, real, None, cache.recent_inputs())
         cache._store("token_count", cache.token_count + real.sum(1))
-        order = (torch.arange(cache.truncation, device=inputs.device) - cache.token_count[:, None]) % cache.truncation
+        size = cache.truncation
+        order = (torch.arange(size, device=inputs.device) + size - cache.token_count[:, None] % size) % size
         cache._store("ssm_inputs", inputs.gather(1, order[:, :, None].expand_as(inputs)))
     else:
         cache._store("token_count", cache.token_count + real.sum(1))

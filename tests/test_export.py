@@ -5,6 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from packaging import version
@@ -136,6 +137,9 @@ def test_what_cannot_be_exported_is_refused_by_name(tmp_path):
         export_folder(saved, tmp_path / "out", "gguf")
     with pytest.raises(HubUploadError, match="--format aoti is not offered"):
         export_folder(saved, tmp_path / "out", "aoti")
+    for sizes in ({}, {"rows": None, "length": 16}):
+        with pytest.raises(HubUploadError, match="--format executorch sets memory aside .* --rows .* --length"):
+            export_folder(saved, tmp_path / "out", "executorch", **sizes)
     with pytest.raises(HubUploadError, match="at least 1 row and 2 columns, got 1 and 1"):
         export_folder(saved, tmp_path / "out", "torch", length=1)
     assert not (tmp_path / "out").exists()
@@ -215,3 +219,22 @@ def test_a_text_goes_on_in_onnxruntime_as_in_generate(tmp_path, monkeypatch):
     small_lm(vocab_size=264, pad_token_id=256, bos_token_id=257, seed=5, **ONE).save_pretrained(tmp_path / "model5")
     with pytest.raises(SystemExit, match="generate\\(\\) continues otherwise"):
         example.main([*flags, "--compare", str(tmp_path / "model5")])
+
+
+def test_a_graph_of_one_length_is_given_prompts_of_others(monkeypatch):
+    """Longer ones in parts, the last one padded."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    model = object.__new__(importlib.import_module("run_exported").ExportedModel)
+    calls = []
+
+    def run(values):
+        calls.append([value.tolist() for value in values])
+        return [np.array([[len(calls)]]), values[2] + 1]
+
+    model.columns, model.runs, model.state = 4, {"prompt": run, "step": run}, [np.zeros(1)]
+    assert model.read(np.array([[5, 6, 7, 8, 9, 10]])).tolist() == [[2]]
+    assert calls == [[[[5, 6, 7, 8]], [[1] * 4], [0]], [[[9, 10, 0, 0]], [[1, 1, 0, 0]], [1]]]
+    model.read(np.array([[5]]))
+    assert calls[2] == [[[5]], [[1]], [2]] and model.state[0].tolist() == [3]
+    with pytest.raises(ValueError, match="more than 4 columns"):
+        model.read(np.zeros((2, 5), np.int64))

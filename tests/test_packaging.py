@@ -53,12 +53,18 @@ def test_presets_are_found_after_a_plain_install(installed, tmp_path):
     assert output[2].split() == modeling_seqboat.SeqBoatConfig.preset_names()
 
 
-def test_only_the_package_and_hub_upload_become_modules(installed):
+def test_vllm_finds_its_plugin(installed):
+    (entry_points,) = installed.glob("*.dist-info/entry_points.txt")
+    assert "[vllm.general_plugins]\nseqboat = vllm_seqboat:register\n" in entry_points.read_text() + "\n"
+    assert {path.name for path in (installed / "vllm_seqboat").glob("*.py")} >= {"__init__.py", "model.py", "pages.py"}
+
+
+def test_only_the_packages_become_modules(installed):
     names = {path.name for path in installed.iterdir() if not path.name.endswith(".dist-info")} - {
         "__pycache__",
         "bin",
     }
-    assert names == {"modeling_seqboat", "hub_upload"}
+    assert names == {"modeling_seqboat", "hub_upload", "vllm_seqboat"}
     assert (installed / "modeling_seqboat" / "py.typed").is_file()
     shipped = {path.name for path in (installed / "modeling_seqboat").glob("*.py")}
     assert shipped == {path.name for path in (ROOT / "modeling_seqboat").glob("*.py")}
