@@ -16,9 +16,10 @@ from modeling_seqboat import build_byte_tokenizer  # noqa: E402
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize("overrides", [{}, {"ssm_truncation": 7, "position_embedding_type": "local"}])
-def test_a_text_goes_on_as_in_generate(tmp_path, monkeypatch, overrides):
-    model = small_lm(vocab_size=264, pad_token_id=256, bos_token_id=257, **overrides)
+# ExecuTorch takes two minutes of one core over these two layers.
+@pytest.mark.timeout(1800)
+def test_a_text_goes_on_as_in_generate(tmp_path, monkeypatch):
+    model = small_lm(vocab_size=264, pad_token_id=256, bos_token_id=257, ssm_truncation=7)
     model.save_pretrained(tmp_path / "model")
     build_byte_tokenizer().save_pretrained(tmp_path / "model")
     export_folder(tmp_path / "model", tmp_path / "out", "executorch", length=16)
