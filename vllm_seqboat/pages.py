@@ -3,8 +3,6 @@
 Letters: B rows of a step, L tokens, P pages, D channels, W memory size, T truncation.
 """
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
@@ -104,7 +102,7 @@ class PagedCache(SeqBoatCache):
         for index, layer in enumerate(self.layers):
             for name, tensor in chosen.items():
                 setattr(layer, name, tensor[:, index])
-            layer.pages, layer.is_blank, layer.seen = pages, False, 0
+            layer.pages, layer.is_blank = pages, False
 
     def prompts(
         self, model: SeqBoatForCausalLM, texts: list[Tensor], pages: list[int], starts: list[int]
@@ -149,7 +147,7 @@ class PagedCache(SeqBoatCache):
     def _go_on(self, model: SeqBoatForCausalLM, text: Tensor, page: int, start: int) -> Tensor:
         self._lay({name: tensor[page : page + 1] for name, tensor in self.pool.items()}, None)
         for layer in self.layers:
-            layer.token_count = torch.full((1,), start, device=text.device)
+            layer.token_count, layer.seen = torch.full((1,), start, device=text.device), start
         return model.model(input_ids=text[None], past_key_values=self).last_hidden_state[0]
 
     def step(self, model: SeqBoatForCausalLM, ids: Tensor, pages: Tensor, positions: Tensor) -> Tensor:
@@ -173,6 +171,3 @@ class PagedCache(SeqBoatCache):
         ).last_hidden_state
         self.pool["activated_count"].index_copy_(0, pages, counts.t())
         return hidden[:, 0]
-
-    def __iter__(self) -> Iterator:
-        raise TypeError("the pages of a pool are no outputs to be joined")
