@@ -70,7 +70,13 @@ setup(
         "transformers>=5.17",
     ],
     extras_require={"train": TRAIN, "test": TEST, "liger": LIGER, "export": EXPORT, "vllm": VLLM, "docs": DOCS},
-    packages=["modeling_seqboat", "modeling_seqboat.configuration", "hub_upload", "hub_upload.examples", "vllm_seqboat"],
+    packages=[
+        "modeling_seqboat",
+        "modeling_seqboat.configuration",
+        "hub_upload",
+        "hub_upload.examples",
+        "vllm_seqboat",
+    ],
     package_dir={"modeling_seqboat.configuration": "configuration", "hub_upload.examples": "examples"},
     entry_points={
         "console_scripts": ["seqboat = hub_upload.cli:main"],
