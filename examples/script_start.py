@@ -1,8 +1,8 @@
 """What every script does first: `import script_start`, before torch.
 
-It lets waiting threads sleep, leaves out warnings that no user can act on, and ends what users can put right in one
-line instead of a traceback: a wrong value or file that the code here refused, and a package that is not installed.
-`SEQBOAT_TRACEBACK=1` in front of a command shows the traceback of those too.
+It takes one thread on two cores and lets waiting ones sleep on more, leaves out warnings that no user can act on, and
+ends what users can put right in one line instead of a traceback: a wrong value or file that the code here refused, and
+a package that is not installed. `SEQBOAT_TRACEBACK=1` in front of a command shows the traceback of those too.
 """
 
 import argparse
@@ -12,7 +12,11 @@ import sys
 from pathlib import Path
 from types import FrameType, TracebackType
 
-# Threads that wait for work would spin, which costs a machine shared with other programs most of its speed.
+# Threads that wait for work would spin, which costs a machine shared with other programs most of its speed. On two
+# cores putting them to sleep and waking them up takes longer than one thread takes for all of the work.
+_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+if _cores <= 2 and "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 # Kernels of torchao that this machine's torch cannot load, which nothing here calls; remarks of torch on torchao; and
