@@ -16,7 +16,6 @@ of memory is the last one. --minutes ends the run before the next length.
 import argparse
 import json
 import os
-import shlex
 import sys
 import threading
 import time
@@ -26,7 +25,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from competitors import seqboat, set_activation_rate
-from measuring import autocast, release_memory, synchronise
+from measuring import autocast, head_of_results, release_memory, synchronise
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -223,15 +222,8 @@ def main(argv: list[str] | None = None) -> None:
     step = Step(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=on_gpu)
     wrapped = DistributedDataParallel(step)
-    head = {
-        "date": time.strftime("%Y-%m-%d"),
-        "card": torch.cuda.get_device_name() if on_gpu else "CPU",
-        "torch": torch.__version__,
-        "parameters": model.num_parameters(),
-        "rate": arguments.rate,
-        "command": f"torchrun --nproc_per_node {size} benchmarks/bench_context_parallel.py "
-        + shlex.join(part.replace(str(arguments.output), "FOLDER") for part in argv),
-    }
+    head = head_of_results("bench_context_parallel.py", argv, arguments.output, size, device)
+    head |= {"parameters": model.num_parameters(), "rate": arguments.rate}
     report, alone_fits = Report(arguments.output, head, store), True
     for length in lengths:
         late = torch.tensor([time.perf_counter() - started > 60 * arguments.minutes], dtype=torch.int64, device=device)

@@ -13,20 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from competitors import SIZES
 from measuring import captured, median_ms
 from torch import Tensor
 
 from modeling_seqboat import SeqBoatCache, SeqBoatConfig, SeqBoatForCausalLM
 from vllm_seqboat.pages import PagedCache, empty_pages
 
-TOY = {
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "state_size": 2,
-    "qk_head_dim": 8,
-    "v_head_dim": 24,
-    "memory_size": 8,
-}
 SEEN = 5000
 
 
@@ -84,7 +77,8 @@ def main(argv: list[str] | None = None) -> None:
     if not on_gpu and not a.toy:
         parser.error("there is no GPU; --toy runs without one")
     device = torch.device("cuda" if on_gpu else "cpu")
-    config = SeqBoatConfig(**TOY) if a.toy else SeqBoatConfig.from_preset("enwik8", ssm_truncation=None)
+    published = SeqBoatConfig.from_preset("enwik8", ssm_truncation=None)
+    config = SeqBoatConfig(**SIZES["toy"].seqboat) if a.toy else published
     torch.manual_seed(0)
     model = SeqBoatForCausalLM(config).to(device, torch.bfloat16 if on_gpu else torch.float32).eval()
     lines = []

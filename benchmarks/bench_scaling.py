@@ -21,7 +21,6 @@ tiny shapes over gloo, without graphs.
 import argparse
 import json
 import os
-import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -30,7 +29,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from competitors import SIZES, seqboat, set_activation_rate
-from measuring import autocast, release_memory, synchronise
+from measuring import autocast, head_of_results, release_memory, synchronise
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -261,15 +260,8 @@ def main(argv: list[str] | None = None) -> None:
     if on_gpu:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
-    head = {
-        "date": time.strftime("%Y-%m-%d"),
-        "card": torch.cuda.get_device_name() if on_gpu else "CPU",
-        "torch": torch.__version__,
-        "rate": arguments.rate,
-        "peak": arguments.peak,
-        "command": f"torchrun --nproc_per_node {dist.get_world_size()} benchmarks/bench_scaling.py "
-        + shlex.join(part.replace(str(arguments.output), "FOLDER") for part in argv),
-    }
+    head = head_of_results("bench_scaling.py", argv, arguments.output, dist.get_world_size(), device)
+    head |= {"rate": arguments.rate, "peak": arguments.peak}
     report = Report(arguments.output, head)
     if "data" in arguments.parts:
         measure_data(report, arguments, device)

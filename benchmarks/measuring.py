@@ -1,10 +1,12 @@
 """Time and memory of a piece of work: medians, peaks, and CUDA graphs around what would wait for the host."""
 
 import gc
+import shlex
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,17 @@ from modeling_seqboat.graphed_step_seqboat import stream_capacity
 def synchronise(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
+
+
+def head_of_results(script: str, argv: list[str], output: Path, processes: int, device: torch.device) -> dict:
+    """What stands above the results of a benchmark under torchrun: when, where, and by which command."""
+    arguments = shlex.join(part.replace(str(output), "FOLDER") for part in argv)
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "card": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
+        "torch": torch.__version__,
+        "command": f"torchrun --nproc_per_node {processes} benchmarks/{script} {arguments}",
+    }
 
 
 def autocast(device: torch.device) -> torch.autocast:

@@ -409,35 +409,31 @@ def test_the_plans_name_each_row_once_and_headlines_first(bench):
     assert sum("compiled" in name for name in names) == 5
 
 
-@pytest.mark.slow
-def test_a_row_in_parts_is_timed_beside_one_process(tmp_path):
+def rows_of_two_processes(script: str, output: Path, lengths: str) -> list[dict]:
+    """What a benchmark of several processes writes at toy sizes; its table must be what it prints."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-               str(ROOT / "benchmarks/bench_context_parallel.py"), "--toy", "--output", str(tmp_path)]  # fmt: skip
+               str(ROOT / "benchmarks" / script), "--toy", "--output", str(output)]  # fmt: skip
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
-        [*command, "--lengths", "64,100", "--repeats", "1"], env={**os.environ, "PYTHONPATH": paths}, cwd=ROOT,
+        [*command, "--lengths", lengths, "--repeats", "1"], env={**os.environ, "PYTHONPATH": paths}, cwd=ROOT,
         capture_output=True, text=True, timeout=200,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    rows = json.loads((tmp_path / "results.json").read_text("utf-8"))["rows"]
+    assert (output / "results.md").read_text("utf-8") in done.stdout
+    return json.loads((output / "results.json").read_text("utf-8"))["rows"]
+
+
+@pytest.mark.slow
+def test_a_row_in_parts_is_timed_beside_one_process(tmp_path):
+    rows = rows_of_two_processes("bench_context_parallel.py", tmp_path, "64,100")
     assert [(row["length"], row["processes"]) for row in rows] == [(64, 1), (64, 2), (100, 1), (100, 2)]
     assert all(row["seconds"] > 0 for row in rows)
-    assert (tmp_path / "results.md").read_text("utf-8") in done.stdout
 
 
 @pytest.mark.slow
 def test_steps_over_processes_are_timed(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-               str(ROOT / "benchmarks/bench_scaling.py"), "--toy", "--output", str(tmp_path)]  # fmt: skip
-    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(
-        [*command, "--lengths", "16", "--repeats", "1"], env={**os.environ, "PYTHONPATH": paths}, cwd=ROOT,
-        capture_output=True, text=True, timeout=200,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    rows = json.loads((tmp_path / "results.json").read_text("utf-8"))["rows"]
+    rows = rows_of_two_processes("bench_scaling.py", tmp_path, "16")
     assert [(row["model"], row["processes"]) for row in rows] == [
         ("seqboat-enwik8", 1), ("seqboat-enwik8", 2), ("seqboat-toy", 2), ("llama-toy", 2)
     ]  # fmt: skip
     assert all(row["tokens_per_s"] > 0 and row["flops"] > 0 for row in rows)
-    assert (tmp_path / "results.md").read_text("utf-8") in done.stdout
