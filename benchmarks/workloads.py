@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache, StaticCache
 
 from modeling_seqboat import SeqBoatCache
-from modeling_seqboat.graphed_step_seqboat import GraphedStep
+from modeling_seqboat.graphed_step_seqboat import GraphedStep, GraphedUpdate
 
 PARTS = ("roofline", "step", "train", "decode", "forward", "prefill")
 
@@ -210,16 +210,19 @@ def measure_step(bench: Workbench, row: Row) -> dict:
     model = bench.model(row.model, row.active, bench.scale.train).train()
     ids = bench.ids(row.batch, row.length)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-6, fused=device.type == "cuda")
-    graphed = GraphedStep(model) if row.mode == GRAPH else None
+    graphed = update = None
+    if row.mode == GRAPH:
+        graphed, update = GraphedStep(model), GraphedUpdate(optimizer, 1.0)
 
     def run():
         if graphed is None:
             train_step(model, ids)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
         else:
             with autocast(device):
                 graphed(input_ids=ids, labels=ids)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+            update()
         optimizer.zero_grad(set_to_none=True)
 
     peak = peak_gib(lambda: (run(), run()), device)

@@ -49,7 +49,7 @@ from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 
 from modeling_seqboat import SeqBoatConfig, SeqBoatForCausalLM
-from modeling_seqboat.graphed_step_seqboat import GraphedStep
+from modeling_seqboat.graphed_step_seqboat import GraphedStep, GraphedUpdate
 from modeling_seqboat.optimizer_seqboat import MuonAdamW
 from modeling_seqboat.training_seqboat import (
     CollapseWarning,
@@ -345,9 +345,15 @@ class Training:
     def __post_init__(self):
         self.tokens_a_step = rows_of_a_step(self.a, self.accelerator.num_processes) * self.a.sequence_length
         self.collapse = CollapseWarning(patience=3)
-        self.graphed = None
+        self.graphed = self.graphed_update = None
         if self.a.cuda_graphs:
             self.graphed = GraphedStep(self.model, divisor=self.a.gradient_accumulation_steps)
+            # torch's RAdam is not made for it.
+            if self.a.optimizer != "radam":
+                # A budget of several processes has them wait for one another, which a graph must not.
+                alone = self.budget is not None and self.accelerator.num_processes == 1
+                then = [self.budget.step] if alone else []
+                self.graphed_update = GraphedUpdate(self.optimizer.optimizer, self.a.max_grad_norm, then)
         self.log = None
         self.asked_to_stop = False
 
@@ -428,12 +434,15 @@ class Training:
                     with self.parts.running(model):
                         loss = model(**self.parts.of({"input_ids": ids, "labels": ids})).loss
                     accelerator.backward(loss)
-                if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(model.parameters(), a.max_grad_norm)
-                self.optimizer.step()
+                if self.graphed_update is None:
+                    if accelerator.sync_gradients:
+                        accelerator.clip_grad_norm_(model.parameters(), a.max_grad_norm)
+                    self.optimizer.step()
+                elif accelerator.sync_gradients:
+                    self.graphed_update()
                 self.optimizer.zero_grad()
             total += loss.detach().float() / a.gradient_accumulation_steps
-        if self.budget is not None:
+        if self.budget is not None and (self.graphed_update is None or not self.graphed_update.then):
             self.budget.step()
         if self.averaged is not None:
             self.averaged.update_parameters(accelerator.unwrap_model(model))

@@ -129,7 +129,9 @@ class MuonAdamW(torch.optim.Optimizer):
             if parameter.grad is not None:
                 key = parameter.shape, parameter.device, parameter.dtype
                 shapes.setdefault(key, []).append(parameter)
-        momentum, rate = group["momentum"], float(group["lr"])
+        momentum, rate = group["momentum"], group["lr"]
+        # On the device it is left there: a CUDA graph reads it in every step.
+        rate = float(rate) if not isinstance(rate, Tensor) or rate.device.type == "cpu" else rate
         for (shape, *_), parameters in shapes.items():
             for parameter in parameters:
                 if not self.state[parameter]:
@@ -140,5 +142,8 @@ class MuonAdamW(torch.optim.Optimizer):
             ahead = torch._foreach_lerp(grads, averages, momentum)
             update = orthogonalized(torch.stack(ahead), group["ns_steps"]).to(parameters[0].dtype)
             torch._foreach_mul_(parameters, 1 - rate * group["weight_decay"])
-            scale = math.sqrt(max(1, shape[0] / shape[1]))
-            torch._foreach_add_(parameters, list(update.unbind()), alpha=-rate * scale)
+            step = rate * math.sqrt(max(1, shape[0] / shape[1]))
+            if isinstance(step, Tensor):
+                torch._foreach_sub_(parameters, list((update * step).unbind()))
+            else:
+                torch._foreach_add_(parameters, list(update.unbind()), alpha=-step)

@@ -232,10 +232,11 @@ class _ProjectUnit(torch.autograd.Function):
     @staticmethod
     @first_derivative_only
     def backward(ctx, *grads):
-        projected = ctx.saved_tensors[0]
-        grad = torch.empty(projected.shape, dtype=projected.dtype, device=projected.device)
+        # Read once: under gradient checkpointing a second reading is an error.
+        saved = ctx.saved_tensors
+        grad = torch.empty(saved[0].shape, dtype=saved[0].dtype, device=saved[0].device)
         grads = [g.contiguous() for g in grads]
-        return grad, *_project_backward(*ctx.saved_tensors, *grads, grad), None, None, None
+        return grad, *_project_backward(*saved, *grads, grad), None, None, None
 
 
 def _check_projected(projected, scale, offset, cos, sin, table_rows) -> None:

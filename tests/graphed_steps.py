@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from modeling_seqboat.graphed_step_seqboat import GraphedStep
+from modeling_seqboat.graphed_step_seqboat import GraphedStep, GraphedUpdate
 
 _nothing = SimpleNamespace(wait_stream=lambda other: None)
 # torch.cuda without a device: streams and captures do nothing.
@@ -63,6 +63,30 @@ class EmulatedGraph(GraphedStep):
             self._stop_listening()
 
         self._graph.replay = replay
+
+
+class EmulatedUpdate(GraphedUpdate):
+    """On a CPU: a capture runs nothing, and a replay runs what was captured."""
+
+    recording = False
+    replays = 0
+
+    def _run(self):
+        if not self.recording:
+            super()._run()
+
+    def _capture(self):
+        self.recording = True
+        graph = super()._capture()
+        self.recording = False
+
+        def replay():
+            self.replays += 1
+            with self._rates_on_device():
+                self._run()
+
+        graph.replay = replay
+        return graph
 
 
 def gradients(model) -> dict[str, torch.Tensor]:

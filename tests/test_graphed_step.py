@@ -7,6 +7,7 @@ import torch
 from graphed_steps import (
     CUDA_STAND_INS,
     EmulatedGraph,
+    EmulatedUpdate,
     check_that_an_overflow_is_computed_again,
     gradients,
     set_rates,
@@ -22,8 +23,9 @@ from modeling_seqboat import (
     graphed_step_seqboat,
     training_seqboat,
 )
-from modeling_seqboat.graphed_step_seqboat import GraphedStep
-from modeling_seqboat.training_seqboat import RouterBudget, RouterMonitor, SeqBoatTrainer
+from modeling_seqboat.graphed_step_seqboat import GraphedStep, GraphedUpdate
+from modeling_seqboat.optimizer_seqboat import MuonAdamW
+from modeling_seqboat.training_seqboat import RouterBudget, RouterMonitor, SeqBoatTrainer, parameter_groups
 
 
 class OnAnyDevice(GraphedStep):
@@ -284,3 +286,68 @@ def test_more_tokens_than_room_are_computed_again(emulated, monkeypatch):
     monkeypatch.setattr(graphed_step_seqboat, "_SPARE", 0)
     model, step, ids = emulated, EmulatedGraph(emulated, headroom=1.0), random_ids(1, 16)
     check_that_an_overflow_is_computed_again(step, model, ids, few=2.0)
+
+
+def muon(model) -> MuonAdamW:
+    groups = parameter_groups(model, 0.1, router_learning_rate=1e-3, muon_learning_rate=0.02)
+    return MuonAdamW(groups, lr=4e-3, fused=True)
+
+
+def test_an_update_as_a_graph_is_that_of_plain_calls(emulated, monkeypatch):
+    """Rates that fall, an overflow on the way, a budget behind it."""
+    monkeypatch.setattr(graphed_step_seqboat, "_STEP", 4)
+    monkeypatch.setattr(graphed_step_seqboat, "_SPARE", 0)
+    emulated.config.router_target_rate = 0.3
+    plain = copy.deepcopy(emulated)
+    plain.config.kernel_backend = "torch"
+    models, budgets = (emulated, plain), [RouterBudget(model, gain=0.5) for model in (emulated, plain)]
+    optimizers = [muon(model) for model in models]
+    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step)) for optimizer in optimizers]
+    step, update = EmulatedGraph(emulated, headroom=1.0), EmulatedUpdate(optimizers[0], 0.1, [budgets[0].step])
+    for turn, threshold in enumerate((2.0, 2.0, 2.0, 2.0, -30.0, -30.0, -30.0, -30.0)):
+        ids = random_ids(1, 16, seed=turn)
+        for model in models:
+            set_rates(model, threshold)
+        step(input_ids=ids, labels=ids)
+        update()
+        plain(ids, labels=ids).loss.backward()
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.1)
+        optimizers[1].step()
+        budgets[1].step()
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.zero_grad()
+            schedule.step()
+        torch.testing.assert_close(emulated.state_dict(), plain.state_dict(), atol=2e-5, rtol=1e-4)
+    assert step.overflows == 1 and step.captures == update.captures == 2
+    assert update.replays == 4
+    assert all(isinstance(group["lr"], float) and not group["capturable"] for group in optimizers[0].param_groups)
+
+
+def test_an_update_is_captured_again_after_a_change(emulated):
+    optimizer = muon(emulated)
+    update = EmulatedUpdate(optimizer)
+    for parameter in emulated.parameters():
+        parameter.grad = torch.ones_like(parameter)
+
+    def captures(calls: int) -> int:
+        before = update.captures
+        for _ in range(calls):
+            update()
+        return update.captures - before
+
+    assert captures(3) == 1
+    optimizer.param_groups[0]["weight_decay"] = 0.5
+    assert captures(1) == 0 and captures(2) == 1
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert captures(1) == 0 and captures(2) == 1
+
+
+def test_an_optimizer_that_cannot_be_captured_is_refused():
+    parameter = torch.nn.Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match="cannot capture the steps of LBFGS"):
+        GraphedUpdate(torch.optim.LBFGS([parameter]))
+    update = GraphedUpdate(torch.optim.RAdam([parameter]))
+    parameter.grad = torch.ones(2)
+    update()
+    with pytest.raises(ValueError, match="this RAdam: make it with fused=True or capturable=True"):
+        update()

@@ -68,3 +68,20 @@ def test_every_kernel_compiles_for_a_gpu(launches):
     assert done.returncode == 0, done.stderr
     compiled = {line for line in done.stdout.splitlines() if line.endswith("_kernel")}
     assert compiled == {kernel.function.fn.__name__ for kernel, *_ in launches} and len(compiled) >= 27
+
+
+def test_no_backward_reads_what_was_saved_twice():
+    """Gradient checkpointing raises at a second reading."""
+    reads = []
+
+    def pack(tensor):
+        reads.append(0)
+        return len(reads) - 1, tensor
+
+    def unpack(packed):
+        reads[packed[0]] += 1
+        return packed[1]
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        note_launches()
+    assert len(reads) > 50 and max(reads) == 1

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, set_seed
 import modeling_seqboat
 from modeling_seqboat import SeqBoatForCausalLM, SeqBoatForImageClassification, SeqBoatForSequenceClassification
 from modeling_seqboat.analysis_seqboat import ActivationReport, analyse_activations
-from modeling_seqboat.graphed_step_seqboat import GraphedStep
+from modeling_seqboat.graphed_step_seqboat import GraphedStep, GraphedUpdate
 from modeling_seqboat.training_seqboat import parameter_groups
 
 MODELS = {
@@ -57,7 +57,10 @@ class Run:
         # The recurrences without kernels of their own are not worth a graph.
         config = recipe.config()
         graphs = device.type == "cuda" and config.ssm_type == "ema" and config.kernel_backend == "auto"
-        self.graphed = GraphedStep(self.model) if graphs else None
+        self.graphed = self.update = None
+        if graphs:
+            self.graphed = GraphedStep(self.model)
+            self.update = GraphedUpdate(self.optimizer, recipe.max_grad_norm)
         # Runs with the same seed read the same rows in the same order, whatever else differs.
         self.order = torch.Generator().manual_seed(recipe.seed)
 
@@ -70,10 +73,12 @@ class Run:
             else:
                 self.graphed(**batch)
                 loss = None
-        if loss is not None:
+        if loss is None:
+            self.update()
+        else:
             loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.max_grad_norm)
-        self.optimizer.step()
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.max_grad_norm)
+            self.optimizer.step()
         self.optimizer.zero_grad()
         self.schedule.step()
 
