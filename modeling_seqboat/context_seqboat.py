@@ -6,7 +6,8 @@ Letters: B batch, L columns, Z query/key width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from copy import copy
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,9 +25,10 @@ if TYPE_CHECKING:
     from .cache_seqboat import SeqBoatCache
 
 
-@dataclass
 class SequenceContext:
     """What every layer needs to know about the columns of one forward.
+
+    Not a dataclass: FSDP2 takes those apart that a layer is given, and casts their tensors to its own precision.
 
     Attributes:
         real: (B, L) bool, False at pads; None when every column is real.
@@ -43,19 +45,30 @@ class SequenceContext:
             of the others (`parallel_seqboat.Part`); else None.
     """
 
-    real: Tensor | None
-    reset: Tensor | None
-    segment: Tensor | None
-    positions: Tensor
-    ops: Ops | None = None
-    dtype: torch.dtype = torch.float32
-    cos: Tensor | None = None
-    sin: Tensor | None = None
-    places: Tensor | None = None
-    plan: ScanPlan | None = None
-    reverse_plan: ScanPlan | None = None
-    bounds: Tensor | None = None
-    part: Any = None
+    def __init__(
+        self,
+        real: Tensor | None,
+        reset: Tensor | None,
+        segment: Tensor | None,
+        positions: Tensor,
+        ops: Ops | None = None,
+        part: Any = None,
+    ):
+        self.real, self.reset, self.segment, self.positions = real, reset, segment, positions
+        self.ops, self.part = ops, part
+        self.dtype = torch.float32
+        self.cos: Tensor | None = None
+        self.sin: Tensor | None = None
+        self.places: Tensor | None = None
+        self.plan: ScanPlan | None = None
+        self.reverse_plan: ScanPlan | None = None
+        self.bounds: Tensor | None = None
+
+    def but(self, **changes: Any) -> SequenceContext:
+        """A copy with other values of these attributes."""
+        other = copy(self)
+        vars(other).update(changes)
+        return other
 
     def segment_bounds(self) -> Tensor | None:
         """`segment_bounds` of these columns; None where every row is one segment."""
@@ -89,16 +102,15 @@ class SequenceContext:
     def to(self, device: torch.device | str, non_blocking: bool = False) -> SequenceContext:
         """A copy on `device`: layers of one model may live on several."""
         moved = {} if self.ops is None else {"ops": reselect_ops(self.ops, torch.device(device))}
-        for field in fields(self):
-            value = getattr(self, field.name)
+        for name, value in vars(self).items():
             if isinstance(value, Tensor):
-                moved[field.name] = value.to(device, non_blocking=non_blocking)
+                moved[name] = value.to(device, non_blocking=non_blocking)
             elif isinstance(value, ScanPlan):
-                tensors = {name: part for name, part in vars(value).items() if isinstance(part, Tensor)}
-                moved[field.name] = replace(
-                    value, **{name: part.to(device, non_blocking=non_blocking) for name, part in tensors.items()}
+                tensors = {key: part for key, part in vars(value).items() if isinstance(part, Tensor)}
+                moved[name] = replace(
+                    value, **{key: part.to(device, non_blocking=non_blocking) for key, part in tensors.items()}
                 )
-        return replace(self, **moved)
+        return self.but(**moved)
 
 
 def _real_before(real: Tensor) -> Tensor:

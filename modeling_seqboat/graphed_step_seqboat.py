@@ -30,30 +30,45 @@ def stream_capacity(count: int, headroom: float = 1.2) -> int:
     return -(-int(headroom * count + _SPARE) // _STEP) * _STEP
 
 
+def _buckets(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Parameters in their order, cut into lists of one dtype and device and about `_BUCKET` bytes. Every process cuts
+    alike."""
+    buckets: list[list[nn.Parameter]] = []
+    size, kind = 0, None
+    for parameter in parameters:
+        if not buckets or size + parameter.nbytes > _BUCKET or (parameter.dtype, parameter.device) != kind:
+            buckets.append([])
+            size, kind = 0, (parameter.dtype, parameter.device)
+        buckets[-1].append(parameter)
+        size += parameter.nbytes
+    return buckets
+
+
+def _flattened(bucket: list[nn.Parameter]) -> tuple[Tensor, list[Tensor]]:
+    """A copy of the gradients of a bucket in one vector, zeros where there is none, and views of it in their shapes."""
+    flat = torch.cat([(p.new_zeros(p.shape) if p.grad is None else p.grad).flatten() for p in bucket])
+    return flat, [part.view_as(p) for p, part in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True)]
+
+
+def _average(flats: list[Tensor], group: dist.ProcessGroup | None) -> None:
+    """Replaces vectors by their means over the processes."""
+    share = 1 / dist.get_world_size(group)
+    for work in [dist.all_reduce(flat.mul_(share), group=group, async_op=True) for flat in flats]:
+        work.wait()
+
+
 @torch.no_grad()
 def average_gradients(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup | None = None) -> None:
     """Replaces each parameter's gradient by its mean over the processes of `group`, in place; every process has to
     call it with the same parameters. One that has no gradient on a process counts as zero there."""
-    buckets: list[list[Tensor]] = []
-    size, kind = 0, None
-    for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        grad = parameter.grad
-        if not buckets or size + grad.nbytes > _BUCKET or (grad.dtype, grad.device) != kind:
-            buckets.append([])
-            size, kind = 0, (grad.dtype, grad.device)
-        buckets[-1].append(grad)
-        size += grad.nbytes
-    share = 1 / dist.get_world_size(group)
-    waiting = []
-    for bucket in buckets:
-        flat = torch.cat([grad.flatten() for grad in bucket]).mul_(share)
-        waiting.append((bucket, flat, dist.all_reduce(flat, group=group, async_op=True)))
-    for bucket, flat, work in waiting:
-        work.wait()
-        parts = flat.split([grad.numel() for grad in bucket])
-        torch._foreach_copy_(bucket, [part.view_as(grad) for part, grad in zip(parts, bucket, strict=True)])
+    buckets = _buckets(parameters)
+    copies = [_flattened(bucket) for bucket in buckets]
+    _average([flat for flat, _ in copies], group)
+    for bucket, (_, views) in zip(buckets, copies, strict=True):
+        for parameter in bucket:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        torch._foreach_copy_([parameter.grad for parameter in bucket], views)
 
 
 class GraphedStep:
@@ -113,6 +128,8 @@ class GraphedStep:
         self._graph = self._form = self._inputs = self._loss = self._counts = None
         self._parameters: list[nn.Parameter] = []
         self._grads: list[Tensor | None] = []
+        # Under data parallelism the gradients are views of these vectors, which travel as they are.
+        self._flats: list[Tensor] = []
         self._capacities: list[int] = []
         # What a graph writes to must live as long as it does.
         self._hooks: list[Callable] = []
@@ -123,9 +140,13 @@ class GraphedStep:
         if parallel is not None and parallel.broadcast_buffers and parallel.require_forward_param_sync:
             for buffer in self.model.buffers():
                 dist.broadcast(buffer, dist.get_global_rank(parallel.process_group, 0), parallel.process_group)
+        self._replayed = False
         loss = self._step(batch)
         if parallel is not None and parallel.require_backward_grad_sync:
-            average_gradients((p for p in self.model.parameters() if p.requires_grad), parallel.process_group)
+            if self._replayed:
+                _average(self._flats, parallel.process_group)
+            else:
+                average_gradients((p for p in self.model.parameters() if p.requires_grad), parallel.process_group)
         return loss
 
     def _step(self, batch: dict[str, Any]) -> Tensor:
@@ -289,10 +310,12 @@ class GraphedStep:
             with torch.cuda.graph(graph, capture_error_mode="thread_local" if dist.is_initialized() else "global"):
                 self._loss = self._backward(self._inputs, model)
                 self._counts = torch.cat([layer.stream_count for layer in self.layers])
+                copies = [] if self.parallel is None else [_flattened(bucket) for bucket in _buckets(aliases)]
         finally:
             self._stop_listening()
         self._parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self._grads = [alias.grad for alias in aliases]
+        self._flats = [flat for flat, _ in copies]
+        self._grads = [view for _, views in copies for view in views] if copies else [alias.grad for alias in aliases]
         self._hooks = self._forward_hooks()
         self._graph, self._capacities, self._peaks, self._calls = graph, capacities, None, 0
         self.captures += 1
@@ -329,6 +352,7 @@ class GraphedStep:
         if old:
             torch._foreach_add_(new, old)
         loss = self._loss.clone()
+        self._replayed = True
         self._calls += 1
         if self._calls == _WINDOW:
             self._calls = 0

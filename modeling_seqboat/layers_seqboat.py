@@ -5,7 +5,6 @@ arXiv 2306.11197, section 3.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -260,7 +259,7 @@ class SeqBoatDecoderLayer(GradientCheckpointingLayer):
     def _outside_of_graphs(self, hidden_states, context, past_key_values):
         """`forward` in Triton, where a compiled model breaks its graph: the compiler does not see through these
         kernels, and would add nothing to them."""
-        return self.forward(hidden_states, replace(context, ops=eager_ops(context.ops)), past_key_values)
+        return self.forward(hidden_states, context.but(ops=eager_ops(context.ops)), past_key_values)
 
     @torch.compiler.disable
     def _attend_outside_of_graphs(self, *args):

@@ -648,3 +648,21 @@ def test_what_cannot_be_traced_says_so():
 def test_another_models_cache_is_refused():
     with pytest.raises(ValueError, match="past_key_values must be a SeqBoatCache, got DynamicCache"):
         small_lm()(IDS, past_key_values=DynamicCache())
+
+
+def test_what_fsdp2_casts_for_a_layer_leaves_its_context_alone():
+    """Rotary tables stay float32, and one context serves all layers: FSDP2 casts what it finds in a layer's arguments
+    to the dtype of its parameters, and in torch 2.11 not again where a checkpoint runs the layer a second time."""
+    from torch.distributed.utils import _apply_to_tensors
+
+    model, seen = small_lm(position_embedding_type="rotary"), []
+
+    def cast(module, args, kwargs):
+        args, kwargs = _apply_to_tensors(lambda t: t.bfloat16() if t.is_floating_point() else t, (args, kwargs))
+        seen.extend(a for a in (*args, *kwargs.values()) if hasattr(a, "segment_bounds"))
+
+    for layer in model.model.layers:
+        layer.register_forward_pre_hook(cast, with_kwargs=True)
+    model(random_ids(1, 9))
+    assert len(seen) == len(model.model.layers) > 1
+    assert all(context is seen[0] for context in seen) and seen[0].cos.dtype == torch.float32
