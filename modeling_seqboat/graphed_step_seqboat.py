@@ -45,7 +45,7 @@ def _buckets(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
 
 
 def _flattened(bucket: list[nn.Parameter]) -> tuple[Tensor, list[Tensor]]:
-    """A copy of the gradients of a bucket in one vector, zeros where there is none, and views of it in their shapes."""
+    """A copy of a bucket's gradients in one vector, zeros where there is none, and views of it in their shapes."""
     flat = torch.cat([(p.new_zeros(p.shape) if p.grad is None else p.grad).flatten() for p in bucket])
     return flat, [part.view_as(p) for p, part in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True)]
 
