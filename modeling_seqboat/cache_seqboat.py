@@ -21,7 +21,7 @@ from .cache_file_seqboat import SavedState, check_buffer, check_counts, memory_o
 from .configuration_seqboat import SeqBoatConfig
 from .context_seqboat import SequenceContext
 from .ops_ema_seqboat import without_autocast
-from .ops_layout_seqboat import Packed, last_real_tokens
+from .ops_layout_seqboat import Packed, is_exporting, last_real_tokens
 from .ops_packed_seqboat import write_memory
 from .ssm_seqboat import RECURRENCES, Before, Replay
 
@@ -272,7 +272,7 @@ class SeqBoatCacheLayer(CacheLayerMixin):
         them; None without truncation."""
         if self.ssm_inputs is None:
             return None
-        whole = count is None or torch.compiler.is_exporting()
+        whole = count is None or is_exporting()
         span = self.truncation if whole else min(count, self.truncation)
         slots = (self.token_count[:, None] + torch.arange(span, device=self.token_count.device)) % self.truncation
         return self.ssm_inputs.gather(1, slots[:, :, None].expand(-1, -1, self.ssm_inputs.shape[2]))

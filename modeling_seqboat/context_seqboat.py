@@ -19,7 +19,7 @@ from .configuration_seqboat import SeqBoatConfig
 from .kernels_seqboat import Ops, reselect_ops, select_ops
 from .ops_attention_seqboat import rotary_tables
 from .ops_ema_seqboat import chunk_size_for
-from .ops_layout_seqboat import ScanPlan, build_scan_plan, segment_bounds
+from .ops_layout_seqboat import ScanPlan, build_scan_plan, is_exporting, segment_bounds
 
 if TYPE_CHECKING:
     from .cache_seqboat import SeqBoatCache
@@ -312,7 +312,7 @@ def build_context(
     stepping = must_not_wait(device) or (length == 1 and device.type != "cpu")
     if reset is not None and not stepping and not bool(reset.any()):
         reset = None
-    if reset is not None and length > 1 and torch.compiler.is_exporting():
+    if reset is not None and length > 1 and is_exporting():
         raise ValueError(
             "an exported SeqBoat reads one text a row: position_ids, seq_idx and cu_seq_lens_q, which may begin "
             "another, cannot be given with more than one column"

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .configuration_seqboat import LEARNED_ROUTERS, SeqBoatConfig
+from .ops_layout_seqboat import is_exporting
 from .triton_launch_seqboat import interpreted
 
 try:
@@ -172,7 +173,7 @@ def _facts(
         noisy = f"router_type={config.router_type!r} has no kernel"
     return Facts(
         # An exported graph runs where there is no Triton.
-        requested="torch" if torch.compiler.is_exporting() else requested_backend(config.kernel_backend),
+        requested="torch" if is_exporting() else requested_backend(config.kernel_backend),
         device=device.type,
         dtype=dtype,
         training=training,

@@ -19,7 +19,7 @@ from .diagonal_seqboat import SeqBoatS4D, SeqBoatS5
 from .exported_seqboat import exported_unit
 from .kernels_seqboat import eager_ops
 from .ops_attention_seqboat import rotary_tables
-from .ops_layout_seqboat import Packed
+from .ops_layout_seqboat import Packed, is_exporting
 from .ops_packed_seqboat import pack_step
 from .router_seqboat import SeqBoatRouter
 from .ssm_seqboat import RECURRENCES, SeqBoatEMA, register_recurrence
@@ -194,7 +194,7 @@ class SeqBoatDecoderLayer(GradientCheckpointingLayer):
             confidence, active, rate = self.router(m, real, context.places)
         in_place = cache is not None and before.overwrite
         attend = self._attend
-        if torch.compiler.is_compiling() and not in_place and not torch.compiler.is_exporting():
+        if torch.compiler.is_compiling() and not in_place and not is_exporting():
             attend = self._attend_outside_of_graphs
         scanned = None if cache is None else (h, state, replay)
         # A step reads the memory where it lies, and must not be compiled once more when the cache is no longer blank.
@@ -213,7 +213,7 @@ class SeqBoatDecoderLayer(GradientCheckpointingLayer):
         cache or a `PartMemory`. Moves the cache past these columns, given the recurrence's inputs, state and
         replay."""
         config, ops = self.config, context.ops
-        exporting = torch.compiler.is_exporting() and not in_place
+        exporting = is_exporting() and not in_place
         if in_place:
             if context.reset is not None:
                 cache.start_segments(context.reset)

@@ -37,6 +37,7 @@ from .layers_seqboat import (
     build_norm,
 )
 from .loss_seqboat import expect_liger, fused_linear_cross_entropy
+from .ops_layout_seqboat import is_exporting
 from .router_seqboat import SeqBoatRouter
 from .ssm_seqboat import Recurrence
 
@@ -558,7 +559,7 @@ class SeqBoatModel(SeqBoatPreTrainedModel):
             # nn.DataParallel made for one batch, and whose outputs it gathers. An exported graph has no cache of its
             # own.
             use_cache = config.use_cache and not self.training and not getattr(self, "_is_replica", False)
-            use_cache = use_cache and not torch.compiler.is_exporting()
+            use_cache = use_cache and not is_exporting()
         return SeqBoatCache(config) if use_cache else None
 
     def _check_ids(self, input_ids: Tensor) -> None:

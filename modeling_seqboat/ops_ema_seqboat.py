@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .kernels_seqboat import Facts, op
-from .ops_layout_seqboat import ScanPlan, build_scan_plan, in_chunks, to_columns, to_slots
+from .ops_layout_seqboat import ScanPlan, build_scan_plan, in_chunks, is_exporting, to_columns, to_slots
 from .triton_decode_seqboat import ema_step_triton
 from .triton_ema_seqboat import ema_parameters_triton, ema_scan_triton
 from .triton_launch_seqboat import first_derivative_only
@@ -310,7 +310,7 @@ def scan_borders(entries: Tensor, decay: Tensor, first_chunk: Tensor | None) -> 
     if first_chunk is not None:
         linked = first_chunk.t() != torch.arange(entries.shape[0], device=entries.device)[:, None]
         entries = entries.masked_fill(~linked.view(*linked.shape, *[1] * (entries.dim() - 2)), 0)
-    if torch.compiler.is_exporting():
+    if is_exporting():
         return _scan_of_any_length(entries, decay)
     return _BorderScan.apply(entries, decay, linked)
 
@@ -356,7 +356,7 @@ class _Recomputed(torch.autograd.Function):
 def recomputed(function: Callable[..., tuple[Tensor, Tensor]], *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
     """function(*tensors), of which only the tensors are kept for backward, where it runs again: its intermediate
     results are many times as large. Backward stays in float32 also where it is called under autocast."""
-    return function(*tensors) if torch.compiler.is_exporting() else _Recomputed.apply(function, *tensors)
+    return function(*tensors) if is_exporting() else _Recomputed.apply(function, *tensors)
 
 
 # Not traced: torch 2.11 compiles the in-place border scan to wrong gradients.

@@ -13,6 +13,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
+def is_exporting() -> bool:
+    """Whether `torch.export` traces. `torch.compiler.is_exporting` is no answer: torch 2.11 has compilers take it for
+    True under `torch.compile` too."""
+    return torch.compiler._is_exporting_flag
+
+
 @dataclass
 class ScanPlan:
     """Where each real token goes when rows are cut into chunks that never span two segments.
@@ -282,7 +288,7 @@ def shift_real_tokens(
     """
     batch, length, width = x.shape
     # An exported graph takes any length.
-    short = not torch.compiler.is_exporting() and length <= lag
+    short = not is_exporting() and length <= lag
     held = length if short else lag
     if history is None:
         history = x.new_zeros(batch, held, width)

@@ -16,7 +16,7 @@ from transformers.activations import ACT2FN
 from .configuration_seqboat import SSM_TYPES, SeqBoatConfig
 from .context_seqboat import SequenceContext
 from .ops_ema_seqboat import ema_decayed, ema_parameters, ema_scan, ema_step, without_autocast
-from .ops_layout_seqboat import last_real_tokens, real_ordinals, shift_real_tokens
+from .ops_layout_seqboat import is_exporting, last_real_tokens, real_ordinals, shift_real_tokens
 
 # (inputs (B, L, D), real, reset, state, history) -> the state after the last of these columns. With `ssm_truncation`
 # also tokens=(B,) int64, see `Before`.
@@ -133,7 +133,7 @@ def _ema_state_of(window: Tensor, decay: Tensor, gain: Tensor, **marks: Tensor |
 def _block_state(tables: tuple[Tensor, Tensor], truncation: int, x, real, reset, block, history, tokens) -> Tensor:
     """The second state of `ema_step` after the columns, (B, D, N); arguments as a `Replay` has them."""
     ordinal = real_ordinals(x.shape[1], tokens, real, reset)
-    if not torch.compiler.is_exporting() and x.shape[1] <= truncation:
+    if not is_exporting() and x.shape[1] <= truncation:
         starts = ordinal % truncation == 0
         return _ema_state_of(x, *tables, real=real, reset=starts if reset is None else starts | reset, state=block)
     last = last_real_tokens(x, truncation, real, reset, history)
@@ -271,7 +271,7 @@ class SeqBoatEMA(Recurrence):
 
     def _renews_within(self, length: int) -> bool:
         """Whether one forward is so long that its state is made anew on the way; never in an exported graph."""
-        if self.truncation is None or torch.compiler.is_exporting():
+        if self.truncation is None or is_exporting():
             return False
         return self.truncation <= RENEWED_COLUMNS < length
 

@@ -120,3 +120,19 @@ def test_a_step_by_kernels_is_the_step_in_torch(options, compiles, monkeypatch):
             logits.append(call(token, past_key_values=cache, use_cache=True, **arguments).logits)
         torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-4)
     assert_states_close(*caches)
+
+
+def test_a_compiler_is_not_taken_for_an_export(monkeypatch):
+    """torch 2.11 has `torch.compiler.is_exporting` True under `torch.compile`; the step would leave the kernels out."""
+    monkeypatch.setenv("SEQBOAT_KERNEL_BACKEND", "triton")
+    seen, model = [], small_lm().eval().to(DEVICE)
+
+    def backend(graph, inputs):
+        seen.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    cache = SeqBoatCache(model.config, static=True)
+    step = torch.compile(model.forward, fullgraph=True, backend=backend)
+    with torch.no_grad():
+        step(random_ids(2, 1).to(DEVICE), past_key_values=cache, use_cache=True)
+    assert sum("memory_step" in target for target in seen) == model.config.num_hidden_layers
