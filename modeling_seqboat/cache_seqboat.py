@@ -63,8 +63,14 @@ def _ordinary_tensors() -> AbstractContextManager:
 def _grown(ring: Tensor, slots: int) -> Tensor:
     """(B, n, ...) with zeros behind it, (B, slots, ...)."""
     grown = ring.new_zeros(ring.shape[0], slots, *ring.shape[2:])
-    grown[:, : ring.shape[1]] = ring
+    if ring.shape[1] > 0:
+        grown[:, : ring.shape[1]] = ring
     return grown
+
+
+def _kept(tensor: Tensor) -> Tensor:
+    """Without a graph. Detaching what has none costs a forward of a short text as much as a kernel's launch."""
+    return tensor.detach() if tensor.requires_grad else tensor
 
 
 @dataclass
@@ -370,8 +376,8 @@ class SeqBoatCacheLayer(CacheLayerMixin):
             return
         positions = context.positions.flatten()[packed.index]
         columns = _Columns(
-            hidden.detach(), context.real, context.reset, active, packed.total.view_as(active), packed.index,
-            keys.detach(), values.detach(), positions, replay,
+            _kept(hidden), context.real, context.reset, active, packed.total.view_as(active), packed.index,
+            _kept(keys), _kept(values), positions, replay,
         )  # fmt: skip
         # Autograd may keep the state, and a later step may overwrite the cache's.
         state = state.detach().clone() if state.requires_grad else state
