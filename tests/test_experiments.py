@@ -14,7 +14,9 @@ EXAMPLES = ROOT / "examples"
 EXPERIMENTS = EXAMPLES / "experiments"
 FOLDERS = (EXAMPLES, EXAMPLES / "classification", EXPERIMENTS)
 TEXT = EXAMPLES / "data/tinyshakespeare.txt"
-NAMES = ("activation_patterns", "memory_size", "configurators", "recurrences", "activation_rate", "scale")
+NAMES = (
+    "activation_patterns", "memory_size", "configurators", "recurrences", "activation_rate", "scale", "agreement",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -350,6 +352,8 @@ def test_a_run_without_the_run_it_depends_on_is_named(tmp_path):
         ({"memory_size": 0}, "memory_size=0 is not valid"),
         ({"router_type": "majority"}, "router_type='majority' is not valid"),
         ({"preset": "enormous"}, "no preset 'enormous'"),
+        ({"optimizer": "sgd"}, "optimizer must be one of adamw, muon, got 'sgd'"),
+        ({"router_gain": 0.1}, "router_gain 0.1 needs a router_target_rate"),
         ({"model": {}}, "'model' is neither a field of a run"),
     ],
 )
@@ -415,3 +419,148 @@ def test_folders_of_models_are_measured(finished, tmp_path, capsys):
     with pytest.raises(SystemExit):
         patterns.main(["--model", str(tmp_path), *options])
     assert "is not TASK=FOLDER" in capsys.readouterr().err
+
+
+# The budget
+
+
+def test_a_budget_holds_the_rate_under_muon():
+    runs, run_data = module("runs"), module("run_data")
+    recipe = toy().budget.changed(steps=60, router_gain=0.3, evaluation_rows=16)
+    for target in (0.2, 0.8):
+        held = recipe.changed(router_target_rate=target)
+        found = runs.execute(held, run_data.Sources(str(TEXT)), torch.device("cpu"))
+        assert found["mean_rate"] == pytest.approx(target, abs=0.15)
+    assert runs.rate_factor(recipe, 0) == 1 and runs.rate_factor(recipe, 60) == 0
+    assert runs.rate_factor(recipe.changed(warmup_steps=0), 30) == pytest.approx(0.5)
+
+
+def test_recurrences_learn_at_a_rate_of_their_own():
+    runs = module("runs")
+    recipe = toy().budget.changed(ssm_learning_rate=1e-3, ssm_type="s4d")
+    model = runs.MODELS["lm"](recipe.config())
+    rates = {
+        id(parameter): (group["lr"], group["muon"], group["weight_decay"])
+        for group in runs.optimizer_of(recipe, model).param_groups
+        for parameter in group["params"]
+    }
+    assert len(rates) == len(list(model.parameters()))
+    for name, parameter in model.named_parameters():
+        rate, muon, decay = rates[id(parameter)]
+        if ".ssm." in name:
+            assert (rate, muon, decay) == (1e-3, False, 0.0)
+        elif ".router." in name:
+            assert (rate, muon, decay) == (3e-5, False, 0.0)
+        else:
+            matrix = parameter.ndim == 2 and ".layers." in name and "proj" in name
+            assert muon == matrix and rate == (0.02 if matrix else 4e-3)
+
+
+def test_settings_younger_than_the_records_leave_keys_as_they_were():
+    recipe = toy().lm
+    assert recipe.changed(optimizer="adamw", router_gain=0.0).key == recipe.key
+    assert recipe.changed(optimizer="muon").key != recipe.key
+
+
+# Choices of tokens
+
+
+def test_kappa_and_lift_are_those_of_their_definitions():
+    overlap = module("overlap")
+    generator = torch.Generator().manual_seed(0)
+    first, second = (torch.rand(2, 3, 400, generator=generator) < torch.tensor([0.1, 0.5, 0.9])[:, None]).unbind()
+    second[1] = first[1]
+    classes = torch.arange(400) % 2
+    together = overlap.counted_together(first, second, classes, 2)
+    assert torch.equal(together[1], first[:, 1::2].double() @ second[:, 1::2].double().T)
+    counts = first.sum(1), second.sum(1)
+    kappas, lifts = (f(together.sum(0), *counts, 400) for f in (overlap.kappa, overlap.lift))
+    assert kappas[1, 1] == pytest.approx(1) and float(kappas[0, 1].abs()) < 0.1
+    p, q = float(first[0].float().mean()), float(second[2].float().mean())
+    agreed, chance = float((first[0] == second[2]).float().mean()), p * q + (1 - p) * (1 - q)
+    assert float(kappas[0, 2]) == pytest.approx((agreed - chance) / (1 - chance), abs=1e-5)
+    assert float(lifts[0, 2]) == pytest.approx(float((first[0] & second[2]).float().mean()) / (p * q), rel=1e-5)
+    nothing = torch.zeros(1, dtype=torch.long)
+    assert overlap.kappa(torch.zeros(1, 1, dtype=torch.double), nothing, nothing, 400).isnan().all()
+
+
+def test_the_best_assignment_is_that_of_all_permutations():
+    import itertools
+
+    overlap = module("overlap")
+    for size in (1, 2, 5):
+        for seed in range(8):
+            worth = torch.randn(size, size, generator=torch.Generator().manual_seed(seed)).tolist()
+            best = max(
+                itertools.permutations(range(size)),
+                key=lambda order, worth=worth: sum(worth[row][column] for row, column in enumerate(order)),
+            )
+            assert overlap.best_assignment(worth) == list(best)
+    assert overlap.best_assignment([[float("nan"), -1.0], [1.0, 5.0]]) == [0, 1]
+
+
+def test_ranks_of_rates():
+    correlate = module("overlap").rank_correlation
+    assert correlate([0.1, 0.9, 0.5], [1, 30, 2]) == pytest.approx(1)
+    assert correlate([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
+    # Ranks 0, 1.5, 1.5, 3 against 0, 1, 2, 3.
+    assert correlate([1, 2, 2, 3], [1, 2, 3, 4]) == pytest.approx(4.5 / (4.5 * 5) ** 0.5)
+    assert correlate([1, 1], [1, 2]) != correlate([1, 1], [1, 2])
+
+
+def test_tokens_by_lot_are_as_many_in_each_layer_and_class():
+    overlap = module("overlap")
+    pattern = torch.rand(2, 500, generator=torch.Generator().manual_seed(0)) < 0.3
+    classes = torch.arange(500) % 3
+    for kept in (classes, torch.zeros_like(classes)):
+        drawn = overlap.by_lot(pattern, kept, 1)
+        assert torch.equal(drawn.sum(1), pattern.sum(1)) and not torch.equal(drawn, pattern)
+        assert torch.equal(drawn, overlap.by_lot(pattern, kept, 1))
+    drawn = overlap.by_lot(pattern, classes, 1)
+    assert all(torch.equal(drawn[:, classes == c].sum(1), pattern[:, classes == c].sum(1)) for c in range(3))
+
+
+def test_a_model_takes_exactly_the_tokens_that_it_is_given():
+    runs, run_data, agreement, overlap = module("runs"), module("run_data"), module("agreement"), module("overlap")
+    recipe, device = toy().budget, torch.device("cpu")
+    data = run_data.load_data(recipe, run_data.Sources(str(TEXT)), device)
+    model = runs.Run(recipe, data, device).model
+    pattern, confidence = agreement.choice(model, recipe, data)
+    free, _ = runs.measure(model, recipe, data)
+    with overlap.Imposed(model, data, pattern, confidence) as imposed:
+        assert runs.measure(model, recipe, imposed)[0] == free
+    for other in (~pattern, torch.ones_like(pattern), torch.zeros_like(pattern)):
+        with overlap.Imposed(model, data, other, confidence) as imposed:
+            quality, report = runs.measure(model, recipe, imposed)
+        assert report.activated.tolist() == other.sum(1).tolist() and quality != free
+    # All tokens, each with weight 1: a model whose routers are always on.
+    with overlap.Imposed(model, data, torch.ones_like(pattern), [1.0, 1.0]) as imposed:
+        for block in model.model.layers:
+            torch.nn.init.zeros_(block.router.weight)
+            block.router.bias.data = torch.tensor([1.0, 0.0])
+        given, _ = runs.measure(model, recipe, imposed)
+    always = runs.MODELS["lm"](recipe.changed(router_type="always", router_gain=0.0).config())
+    always.load_state_dict(model.state_dict(), strict=False)
+    assert runs.measure(always, recipe, data)[0]["bits_per_byte"] == pytest.approx(given["bits_per_byte"], rel=1e-6)
+    assert runs.measure(model, recipe, data)[1].activated.tolist() == [0, 0]
+
+
+def test_choices_are_measured_once_and_models_that_are_lost_are_made_again(finished, tmp_path, capsys):
+    import shutil
+
+    agreement = module("agreement")
+    for name in ("results.jsonl", "agreement.jsonl"):
+        shutil.copy(finished / name, tmp_path)
+    shutil.copytree(finished / "models", tmp_path / "models")
+    measured = (tmp_path / "agreement.jsonl").read_text("utf-8")
+    # Four runs, and each one's two partners.
+    assert len(measured.splitlines()) == 4 + 4 * 2
+    lost = next((tmp_path / "models").iterdir())
+    shutil.rmtree(lost)
+    (tmp_path / "agreement.jsonl").write_text("\n".join(measured.splitlines()[:-1]) + "\n", "utf-8")
+    agreement.main([agreement.EXPERIMENT], ["--toy", "--device", "cpu", "--output", str(tmp_path)])
+    assert "4 runs, 3 of them made before" in capsys.readouterr().out
+    again = (tmp_path / "agreement.jsonl").read_text("utf-8")
+    assert again == measured and (lost / "config.json").is_file()
+    page = (tmp_path / "agreement.md").read_text("utf-8")
+    assert page.count("| another seed | same | 2 |") == 1 and "| by lot in each class | 4 |" in page

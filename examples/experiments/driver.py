@@ -22,7 +22,7 @@ from run_recipe import RunRecipe
 from runs import execute
 
 WORKER = Path(__file__).with_name("worker.py")
-RESULTS, FAILURES, LOG = "results.jsonl", "failures.jsonl", "workers.log"
+RESULTS, FAILURES, LOG, MODELS = "results.jsonl", "failures.jsonl", "workers.log", "models"
 
 
 @dataclass(frozen=True)
@@ -115,8 +115,8 @@ class LocalWorker:
         self.settings = settings
         torch.set_num_threads(settings.threads)
 
-    def __call__(self, recipe: RunRecipe) -> dict[str, Any]:
-        return execute(recipe, self.settings.sources, torch.device(self.settings.device))
+    def __call__(self, recipe: RunRecipe, keep: Path | None = None) -> dict[str, Any]:
+        return execute(recipe, self.settings.sources, torch.device(self.settings.device), keep)
 
     def close(self) -> None:
         pass
@@ -141,13 +141,13 @@ class ProcessWorker:
         self.process.stdin.write(json.dumps(values) + "\n")
         self.process.stdin.flush()
 
-    def __call__(self, recipe: RunRecipe) -> dict[str, Any]:
+    def __call__(self, recipe: RunRecipe, keep: Path | None = None) -> dict[str, Any]:
         """Raises RuntimeError where the run failed; the process is ended, for its device may be in no state to go
         on."""
         if self.process is None:
             self._start()
         try:
-            self._send(recipe.flat())
+            self._send({"recipe": recipe.flat(), "keep": None if keep is None else str(keep)})
             line = self.process.stdout.readline()
         except BrokenPipeError:
             line = ""
@@ -181,7 +181,14 @@ def make_runs(
         if record["recipe"]["task"] == "lm" and record["data"] != data:
             raise ValueError(f"{results.path} has runs on {record['data']['files']}, not on {data['files']}")
     runs = in_order(planned)
-    waiting = [run for run in runs if run.key not in results.records]
+
+    def kept_in(run: Planned) -> Path | None:
+        return output / MODELS / run.key if run.keep else None
+
+    def is_made(run: Planned) -> bool:
+        return run.key in results.records and (not run.keep or (kept_in(run) / "config.json").is_file())
+
+    waiting = [run for run in runs if not is_made(run)]
     say(f"{len(runs)} runs, {len(runs) - len(waiting)} of them made before")
     if not waiting:
         return results
@@ -197,7 +204,7 @@ def make_runs(
             record, error = None, None
             try:
                 facts = {"key": run.key, "data": data, "command": command, "jobs": 1 if run.alone else jobs}
-                record = facts | worker(run.resolved(results.records))
+                record = facts | worker(run.resolved(results.records), kept_in(run))
             except Exception as failure:
                 error = f"{type(failure).__name__}: {failure}"
             queue.finish(run, record, error)

@@ -1,8 +1,10 @@
 """The frame that the experiments share: options, the plan, runs, tables, pictures and pages for docs/."""
 
 import argparse
+import math
 import shlex
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +33,7 @@ class Bases:
     """The recipes that grids start from.
 
     Attributes:
-        folder: holds `lm.yaml`, `pathfinder.yaml` and `listops.yaml`.
+        folder: holds `lm.yaml`, `pathfinder.yaml`, `listops.yaml` and `budget.yaml`.
         toy: whether grids should be as small as they can.
     """
 
@@ -49,9 +51,29 @@ class Bases:
     def pathfinder(self) -> RunRecipe:
         return self.task("pathfinder")
 
+    @property
+    def budget(self) -> RunRecipe:
+        """The language model of the published shape, its routers held to a budget, under Muon."""
+        return self.task("budget")
+
     def few(self, values: Sequence[Any], count: int = 2) -> list[Any]:
         """All values, or the first ones of a toy run."""
         return list(values)[:count] if self.toy else list(values)
+
+
+@dataclass(frozen=True)
+class Sequel:
+    """What an experiment measures on the models of its runs, once they are made.
+
+    Attributes:
+        measure: measures what is not in the folder yet, until the clock (`time.monotonic`) shows the last argument.
+        read: runs whose records have what the folder holds of them.
+        tables: titles and tables of such runs.
+    """
+
+    measure: Callable[[list[Row], Path, Settings, float], None]
+    read: Callable[[list[Row], Path], list[Row]]
+    tables: Callable[[list[Row]], list[tuple[str, str]]]
 
 
 @dataclass(frozen=True)
@@ -61,12 +83,14 @@ class Experiment:
     question: what it asks, a paragraph in markdown.
     grid: the runs it needs.
     draw: writes the picture of finished, untimed and timed, runs; what they hold is not empty.
+    sequel: more that it measures, or None.
     """
 
     name: str
     question: str
     grid: Callable[[Bases], list[Planned]]
     draw: Callable[[list[Row], list[Row], Path], None]
+    sequel: Sequel | None = None
 
 
 def page(experiment: Experiment, rows: list[Row], missing: int = 0) -> str:
@@ -79,6 +103,7 @@ def page(experiment: Experiment, rows: list[Row], missing: int = 0) -> str:
         parts.append(f"{missing} of the {len(rows) + missing} planned runs were not made.\n")
     learnt, timed = parted(rows)
     for title, table in (
+        *([] if experiment.sequel is None else experiment.sequel.tables(learnt)),
         ("Settings", settings_table(learnt)),
         ("Speed, nothing else on the device", speed_table(timed)),
         ("Runs", runs_table(learnt)),
@@ -146,18 +171,23 @@ def bases_of(arguments: argparse.Namespace) -> Bases:
 
 def run(experiments: list[Experiment], arguments: argparse.Namespace) -> Results:
     """Raises ValueError and FileNotFoundError for recipes, options and data that do not do."""
-    bases = bases_of(arguments)
+    bases, folder = bases_of(arguments), arguments.output
+    end = math.inf if arguments.minutes is None else time.monotonic() + 60 * arguments.minutes
     plans = {experiment.name: experiment.grid(bases) for experiment in experiments}
     if arguments.from_results is not None:
         if not arguments.from_results.is_file():
             raise FileNotFoundError(f"there is no file {str(arguments.from_results)!r}")
-        results = Results(arguments.from_results)
+        results, folder = Results(arguments.from_results), arguments.from_results.parent
     else:
         every = [run for plan in plans.values() for run in plan]
         results = make_runs(every, arguments.output, settings_of(arguments), command_line())
     for experiment in experiments:
         plan = plans[experiment.name]
-        rows = finished(plan, results.records)
+        rows, sequel = finished(plan, results.records), experiment.sequel
+        if sequel is not None:
+            if arguments.from_results is None:
+                sequel.measure(rows, folder, settings_of(arguments), end)
+            rows = sequel.read(rows, folder)
         write_page(experiment, rows, len(plan) - len(rows), arguments.write_docs or arguments.output)
     return results
 

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,14 @@ class Planned:
         recipe: what is trained.
         rate_like: a run whose mean activation rate this one's random router takes over, once it is known.
         rank: runs with lower ranks come first.
+        keep: whether the trained model is kept, for what an experiment measures behind its runs.
     """
 
     labels: dict[str, Any]
     recipe: RunRecipe
     rate_like: RunRecipe | None = None
     rank: int = field(default=0, compare=False)
+    keep: bool = field(default=False, compare=False)
 
     @property
     def key(self) -> str:
@@ -50,9 +52,9 @@ def in_order(planned: Iterable[Planned]) -> list[Planned]:
     """Each run once, those that are timed alone first, then by rank."""
     unique = {}
     for run in planned:
-        known = unique.get(run.key)
-        if known is None or run.rank < known.rank:
-            unique[run.key] = run
+        known = unique.setdefault(run.key, run)
+        first = run if run.rank < known.rank else known
+        unique[run.key] = replace(first, keep=run.keep or known.keep)
     return sorted(unique.values(), key=lambda run: (not run.alone, run.rank))
 
 

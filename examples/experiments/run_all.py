@@ -11,13 +11,14 @@ import argparse
 
 import activation_patterns
 import activation_rate
+import agreement
 import configurators
 import memory_size
 import recurrences
 import scale
 from experiment import build_parser, launch
 
-MODULES = (activation_patterns, memory_size, configurators, recurrences, activation_rate, scale)
+MODULES = (activation_patterns, memory_size, configurators, recurrences, activation_rate, scale, agreement)
 EXPERIMENTS = {module.EXPERIMENT.name: module.EXPERIMENT for module in MODULES}
 
 

@@ -9,10 +9,17 @@ from typing import Any
 from example_paths import read_yaml
 
 from modeling_seqboat import SeqBoatConfig
-from modeling_seqboat.configuration_seqboat import FIELD_CHECKS
+from modeling_seqboat.configuration_seqboat import FIELD_CHECKS, LEARNED_ROUTERS
 
 TASKS = ("lm", "pathfinder", "listops")
 POSITIVE = ("sequence_length", "batch_size", "steps", "evaluation_rows", "history_points")
+# Fields younger than the records in docs/: at these values they are no part of a run's key.
+YOUNGER = {
+    "optimizer": "adamw", "muon_learning_rate": 0.02, "ssm_learning_rate": None, "router_gain": 0.0,
+    "schedule": "cosine", "beta2": 0.98,
+}  # fmt: skip
+
+_NOTHING = object()
 
 
 @dataclass(frozen=True)
@@ -25,7 +32,11 @@ class RunRecipe:
         sequence_length: bytes a row (lm), or longest row (listops); pictures have 1,024 pixels.
         batch_size: rows a step.
         router_learning_rate: peak rate of the routers' parameters, None for `learning_rate`.
-        warmup_steps: linear warm-up from 0; then a cosine to `final_rate` times the peak.
+        ssm_learning_rate: peak rate of the recurrences' parameters, which then do not decay; None for `learning_rate`.
+        optimizer: `adamw`, or `muon` for the matrices of the layers' linears, at `muon_learning_rate`.
+        router_gain: above 0 a `RouterBudget` of this gain holds the routers to `router_target_rate`.
+        schedule: after a linear warm-up of `warmup_steps` the rate falls to `final_rate` times the peak, as a
+            `cosine` or `linear`.
         precision: `bf16` (autocast) or `float32`.
         evaluation_rows: validation rows measured at the end.
         history_points: times that the rates are measured during the training, on one batch.
@@ -54,11 +65,19 @@ class RunRecipe:
     train_rows: int = 0
     seed: int = 0
     timed_steps: int = 0
+    optimizer: str = YOUNGER["optimizer"]
+    muon_learning_rate: float = YOUNGER["muon_learning_rate"]
+    ssm_learning_rate: float | None = YOUNGER["ssm_learning_rate"]
+    router_gain: float = YOUNGER["router_gain"]
+    schedule: str = YOUNGER["schedule"]
+    beta2: float = YOUNGER["beta2"]
     model: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
         _one_of("task", self.task, TASKS)
         _one_of("precision", self.precision, ("bf16", "float32"))
+        _one_of("optimizer", self.optimizer, ("adamw", "muon"))
+        _one_of("schedule", self.schedule, ("cosine", "linear"))
         for name in POSITIVE:
             if getattr(self, name) < 1:
                 raise ValueError(f"recipe: {name} must be at least 1, got {getattr(self, name)}")
@@ -69,9 +88,19 @@ class RunRecipe:
             )
         if not 0 <= self.warmup_steps <= self.steps:
             raise ValueError(f"recipe: warmup_steps must be from 0 to steps {self.steps}, got {self.warmup_steps}")
-        if self.learning_rate <= 0:
-            raise ValueError(f"recipe: learning_rate must be above 0, got {self.learning_rate}")
-        self.config()
+        for name in ("learning_rate", "router_learning_rate", "ssm_learning_rate", "muon_learning_rate"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise ValueError(f"recipe: {name} must be above 0, got {getattr(self, name)}")
+        if not 0 <= self.beta2 < 1:
+            raise ValueError(f"recipe: beta2 must be from 0 up to, but not including, 1, got {self.beta2}")
+        if self.router_gain < 0:
+            raise ValueError(f"recipe: router_gain must be at least 0, got {self.router_gain}")
+        config = self.config()
+        if self.router_gain and (config.router_target_rate is None or config.router_type not in LEARNED_ROUTERS):
+            raise ValueError(
+                f"recipe: router_gain {self.router_gain} needs a router_target_rate and a learned router_type, got "
+                f"{config.router_target_rate} and {config.router_type!r}"
+            )
 
     def config(self) -> SeqBoatConfig:
         """The model's config. Raises ValueError for values that it does not take."""
@@ -89,7 +118,8 @@ class RunRecipe:
     @property
     def key(self) -> str:
         """Equal for equal recipes: names a run's record."""
-        return hashlib.sha256(json.dumps(self.flat(), sort_keys=True).encode()).hexdigest()[:16]
+        values = {name: value for name, value in self.flat().items() if YOUNGER.get(name, _NOTHING) != value}
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:

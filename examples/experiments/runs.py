@@ -5,6 +5,7 @@ import contextlib
 import math
 import platform
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +19,9 @@ import modeling_seqboat
 from modeling_seqboat import SeqBoatForCausalLM, SeqBoatForImageClassification, SeqBoatForSequenceClassification
 from modeling_seqboat.analysis_seqboat import ActivationReport, analyse_activations
 from modeling_seqboat.graphed_step_seqboat import GraphedStep, GraphedUpdate
-from modeling_seqboat.training_seqboat import parameter_groups
+from modeling_seqboat.optimizer_seqboat import MuonAdamW
+from modeling_seqboat.ssm_seqboat import Recurrence
+from modeling_seqboat.training_seqboat import RouterBudget, parameter_groups
 
 MODELS = {
     "lm": SeqBoatForCausalLM,
@@ -39,7 +42,30 @@ def rate_factor(recipe: RunRecipe, step: int) -> float:
     if step < recipe.warmup_steps:
         return (step + 1) / recipe.warmup_steps
     done = (step - recipe.warmup_steps) / max(1, recipe.steps - recipe.warmup_steps)
-    return 1 - (1 - recipe.final_rate) * 0.5 * (1 - math.cos(math.pi * done))
+    fall = done if recipe.schedule == "linear" else 0.5 * (1 - math.cos(math.pi * done))
+    return 1 - (1 - recipe.final_rate) * fall
+
+
+def optimizer_of(recipe: RunRecipe, model: PreTrainedModel) -> torch.optim.Optimizer:
+    """AdamW, or with Muon for the layers' matrices; routers and recurrences at rates of their own."""
+    muon = recipe.optimizer == "muon"
+    groups = parameter_groups(
+        model, recipe.weight_decay, router_learning_rate=recipe.router_learning_rate,
+        muon_learning_rate=recipe.muon_learning_rate if muon else None,
+    )  # fmt: skip
+    if recipe.ssm_learning_rate is not None:
+        modules = [module for module in model.modules() if isinstance(module, Recurrence)]
+        own = {id(parameter): parameter for module in modules for parameter in module.parameters()}
+        for group in groups:
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in own]
+        groups = [group for group in groups if group["params"]]
+        groups.append({"params": list(own.values()), "weight_decay": 0.0, "lr": recipe.ssm_learning_rate})
+    settings = {"lr": recipe.learning_rate, "betas": (0.9, recipe.beta2)}
+    return (
+        MuonAdamW(groups, **settings)
+        if muon
+        else torch.optim.AdamW(groups, **settings, fused=model.device.type == "cuda")
+    )
 
 
 class Run:
@@ -49,18 +75,18 @@ class Run:
         self.recipe, self.data, self.device = recipe, data, device
         set_seed(recipe.seed)
         self.model = MODELS[recipe.task](recipe.config()).to(device)
-        groups = parameter_groups(self.model, recipe.weight_decay, router_learning_rate=recipe.router_learning_rate)
-        self.optimizer = torch.optim.AdamW(
-            groups, lr=recipe.learning_rate, betas=(0.9, 0.98), fused=device.type == "cuda"
-        )
+        self.optimizer = optimizer_of(recipe, self.model)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: rate_factor(recipe, step))
         # The recurrences without kernels of their own are not worth a graph.
         config = recipe.config()
         graphs = device.type == "cuda" and config.ssm_type == "ema" and config.kernel_backend == "auto"
+        # Attached before the step is captured, whose graph counts for it.
+        self.budget = RouterBudget(self.model, recipe.router_gain) if recipe.router_gain else None
         self.graphed = self.update = None
         if graphs:
             self.graphed = GraphedStep(self.model)
-            self.update = GraphedUpdate(self.optimizer, recipe.max_grad_norm)
+            then = [] if self.budget is None else [self.budget.step]
+            self.update = GraphedUpdate(self.optimizer, recipe.max_grad_norm, then)
         # Runs with the same seed read the same rows in the same order, whatever else differs.
         self.order = torch.Generator().manual_seed(recipe.seed)
 
@@ -79,6 +105,8 @@ class Run:
             loss.backward()
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.max_grad_norm)
             self.optimizer.step()
+            if self.budget is not None:
+                self.budget.step()
         self.optimizer.zero_grad()
         self.schedule.step()
 
@@ -191,8 +219,14 @@ def describe(report: ActivationReport) -> dict[str, Any]:
     }
 
 
-def execute(recipe: RunRecipe, sources: Sources, device: torch.device) -> dict[str, Any]:
-    """Trains and measures, or times. Returns a record that JSON can hold."""
+def execute(
+    recipe: RunRecipe, sources: Sources, device: torch.device, keep: str | Path | None = None
+) -> dict[str, Any]:
+    """Trains and measures, or times. Returns a record that JSON can hold.
+
+    Args:
+        keep: a folder for the trained model.
+    """
     data = load_data(recipe, sources, device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -205,6 +239,8 @@ def execute(recipe: RunRecipe, sources: Sources, device: torch.device) -> dict[s
         found = run.train()
         quality, report = measure(run.model, recipe, data)
         found |= {"quality": quality, **describe(report), "trained_tokens": recipe.steps * data.tokens_a_step}
+        if keep is not None:
+            run.model.save_pretrained(keep)
     memory = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
     return {
         "recipe": recipe.flat(), "parameters": parameters, **found, "seconds": time.perf_counter() - began,

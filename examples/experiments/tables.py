@@ -51,14 +51,14 @@ def spread(values: Sequence[float | None]) -> float:
     return statistics.stdev(known) if len(known) > 1 else math.nan
 
 
-def _number(value: float | None, form: str) -> str:
+def number(value: float | None, form: str) -> str:
     # 0 has no sign, however the rounding came to it.
     return "" if value is None or math.isnan(value) else re.sub(r"^-(?=[0.]+%?$)", "", format(value, form))
 
 
-def _mean_and_spread(values: Sequence[float | None], form: str) -> str:
-    deviation = _number(spread(values), form)
-    return _number(mean(values), form) + (f" ± {deviation}" if deviation else "")
+def mean_and_spread(values: Sequence[float | None], form: str) -> str:
+    deviation = number(spread(values), form)
+    return number(mean(values), form) + (f" ± {deviation}" if deviation else "")
 
 
 def _quality_cell(record: dict[str, Any]) -> str:
@@ -73,10 +73,10 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 RUN_COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "quality": _quality_cell,
-    "rate": lambda r: _number(r["mean_rate"], ".1%"),
-    "rate by layer": lambda r: ", ".join(_number(rate, ".0%") for rate in r["rates"]),
-    "span": lambda r: _number(r["mean_span"], ".0f"),
-    "FLOPs saved": lambda r: _number(r["share_saved"], ".1%"),
+    "rate": lambda r: number(r["mean_rate"], ".1%"),
+    "rate by layer": lambda r: ", ".join(number(rate, ".0%") for rate in r["rates"]),
+    "span": lambda r: number(r["mean_span"], ".0f"),
+    "FLOPs saved": lambda r: number(r["share_saved"], ".1%"),
     "parameters": lambda r: f"{r['parameters']:,}",
 }
 
@@ -100,10 +100,10 @@ def settings_table(rows: Sequence[Row]) -> str:
             *setting.values(),
             len(records),
             quality_name(records[0]),
-            _mean_and_spread([quality(record) for record in records], ".4f"),
-            _mean_and_spread([record["mean_rate"] for record in records], ".1%"),
-            _mean_and_spread([record["mean_span"] for record in records], ".0f"),
-            _number(mean([record["share_saved"] for record in records]), ".1%"),
+            mean_and_spread([quality(record) for record in records], ".4f"),
+            mean_and_spread([record["mean_rate"] for record in records], ".1%"),
+            mean_and_spread([record["mean_span"] for record in records], ".0f"),
+            number(mean([record["share_saved"] for record in records]), ".1%"),
         ])  # fmt: skip
     head = [*by_setting(rows)[0][0], "seeds", "measure", "quality", "rate", "span", "FLOPs saved"]
     return markdown(head, cells)
@@ -119,7 +119,7 @@ def speed_table(rows: Sequence[Row]) -> str:
             f"{record['parameters']:,}",
             f"{1e3 * record['seconds_a_step']:.1f}",
             f"{record['tokens_per_second']:,.0f}",
-            _number(record["memory_gib"], ".2f"),
+            number(record["memory_gib"], ".2f"),
         ]
         for labels, record in rows
     ]

@@ -28,7 +28,8 @@ def main() -> None:
     sources = Sources(**settings)
     for line in sys.stdin:
         try:
-            answer = execute(from_flat(json.loads(line)), sources, device)
+            asked = json.loads(line)
+            answer = execute(from_flat(asked["recipe"]), sources, device, asked["keep"])
         except Exception as error:
             traceback.print_exc()
             answer = {"error": f"{type(error).__name__}: {error}"}
