@@ -1,5 +1,6 @@
 """The classification example for its tests: its modules, small data in each task's format, and runs of a second."""
 
+import dataclasses
 import importlib
 import io
 import json
@@ -93,9 +94,21 @@ WRITERS = {
     "lra-image": write_gray_pictures,
     "lra-listops": write_generated,
     "lra-pathfinder": write_generated,
+    "lra-pathx": write_generated,
     "lra-retrieval": write_pairs,
     "speech-commands": write_recordings,
 }
+
+
+def draw_little(monkeypatch):
+    """Short trees, few at a time, and small pictures for Path-X, so that generated data are there at once."""
+    listops, pathfinder = module("listops"), module("pathfinder")
+    monkeypatch.setattr(listops, "LENGTHS", (20, 80))
+    monkeypatch.setattr(listops, "BLOCK", 50)
+    monkeypatch.setattr(pathfinder, "BLOCK", 80)
+    monkeypatch.setattr(pathfinder.os, "cpu_count", lambda: 1)
+    small = dataclasses.replace(pathfinder.PATHX, size=64, contour_length=5, distractors=1)
+    monkeypatch.setattr(pathfinder, "PATHX", small)
 
 
 def run(recipe, output, overrides=None, **settings):

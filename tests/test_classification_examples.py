@@ -1,6 +1,7 @@
 """Classification example: generated data follow their rules, every recipe runs on a slice in its file format, a
 resumed run repeats an uninterrupted one, and missing data are named."""
 
+import dataclasses
 import json
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ from classification_tasks import (
     RECIPES,
     ROOT,
     WRITERS,
+    draw_little,
     importable,  # noqa: F401
     module,
     run,
@@ -98,9 +100,9 @@ def test_listops_generator_follows_the_published_rules(tmp_path):
     assert not np.array_equal(other[0], trees[0])
 
 
-def components(lit):
-    """Numbers of the connected areas (8 neighbours) of an (H, W) bool picture, 0 where dark, and how many there
-    are."""
+def components(lit, reach=1):
+    """Numbers of the connected areas (pixels up to `reach` columns and rows away) of an (H, W) bool picture, 0 where
+    dark, and how many there are."""
     found, count = np.zeros(lit.shape, dtype=int), 0
     for place in map(tuple, np.argwhere(lit)):
         if found[place]:
@@ -109,8 +111,8 @@ def components(lit):
         found[place], waiting = count, [place]
         while waiting:
             y, x = waiting.pop()
-            for near in np.ndindex(3, 3):
-                at = (y + near[0] - 1, x + near[1] - 1)
+            for near in np.ndindex(2 * reach + 1, 2 * reach + 1):
+                at = (y + near[0] - reach, x + near[1] - reach)
                 if 0 <= min(at) and max(at) < len(lit) and lit[at] and not found[at]:
                     found[at] = count
                     waiting.append(at)
@@ -119,8 +121,9 @@ def components(lit):
 
 def dots(picture):
     """One pixel of each dot: where a 3 x 3 neighbourhood is nearly all bright, which no line is."""
+    size = len(picture)
     padded = np.pad(picture.astype(float) / 255, 1)
-    around = sum(padded[y : y + 32, x : x + 32] for y in range(3) for x in range(3))
+    around = sum(padded[y : y + size, x : x + size] for y in range(3) for x in range(3))
     found, count = components(around > 5.0)
     return [tuple(np.argwhere(found == index)[0]) for index in range(1, count + 1)]
 
@@ -138,6 +141,37 @@ def test_pathfinder_labels_are_what_the_picture_shows():
         assert not picture[[0, -1]].any() and not picture[:, [0, -1]].any()
         sizes = sorted(int((areas == index).sum()) for index in range(1, 8))
         assert sizes[5] > 2 * sizes[4]
+
+
+def test_path_x_labels_are_what_the_picture_shows():
+    """Pixels of one snake are at most as far apart as its dashes; those of two snakes are farther."""
+    pathfinder = module("pathfinder")
+    assert pathfinder.PATHX.size == 128 and pathfinder.PATHX.contour_length == 14
+    for gap in (2, 3):
+        drawing = dataclasses.replace(pathfinder.PATHX, gaps=(gap,))
+        pictures, labels = pathfinder.draw(np.random.default_rng(gap), 6, drawing)
+        assert len(pictures) > 3 and pictures.shape[1:] == (128, 128)
+        for picture, label in zip(pictures, labels, strict=True):
+            areas, count = components(picture > 0, gap + 1)
+            assert count == 2 + 8
+            first, second = dots(picture)
+            assert (areas[first] == areas[second]) == bool(label)
+            # A dash is some 5 pixels long and 1.5 wide; a dot covers one of them, or more.
+            sizes = sorted(int((areas == index).sum()) for index in range(1, count + 1))
+            assert 4 * 5 < sizes[0] and sizes[7] < 4 * 18 < 14 * 6 < sizes[8]
+
+
+def test_pictures_of_several_gaps_come_in_equal_shares():
+    pathfinder = module("pathfinder")
+    drawing = dataclasses.replace(pathfinder.PATHX, size=48, contour_length=4, distractors=0)
+    found, _ = pathfinder.draw(np.random.default_rng(0), 40, drawing)
+    alone = [
+        pathfinder.draw(np.random.default_rng(0), 20, dataclasses.replace(drawing, gaps=(gap,)))[0] for gap in (2, 3)
+    ]
+    assert 30 < len(found) and np.array_equal(found[: len(alone[0])], alone[0])
+    assert not np.array_equal(found[len(alone[0]) :], alone[1])
+    with pytest.raises(ValueError, match="thickness must be at most 1/antialias"):
+        pathfinder.draw(np.random.default_rng(0), 1, pathfinder.Drawing(thickness=1.5))
 
 
 def test_pathfinder_is_kept_and_depends_on_the_seed_alone(tmp_path, monkeypatch):
@@ -165,10 +199,7 @@ def png_size(path):
 
 @pytest.mark.parametrize("recipe", [path.stem for path in RECIPES])
 def test_every_recipe_runs_on_a_slice(recipe, tmp_path, monkeypatch, capsys):
-    listops = module("listops")
-    monkeypatch.setattr(listops, "LENGTHS", (20, 80))
-    monkeypatch.setattr(listops, "BLOCK", 50)
-    monkeypatch.setattr(module("pathfinder"), "BLOCK", 24)
+    draw_little(monkeypatch)
     output = tmp_path / "run"
     run(recipe, output, **WRITERS[recipe](tmp_path))
     results = json.loads((output / "results.json").read_text("utf-8"))
@@ -303,6 +334,7 @@ def test_missing_data_say_where_to_get_them(tmp_path):
         "lra-image": "CIFAR-10.*--data_path PIXELS --labels_path",
         "lra-listops": "no data path was given.*--data_path FOLDER",
         "lra-pathfinder": "--data_path FOLDER",
+        "lra-pathx": "--data_path FOLDER",
         "lra-retrieval": "text pairs.*--data_path",
         "speech-commands": "Speech Commands.*--data_path",
     }
@@ -363,7 +395,8 @@ def test_shipped_recipes_hold_the_published_settings(path):
     published = {
         "lra-listops": (4e-3, 1e-3, 64, 90_000, 27_000), "lra-text": (4e-3, 0.01, 50, 25_000, 10_000),
         "lra-retrieval": (3e-3, 0.04, 64, 91_960, 10_000), "lra-image": (0.01, 0.02, 50, 180_000, 9_000),
-        "lra-pathfinder": (0.01, 0.01, 128, 250_000, 50_000), "speech-commands": (0.01, 0.01, 20, 250_000, 10_000),
+        "lra-pathfinder": (0.01, 0.01, 128, 250_000, 50_000), "lra-pathx": (0.01, 0.01, 16, 125_000, 25_000),
+        "speech-commands": (0.01, 0.01, 20, 250_000, 10_000),
     }  # fmt: skip
     rows = arguments.batch_size * arguments.gradient_accumulation_steps
     assert published[path.stem] == (

@@ -20,10 +20,12 @@ from classification_tasks import (
     ROOT,
     TINY,
     WRITERS,
+    draw_little,
     importable,  # noqa: F401
     module,
     run,
     write_gray_pictures,
+    write_pairs,
     write_recordings,
     write_reviews,
 )
@@ -33,7 +35,12 @@ from transformers import TrainerControl
 
 pytestmark = pytest.mark.usefixtures("importable")
 
-SHORT = [path.stem for path in sorted((ROOT / "configuration/recipes/classification/short").glob("*.yaml"))]
+KINDS = {"short": 10, "half-hour": 31}
+TIMED = [
+    (kind, path.stem)
+    for kind in KINDS
+    for path in sorted((ROOT / "configuration/recipes/classification" / kind).glob("*.yaml"))
+]
 
 
 class Clock:
@@ -221,46 +228,92 @@ def test_bad_settings_are_refused(tmp_path, monkeypatch):
         ({"lr_scheduler_type": "constant"}, "linear or cosine, got 'constant'"),
         ({"easy_passes": 1}, "easy_passes must be .* 0 without easy_rows, got 1"),
         ({"easy_passes": 2, "easy_rows": -1}, "easy_rows must be at least 0"),
-        ({"augment": True}, "no variants for task 'text'"),
+        ({"optimizer": "lion"}, "optimizer must be adamw or muon, got 'lion'"),
         ({"cuda_graphs": True}, "cuda_graphs needs a GPU"),
     ]
     for settings, message in cases:
         with pytest.raises(ValueError, match=message):
             run("lra-text", tmp_path / "run", **reviews, **settings)
+    with pytest.raises(ValueError, match="no variants for task 'retrieval'"):
+        run("lra-retrieval", tmp_path / "run", **write_pairs(tmp_path), augment=True)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="max_minutes is for one process"):
         run("lra-text", tmp_path / "run", **reviews, max_minutes=1)
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("recipe", SHORT)
-def test_every_short_recipe_runs_on_a_slice(recipe, tmp_path, monkeypatch):
-    listops = module("listops")
-    monkeypatch.setattr(listops, "LENGTHS", (20, 80))
-    monkeypatch.setattr(listops, "BLOCK", 50)
-    monkeypatch.setattr(module("pathfinder"), "BLOCK", 24)
-    monkeypatch.setattr(module("pathfinder").os, "cpu_count", lambda: 1)
-    easy = 3 if recipe in ("lra-listops", "lra-pathfinder") else None
+@pytest.mark.parametrize(("kind", "recipe"), TIMED)
+def test_every_timed_recipe_runs_on_a_slice(kind, recipe, tmp_path, monkeypatch):
+    draw_little(monkeypatch)
+    easy = 3 if recipe in ("lra-listops", "lra-pathfinder", "lra-pathx") else None
     results = run(
-        f"short/{recipe}", tmp_path / "run", **WRITERS[recipe](tmp_path), num_workers=0, easy_rows=easy,
-        cuda_graphs=False,
+        f"{kind}/{recipe}", tmp_path / "run", {"router_target_rate": 0.5}, **WRITERS[recipe](tmp_path), num_workers=0,
+        easy_rows=easy, cuda_graphs=False,
     )  # fmt: skip
-    assert results["steps"] == 2 and results["arguments"]["max_minutes"] < 10
+    assert results["steps"] == 2 and results["arguments"]["max_minutes"] < KINDS[kind]
+    assert (results["arguments"]["optimizer"] == "muon") == (kind == "half-hour" or recipe == "lra-pathx")
 
 
-@pytest.mark.parametrize("recipe", SHORT)
-def test_short_recipes_name_shapes_that_exist(recipe):
+@pytest.mark.parametrize(("kind", "recipe"), TIMED)
+def test_timed_recipes_name_shapes_that_exist(kind, recipe):
     train, recipes = module("train"), module("recipes")
     folder = ROOT / "configuration/recipes/classification"
-    short, published = (
+    timed, published = (
         recipes.parse_arguments(train.ClassificationArguments, [str(folder / name), "--output_dir", "out"])
-        for name in (f"short/{recipe}.yaml", f"{recipe}.yaml")
+        for name in (f"{kind}/{recipe}.yaml", f"{recipe}.yaml")
     )
-    train.check_arguments(short)
-    config = train.build_config(short)
-    assert (short.task, short.preset, short.max_length) == (published.task, published.preset, published.max_length)
-    assert config.bidirectional and short.router_learning_rate < short.learning_rate
-    assert set(SHORT) | {"lra-retrieval"} == {path.stem for path in RECIPES}
+    train.check_arguments(timed)
+    config = train.build_config(timed)
+    assert (timed.task, timed.preset, timed.max_length) == (published.task, published.preset, published.max_length)
+    assert config.bidirectional and timed.router_learning_rate < timed.learning_rate
+    assert not timed.router_gain or config.router_target_rate is not None
+    own = {name for other, name in TIMED if other == kind}
+    assert own | {"lra-retrieval"} == {path.stem for path in RECIPES}
+
+
+def test_a_budget_and_muon_hold_in_a_resumed_run(tmp_path):
+    """Biases move as the budget says, whatever the loss does; nothing else is kept for it in a checkpoint."""
+    settings = {
+        **write_reviews(tmp_path), "optimizer": "muon", "router_gain": 0.5, "learning_rate": 1e-2, "max_steps": 6,
+        "eval_steps": 3, "save_total_limit": 5, "augment": True,
+    }  # fmt: skip
+    target = {"router_target_rate": 0.9, "router_target_scope": "layer"}
+    run("lra-text", tmp_path / "whole", target, **settings)
+    run("lra-text", tmp_path / "again", target, resume_from_checkpoint=tmp_path / "whole/checkpoint-3", **settings)
+    run("lra-text", tmp_path / "free", target, **(settings | {"router_gain": 0}))
+    whole, again, free = (
+        load_file(tmp_path / name / "checkpoint-6/model.safetensors") for name in ("whole", "again", "free")
+    )
+    torch.testing.assert_close(whole, again, rtol=0, atol=0)
+    biases = [name for name in whole if name.endswith("router.bias")]
+    assert biases and any(not torch.equal(whole[name], free[name]) for name in biases)
+    with pytest.raises(ValueError, match="router_gain 0.5 needs a rate to hold"):
+        run("lra-text", tmp_path / "none", **settings)
+    assert not (tmp_path / "none").exists()
+
+
+def test_texts_keep_their_length_and_most_of_their_bytes():
+    augmentation = module("augmentation")
+    ids = torch.arange(100).repeat(40, 1)
+    mask = (torch.arange(100) < 60).long().repeat(40, 1)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        varied = augmentation.vary_texts(ids, mask)
+    changed = varied != ids
+    assert not changed[:, 60:].any() and int(varied[:, :60].max()) < 60
+    assert 0.07 < changed[:, :60].float().mean() < 0.13
+
+
+def test_pictures_have_a_square_blanked():
+    augmentation = module("augmentation")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        varied = augmentation.vary_pictures(torch.ones(300, 1, 9, 12), shift=0, cutout=4)
+    blank = (varied[:, 0] == 0).flatten(1)
+    assert int(blank.sum(1).max()) == 16 and int(blank.sum(1).min()) >= 4
+    assert blank.float().mean(0).min() > 0.05
+    one = (varied[0, 0] == 0).nonzero()
+    assert len(one) == int(torch.prod(one.amax(0) - one.amin(0) + 1))
 
 
 def test_tasks_run_together_and_their_results_make_a_page(tmp_path):

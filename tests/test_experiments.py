@@ -539,7 +539,7 @@ def test_a_model_takes_exactly_the_tokens_that_it_is_given():
             torch.nn.init.zeros_(block.router.weight)
             block.router.bias.data = torch.tensor([1.0, 0.0])
         given, _ = runs.measure(model, recipe, imposed)
-    always = runs.MODELS["lm"](recipe.changed(router_type="always", router_gain=0.0).config())
+    always = runs.MODELS["lm"](recipe.changed(router_type="always", router_gain=0.0, router_target_rate=None).config())
     always.load_state_dict(model.state_dict(), strict=False)
     assert runs.measure(always, recipe, data)[0]["bits_per_byte"] == pytest.approx(given["bits_per_byte"], rel=1e-6)
     assert runs.measure(model, recipe, data)[1].activated.tolist() == [0, 0]

@@ -11,6 +11,8 @@ from torch.nn import functional as F
 
 # Pixels that a picture is moved by at most, up or down and sideways.
 SHIFT = 2
+# Share of a text's bytes that others of it take the place of.
+REPLACED = 0.1
 # Recordings: relative speed, samples that they are moved by, and standard deviations of the rest.
 SPEED = 0.15
 DELAY = 1600
@@ -19,18 +21,36 @@ TILT = 0.3
 NOISE = 0.05
 
 
-def vary_pictures(pictures: Tensor) -> Tensor:
-    """(B, 1, H, W), each mirrored left to right in half of the cases and moved by up to 2 pixels; edges are
-    repeated."""
+def vary_pictures(pictures: Tensor, shift: int = SHIFT, cutout: int = 0) -> Tensor:
+    """(B, 1, H, W), each mirrored left to right in half of the cases and moved by up to `shift` pixels; edges are
+    repeated. Then a square of side `cutout` around a random pixel is 0, the mean of all pictures."""
     batch, _, height, width = pictures.shape
     device = pictures.device
-    down, right = torch.randint(-SHIFT, SHIFT + 1, (2, batch, 1), device=device).unbind()
+    down, right = torch.randint(-shift, shift + 1, (2, batch, 1), device=device).unbind()
     rows = (torch.arange(height, device=device) + down).clamp(0, height - 1)
     columns = (torch.arange(width, device=device) + right).clamp(0, width - 1)
     mirrored = torch.rand(batch, 1, device=device) < 0.5
     columns = torch.where(mirrored, width - 1 - columns, columns)
     row = torch.arange(batch, device=device)[:, None, None]
-    return pictures[row, 0, rows[:, :, None], columns[:, None, :]][:, None]
+    varied = pictures[row, 0, rows[:, :, None], columns[:, None, :]][:, None]
+    if not cutout:
+        return varied
+
+    def within(size: int) -> Tensor:
+        """(B, size) bool: rows or columns of the square."""
+        places = torch.arange(size, device=device) - torch.randint(size, (batch, 1), device=device) + cutout // 2
+        return (places >= 0) & (places < cutout)
+
+    return varied.masked_fill(within(height)[:, None, :, None] & within(width)[:, None, None], 0)
+
+
+def vary_texts(ids: Tensor, mask: Tensor) -> Tensor:
+    """(B, L) ids, a tenth of each row's real ones replaced by others of the row; mask (B, L), 1 at real ones, which
+    come first."""
+    lengths = mask.sum(1, keepdim=True)
+    others = ids.gather(1, (torch.rand(ids.shape, device=ids.device) * lengths).long())
+    chosen = (torch.rand(ids.shape, device=ids.device) < REPLACED) & mask.bool()
+    return torch.where(chosen, others, ids)
 
 
 def turn_pictures(pictures: Tensor) -> Tensor:

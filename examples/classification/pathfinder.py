@@ -1,9 +1,9 @@
-"""Pathfinder on 32 x 32 pixels, by the parameters of Long Range Arena (arXiv 2011.04006): are two dots joined by a
-dashed path?
+"""Pathfinder on 32 x 32 pixels, and Path-X on 128 x 128, by the parameters of Long Range Arena (arXiv 2011.04006): are
+two dots joined by a dashed path?
 
 Every picture holds two long snakes and some short ones, drawn as dashes; two dots mark both ends of one long snake
-(label 1) or one end of each (label 0). Snakes keep an empty pixel between each other, and the dashes of one snake lie
-so close that their pixels touch: the picture alone decides the label.
+(label 1) or one end of each (label 0). Snakes are farther from each other than the dashes of one snake are: the
+picture alone decides the label. On 32 x 32 the pixels of dashes touch, and snakes keep an empty one between them.
 
 Letters: B pictures, K candidate directions, P points along a dash.
 """
@@ -13,7 +13,7 @@ import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -29,8 +29,8 @@ class Drawing:
     Attributes:
         contour_length, distractor_length: dashes of a long and of a short snake.
         distractors: short snakes a picture.
-        paddle_length: length of a dash; margin: gap between dashes, at most 1, and empty pixels between snakes.
-        thickness: of a dash, at most 1/antialias.
+        paddle_length: length of a dash; thickness: of a dash.
+        gaps: between the dashes of a picture, for as many pictures each.
         padding: pixels kept empty at the border.
         marker_radius: of a dot.
         continuity: a turn by an angle is drawn with a density of |sin|^-continuity: the larger, the straighter.
@@ -43,13 +43,25 @@ class Drawing:
     distractors: int = 5
     paddle_length: float = 2.0
     thickness: float = 0.5
-    margin: int = 1
+    gaps: tuple[int, ...] = (1,)
     padding: int = 1
     marker_radius: float = 1.5
     continuity: float = 1.0
     antialias: int = 2
 
+    @property
+    def clearance(self) -> int:
+        """Empty pixels between snakes, and between dashes of one that do not follow each other: more than there are
+        between those that do."""
+        return 1 if self.gaps == (1,) else max(self.gaps) + 1
 
+
+# Pathfinder-128 of Long Range Arena's data/pathfinder.py, whose whole-number quotients 14 / 3 and 35 / 4 give the
+# length and the number of the short snakes.
+PATHX = Drawing(
+    size=128, distractor_length=4, distractors=8, paddle_length=5.0, thickness=1.5, gaps=(2, 3), marker_radius=3.0,
+    continuity=1.8,
+)  # fmt: skip
 # Turns are drawn from this many directions of a half-circle, without the middle one, where the density has its pole.
 DIRECTIONS = 36
 CANDIDATES = 12
@@ -96,7 +108,7 @@ class _Canvas:
         pixel = np.floor(points).astype(int)
         mask = np.zeros((len(rows), *self.taken.shape[1:]), dtype=bool)
         mask[np.arange(len(rows))[:, None], pixel[..., 0], pixel[..., 1]] = True
-        self.taken[rows] |= _widen(mask, self.drawing.margin)
+        self.taken[rows] |= _widen(mask, self.drawing.clearance)
 
     def pictures(self) -> np.ndarray:
         """(B, H, W) uint8, each pixel the mean of its subpixels."""
@@ -121,7 +133,11 @@ def _grow(rng: np.random.Generator, taken: np.ndarray, dashes: int, dots: bool, 
         grown: (B,) bool; points: (B, n, 2), what to draw; ends: (B, 2, 2), where dots would go.
     """
     count = len(taken)
-    along = np.arange(0, d.paddle_length + 1e-9, 0.5 / d.antialias)
+    (gap,), step = d.gaps, 0.5 / d.antialias
+    along = np.arange(0, d.paddle_length + 1e-9, step)
+    # Lines beside each other; one of them is as thick as a subpixel.
+    half = max(0.0, d.thickness - 1 / d.antialias) / 2
+    across = np.arange(-half, half + 1e-9, step)
     disc = _disc(d.marker_radius, 0.5 / d.antialias) if dots else np.zeros((1, 2))
     turns = (np.arange(DIRECTIONS) + 0.5) / DIRECTIONS * np.pi - np.pi / 2
     density = np.abs(np.sin(turns)) ** -d.continuity
@@ -139,12 +155,16 @@ def _grow(rng: np.random.Generator, taken: np.ndarray, dashes: int, dots: bool, 
         else:
             angles = heading[:, None] + rng.choice(turns, p=density, size=(count, CANDIDATES))
         direction = np.stack([np.sin(angles), np.cos(angles)], axis=-1)
-        first = position[:, None] + direction * (d.margin if dash else 0)
+        first = position[:, None] + direction * (gap if dash else 0)
+        tips = first + along[-1] * direction
+        beside = direction[..., ::-1] * np.array([1, -1])
         points = first[:, :, None] + along[:, None] * direction[:, :, None]
+        points = points[:, :, :, None] + across[:, None] * beside[:, :, None, None]
+        points = points.reshape(count, CANDIDATES, len(along) * len(across), 2)
         free = _free(taken | own, points, d)
         if dash == dashes - 1 and dots:
-            tip = points[:, :, -1, None] + disc
-            apart = np.linalg.norm(points[:, :, -1] - start[:, None], axis=-1) > 2 * d.marker_radius + d.margin + 1
+            tip = tips[:, :, None] + disc
+            apart = np.linalg.norm(tips - start[:, None], axis=-1) > 2 * d.marker_radius + d.clearance + 1
             free &= _free(taken | own, tip, d) & apart
         chosen = free.argmax(1)
         alive &= free[rows, chosen]
@@ -152,15 +172,15 @@ def _grow(rng: np.random.Generator, taken: np.ndarray, dashes: int, dots: bool, 
             pixel = np.clip(np.floor(drawn[-1]).astype(int), 0, d.size - 1)
             latest = np.zeros_like(own)
             latest[rows[:, None], pixel[..., 0], pixel[..., 1]] = True
-            own |= _widen(latest, d.margin)
+            own |= _widen(latest, d.clearance)
         drawn.append(points[rows, chosen])
-        heading, position = angles[rows, chosen], points[rows, chosen, -1]
+        heading, position = angles[rows, chosen], tips[rows, chosen]
         if dash == 0 and dots:
             # The dot at the beginning covers more than the first dash.
             pixel = np.clip(np.floor(start[:, None] + disc).astype(int), 0, d.size - 1)
             latest = np.zeros_like(own)
             latest[rows[:, None], pixel[..., 0], pixel[..., 1]] = True
-            later = _widen(latest, d.margin)
+            later = _widen(latest, d.clearance)
         if dash == 1 and dots:
             own |= later
     return alive, np.concatenate(drawn, axis=1), np.stack([start, position], axis=1)
@@ -170,10 +190,15 @@ def draw(rng: np.random.Generator, count: int, drawing: Drawing | None = None) -
     """Up to `count` pictures (B, H, W) uint8 and labels (B,) int64; pictures without room for all snakes are left
     out."""
     d = drawing or Drawing()
-    if d.margin > 1 or d.thickness * d.antialias > 1:
+    if len(d.gaps) > 1:
+        shares = [count // len(d.gaps) + (place < count % len(d.gaps)) for place in range(len(d.gaps))]
+        parts = [draw(rng, share, replace(d, gaps=(gap,))) for share, gap in zip(shares, d.gaps, strict=True) if share]
+        pictures, labels = (np.concatenate(part) for part in zip(*parts, strict=True))
+        return pictures, labels
+    if d.gaps == (1,) and d.thickness * d.antialias > 1:
         raise ValueError(
-            f"margin must be at most 1 and thickness at most 1/antialias, got {d.margin} and {d.thickness}: dashes of "
-            "one snake would not touch, or a line be wider than a subpixel"
+            f"thickness must be at most 1/antialias where gaps are 1, got {d.thickness}: a line is as wide as a "
+            "subpixel there, and snakes an empty pixel apart"
         )
     canvas, complete = _Canvas(count, d), np.ones(count, dtype=bool)
     ends = np.zeros((count, 2, 2, 2))
@@ -210,13 +235,16 @@ def draw(rng: np.random.Generator, count: int, drawing: Drawing | None = None) -
 def _block(seed: int, size: int, drawing: Drawing, block: int) -> tuple[np.ndarray, np.ndarray]:
     # Another kind of picture draws from another stream: else its contours would be the beginnings of these.
     kind = [] if drawing == Drawing() else [drawing.contour_length]
+    kind += [] if drawing.size == Drawing.size else [drawing.size]
     return draw(np.random.default_rng([seed, block, *kind]), size, drawing)
 
 
 def generate(seed: int, count: int, drawing: Drawing | None = None) -> dict[str, np.ndarray]:
-    """pixels (count, 1024) uint8 and labels (count,) int64, the same on any number of processor cores."""
-    # A block of random pictures is a few percent short of those without room.
-    workers = min(os.cpu_count() or 1, -(-count // BLOCK))
+    """pixels (count, height * width) uint8 and labels (count,) int64, the same on any number of processor cores."""
+    drawing = drawing or Drawing()
+    # Blocks of about as many pixels, whatever the pictures' size, and a few pictures short of those without room.
+    block = max(1, BLOCK * Drawing.size**2 // drawing.size**2)
+    workers = min(os.cpu_count() or 1, -(-count // block))
     pixels, labels, made = [], [], 0
     with ExitStack() as stack:
         progress = stack.enter_context(tqdm(total=count, desc="Pathfinder pictures", unit="picture"))
@@ -226,7 +254,7 @@ def generate(seed: int, count: int, drawing: Drawing | None = None) -> dict[str,
             pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
             make = stack.enter_context(pool).map
         for first in itertools.count(0, workers):
-            for drawn in make(partial(_block, seed, BLOCK, drawing or Drawing()), range(first, first + workers)):
+            for drawn in make(partial(_block, seed, block, drawing), range(first, first + workers)):
                 kept = min(len(drawn[0]), count - made)
                 pixels.append(drawn[0][:kept])
                 labels.append(drawn[1][:kept])
@@ -238,10 +266,12 @@ def generate(seed: int, count: int, drawing: Drawing | None = None) -> dict[str,
 
 
 def load(
-    folder: Path, seed: int, count: int, contour_length: int = Drawing.contour_length
+    folder: Path, seed: int, count: int, contour_length: int | None = None, drawing: Drawing | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels and labels, generated into `folder` the first time."""
-    drawing = Drawing(contour_length=contour_length)
-    dashes = "" if drawing == Drawing() else f"-contour{contour_length}"
-    arrays = cached(folder / f"pathfinder32-seed{seed}-{count}{dashes}.npz", lambda: generate(seed, count, drawing))
+    """Pixels and labels, generated into `folder` the first time; contours other than the drawing's own are named."""
+    own = drawing or Drawing()
+    drawn = own if contour_length is None else replace(own, contour_length=contour_length)
+    dashes = "" if drawn == own else f"-contour{contour_length}"
+    path = folder / f"pathfinder{own.size}-seed{seed}-{count}{dashes}.npz"
+    arrays = cached(path, lambda: generate(seed, count, drawn))
     return arrays["pixels"], arrays["labels"]

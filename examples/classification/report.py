@@ -26,7 +26,8 @@ BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 PICTURES = ("confusion_matrix.png", "activations.png")
 TITLES = {
     "text": "LRA text (IMDB bytes)", "image": "LRA image (CIFAR-10, grey)", "listops": "LRA ListOps",
-    "pathfinder": "LRA Pathfinder 32", "retrieval": "retrieval", "speech": "raw speech (4 words)",
+    "pathfinder": "LRA Pathfinder 32", "pathx": "LRA Path-X", "retrieval": "retrieval",
+    "speech": "raw speech (4 words)",
 }  # fmt: skip
 
 

@@ -30,7 +30,7 @@ HERE = Path(__file__).resolve().parent
 RECIPES = HERE.parent.parent / "configuration/recipes/classification"
 RECIPE_NAMES = {
     "text": "lra-text", "image": "lra-image", "listops": "lra-listops", "pathfinder": "lra-pathfinder",
-    "retrieval": "lra-retrieval", "speech": "speech-commands",
+    "pathx": "lra-pathx", "retrieval": "lra-retrieval", "speech": "speech-commands",
 }  # fmt: skip
 RESULTS = ("results.json", "confusion_matrix.png", "activations.png")
 # A line a minute says that a long run is alive; of a log that is collected, its end matters.
@@ -42,7 +42,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tasks", nargs="+", metavar="TASK=DATA", help=f"a task: {', '.join(RECIPE_NAMES)}")
     parser.add_argument("--output_dir", required=True, type=Path, help="must be new or empty, unless a task resumes")
-    parser.add_argument("--published", action="store_true", help="the published recipes instead of the short ones")
+    kinds = parser.add_mutually_exclusive_group()
+    kinds.add_argument("--published", action="store_true", help="the published recipes instead of the short ones")
+    kinds.add_argument("--half_hour", action="store_true", help="the recipes for 30 minutes instead of the short ones")
     parser.add_argument(
         "--set", action="append", default=[], metavar="[TASK.]FLAG=VALUE",
         help="a flag of train.py, for all tasks or for one of them; may be repeated",
@@ -85,11 +87,15 @@ def read_tasks(items: list[str]) -> dict[str, list[str]]:
     return found
 
 
-def command(task: str, paths: list[str], flags: dict[str, str], output: Path, published: bool) -> list[str]:
-    """The command line of one task, with paths relative to the working folder where they lie in it."""
-    recipe = RECIPES / ("" if published else "short") / f"{RECIPE_NAMES[task]}.yaml"
+def command(task: str, paths: list[str], flags: dict[str, str], output: Path, folder: str) -> list[str]:
+    """The command line of one task, with paths relative to the working folder where they lie in it.
+
+    Args:
+        folder: of the recipe, beside the published ones.
+    """
+    recipe = RECIPES / folder / f"{RECIPE_NAMES[task]}.yaml"
     if not recipe.is_file():
-        raise ValueError(f"task {task!r} has no recipe {recipe.name!r} for short runs")
+        raise ValueError(f"task {task!r} has no recipe {recipe.name!r} for {folder} runs")
     named = dict(zip(("data_path", "labels_path"), paths, strict=False)) | {"output_dir": str(output)} | flags
     here = Path.cwd()
     script, recipe = (
@@ -205,8 +211,9 @@ def main(argv: list[str] | None = None) -> int:
     a = parse(argv)
     tasks = read_tasks(a.tasks)
     settings = read_settings(list(tasks), a.set)
+    folder = "" if a.published else "half-hour" if a.half_hour else "short"
     commands = {
-        task: command(task, paths, settings[task], a.output_dir / task, a.published) for task, paths in tasks.items()
+        task: command(task, paths, settings[task], a.output_dir / task, folder) for task, paths in tasks.items()
     }
     a.output_dir.mkdir(parents=True, exist_ok=True)
     before, began = signal.signal(signal.SIGTERM, _stop), time.time()

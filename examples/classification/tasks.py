@@ -10,6 +10,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import listops
 import numpy as np
 import pathfinder
 import torch
-from augmentation import turn_pictures, vary_pictures, vary_recordings
+from augmentation import turn_pictures, vary_pictures, vary_recordings, vary_texts
 from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedModel, ViTImageProcessorPil, Wav2Vec2FeatureExtractor
 from transformers.utils import is_vision_available
@@ -48,6 +49,7 @@ SOURCES = {
     "--data_path PIXELS --labels_path LABELS",
     "listops": "generated data: give --data_path FOLDER, where they are kept after the first run",
     "pathfinder": "generated data: give --data_path FOLDER, where they are kept after the first run",
+    "pathx": "generated data: give --data_path FOLDER, where they are kept after the first run",
     "retrieval": "any set of text pairs, a .csv, .tsv or .jsonl file with two columns of texts (plain, .gz or .xz; "
     "the published task pairs papers of the ACL Anthology Network, which its owners give out on request): give "
     "--data_path FILE, and --first_column, --second_column and --label_column where the first two columns are not "
@@ -77,17 +79,18 @@ class DataArguments:
     easy_rows: int = field(
         default=0,
         metadata={
-            "help": "training rows more that are easier than the task's. pathfinder: contours of 4, 7 or 10 dashes "
-            "instead of "
-            "14; listops: trees of 10 to 500 tokens"
+            "help": "training rows more that are easier than the task's. pathfinder and pathx: contours of 4, 7 or 10 "
+            "dashes instead of 14; listops: trees of 10 to 500 tokens"
         },
     )
+    shift: int = field(default=2, metadata={"help": "image: varied pictures are moved by up to so many pixels"})
+    cutout: int = field(default=0, metadata={"help": "image: varied pictures have a square of this side blanked"})
     data_seed: int = field(default=0, metadata={"help": "of splits, random pairs and generated data"})
 
 
 DATA_RANGES: dict[str, Range] = {
     **dict.fromkeys(("train_size", "validation_size", "test_size", "max_length"), at_least(1)),
-    "easy_rows": at_least(0),
+    **dict.fromkeys(("easy_rows", "shift", "cutout"), at_least(0)),
     "data_seed": from_to(0, LARGEST_SEED),
 }
 
@@ -176,7 +179,7 @@ class TaskData:
     labels: names of the classes, where the preset's do not fit.
     vocab_size: ids that occur, 0 for real numbers.
     shape: height and width of a picture, or None.
-    augment: inputs of a batch -> random variants with the same labels, or None.
+    augment: inputs of a batch (texts: and their mask) -> random variants with the same labels, or None.
     easy: that many training rows, the last ones, are easier than the task's.
     """
 
@@ -189,7 +192,7 @@ class TaskData:
     labels: list[str] | None = None
     vocab_size: int = 0
     shape: tuple[int, int] | None = None
-    augment: Callable[[torch.Tensor], torch.Tensor] | None = None
+    augment: Callable[..., torch.Tensor] | None = None
     easy: int = 0
 
 
@@ -220,13 +223,15 @@ def load_task(task: str, a: DataArguments, pad_id: int | None) -> TaskData:
     from."""
     loaders = {
         "text": load_text, "image": load_image, "listops": load_listops, "pathfinder": load_pathfinder,
-        "retrieval": load_retrieval, "speech": load_speech,
+        "pathx": load_pathx, "retrieval": load_retrieval, "speech": load_speech,
     }  # fmt: skip
     if task not in loaders:
         raise ValueError(f"task must be one of {', '.join(loaders)}, got {task!r}")
     check_ranges(a, DATA_RANGES)
-    if a.easy_rows and task not in ("listops", "pathfinder"):
-        raise ValueError(f"easy_rows must be at least 0, and 0 for all but listops and pathfinder, got {a.easy_rows}")
+    if a.easy_rows and task not in ("listops", "pathfinder", "pathx"):
+        raise ValueError(
+            f"easy_rows must be at least 0, and 0 for all but listops, pathfinder and pathx, got {a.easy_rows}"
+        )
     return loaders[task](a, pad_id or 0)
 
 
@@ -311,7 +316,7 @@ def load_text(a: DataArguments, pad_id: int) -> TaskData:
     splits = _split(make, np.flatnonzero(~parts), np.flatnonzero(parts), a)
     return TaskData(
         SeqBoatForSequenceClassification, collate=_pad_with(pad_id), processor=build_byte_tokenizer(chat=False),
-        vocab_size=256,
+        vocab_size=256, augment=vary_texts,
         **splits,
     )  # fmt: skip
 
@@ -392,20 +397,30 @@ def load_image(a: DataArguments, pad_id: int) -> TaskData:
     known = len(pixels) * 5 // 6
     make = _pixel_rows(pixels, labels, 0.48, 0.24)
     splits = _split(make, np.arange(known), np.arange(known, len(pixels)), a)
-    return _pictures(pixels, 0.48, 0.24, augment=vary_pictures, **splits)
+    return _pictures(pixels, 0.48, 0.24, augment=partial(vary_pictures, shift=a.shift, cutout=a.cutout), **splits)
 
 
-def load_pathfinder(a: DataArguments, pad_id: int) -> TaskData:
+def load_pathfinder(
+    a: DataArguments, pad_id: int, task: str = "pathfinder", drawing: pathfinder.Drawing | None = None
+) -> TaskData:
     """Are two dots joined by a dashed path?"""
-    folder = _need("pathfinder", a.data_path, folder=True)
-    count = _generated_rows("pathfinder", a)
-    pixels, labels = pathfinder.load(folder, a.data_seed, count)
-    easy = [pathfinder.load(folder, a.data_seed, share, dashes) for share, dashes in _easy_shares(a, SHORT_CONTOURS)]
-    pixels = np.concatenate([pixels, *(pictures for pictures, _ in easy)])
-    labels = np.concatenate([labels, *(marks for _, marks in easy)])
+    folder = _need(task, a.data_path, folder=True)
+    count = _generated_rows(task, a)
+
+    def load(rows: int, dashes: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        return pathfinder.load(folder, a.data_seed, rows, dashes, drawing)
+
+    parts = [load(count), *(load(share, dashes) for share, dashes in _easy_shares(a, SHORT_CONTOURS))]
+    # Large pictures are not copied without need.
+    pixels, labels = parts[0] if len(parts) == 1 else map(np.concatenate, zip(*parts, strict=True))
     make = _pixel_rows(pixels, labels, 0.5, 0.5)
     splits = _with_easy(_split(make, np.arange(count), None, a), make, count, a)
     return _pictures(pixels, 0.5, 0.5, augment=turn_pictures, easy=a.easy_rows, **splits)
+
+
+def load_pathx(a: DataArguments, pad_id: int) -> TaskData:
+    """The same on 128 x 128 pixels."""
+    return load_pathfinder(a, pad_id, "pathx", pathfinder.PATHX)
 
 
 def read_pairs(path: Path, a: DataArguments) -> tuple[list[tuple[str, str]], list[int] | None]:

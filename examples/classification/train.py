@@ -41,12 +41,13 @@ from transformers import TrainerCallback, TrainingArguments, set_seed
 
 import modeling_seqboat
 from modeling_seqboat import SeqBoatConfig
+from modeling_seqboat.optimizer_seqboat import MuonAdamW
 from modeling_seqboat.training_seqboat import RouterCallback, parameter_groups
 
 
 @dataclass
 class ClassificationArguments(DataArguments):
-    task: str = field(default="", metadata={"help": "text, image, listops, pathfinder, retrieval or speech"})
+    task: str = field(default="", metadata={"help": "text, image, listops, pathfinder, pathx, retrieval or speech"})
     preset: str = field(default="", metadata={"help": "a preset of configuration/"})
     output_dir: str = field(default="", metadata={"help": "must be new or empty, unless resuming"})
     config_overrides: str | None = field(default=None, metadata={"help": "JSON of config fields to change"})
@@ -60,6 +61,12 @@ class ClassificationArguments(DataArguments):
     )
     learning_rate: float = field(default=4e-3)
     router_learning_rate: float | None = field(default=None, metadata={"help": "peak rate of the routers"})
+    optimizer: str = field(default="adamw", metadata={"help": "adamw, or muon for the matrices of the layers"})
+    muon_learning_rate: float = field(default=0.02, metadata={"help": "peak rate of what optimizer muon trains"})
+    router_gain: float = field(
+        default=0.0,
+        metadata={"help": "above 0 a budget of this gain holds the routers to router_target_rate, not the loss"},
+    )
     beta1: float = field(default=0.9)
     beta2: float = field(default=0.98)
     weight_decay: float = field(default=0.01)
@@ -67,7 +74,10 @@ class ClassificationArguments(DataArguments):
     lr_scheduler_type: str = field(default="linear", metadata={"help": "how the rate falls: linear or cosine"})
     augment: bool = field(
         default=False,
-        metadata={"help": "vary training rows: image, mirrored and moved; pathfinder, turned; speech, speed and tone"},
+        metadata={
+            "help": "vary training rows: image, mirrored, moved, blanked in part; pathfinder and pathx, turned; "
+            "speech, speed and tone; text, other bytes"
+        },
     )
     max_grad_norm: float = field(default=1.0)
     mixed_precision: str | None = field(default=None, metadata={"help": "no, bf16 or fp16"})
@@ -94,6 +104,7 @@ RANGES: dict[str, Range] = {
     **dict.fromkeys(("batch_size", "eval_batch_size", "gradient_accumulation_steps", "max_steps"), at_least(1)),
     **dict.fromkeys(("eval_steps", "logging_steps", "save_total_limit"), at_least(1)),
     **dict.fromkeys(("learning_rate", "router_learning_rate", "weight_decay"), at_least(0)),
+    **dict.fromkeys(("muon_learning_rate", "router_gain"), at_least(0)),
     **dict.fromkeys(("warmup_steps", "easy_passes", "num_workers"), at_least(0)),
     "max_grad_norm": MAX_NORM,
     "beta1": BETA,
@@ -116,6 +127,7 @@ class ClassificationTrainer(RunTrainer):
     """Counts the real tokens it trains on and the time spent in evaluations; routers may learn at a rate of their own.
 
     Args:
+        muon_learning_rate: of the layers' matrices, which Muon trains then; None for AdamW alone.
         easy: that many training rows, the last ones, are easy.
         easy_passes: how often they are gone through before the others come.
         augment: turns a batch's inputs into variants of them, or None.
@@ -127,13 +139,15 @@ class ClassificationTrainer(RunTrainer):
         *args,
         router_learning_rate: float | None,
         group_by_length: bool,
+        muon_learning_rate: float | None = None,
         easy: int = 0,
         easy_passes: int = 0,
-        augment: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        augment: Callable[..., torch.Tensor] | None = None,
         budget: TimeBudget | None = None,
         **kwargs,
     ):
         self.router_learning_rate, self.group_by_length = router_learning_rate, group_by_length
+        self.muon_learning_rate = muon_learning_rate
         self.easy, self.easy_passes, self.augment, self.budget = easy, easy_passes, augment, budget
         self.tokens: torch.Tensor | int = 0
         self.evaluation_seconds = 0.0
@@ -145,9 +159,13 @@ class ClassificationTrainer(RunTrainer):
     def create_optimizer(self, model=None):
         if self.optimizer is None:
             groups = parameter_groups(
-                self.model, self.args.weight_decay, router_learning_rate=self.router_learning_rate
-            )
+                self.model, self.args.weight_decay, router_learning_rate=self.router_learning_rate,
+                muon_learning_rate=self.muon_learning_rate,
+            )  # fmt: skip
             betas = (self.args.adam_beta1, self.args.adam_beta2)
+            if self.muon_learning_rate is not None:
+                self.optimizer = MuonAdamW(groups, lr=self.args.learning_rate, betas=betas)
+                return self.optimizer
             # One launch for all parameters; the CPU keeps the arithmetic that its records were made with.
             fused = self.args.device.type == "cuda"
             self.optimizer = torch.optim.AdamW(groups, lr=self.args.learning_rate, betas=betas, fused=fused)
@@ -182,8 +200,9 @@ class ClassificationTrainer(RunTrainer):
         self.tokens = self.tokens + real_tokens(inputs)
         if self.augment is not None:
             inputs = self._prepare_inputs(inputs)
-            name = next(key for key in ("pixel_values", "input_values") if key in inputs)
-            inputs = {**inputs, name: self.augment(inputs[name])}
+            name = next(key for key in ("pixel_values", "input_values", "input_ids") if key in inputs)
+            mask = [inputs["attention_mask"]] if name == "input_ids" else []
+            inputs = {**inputs, name: self.augment(inputs[name], *mask)}
         return super().training_step(model, inputs, *args, **kwargs)
 
     def evaluate(self, *args, **kwargs):
@@ -221,6 +240,8 @@ def check_arguments(a: ClassificationArguments) -> None:
         raise ValueError(f"max_minutes must be greater than 0, got {a.max_minutes}")
     if a.max_minutes is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("max_minutes is for one process: several would read their clocks apart")
+    if a.optimizer not in ("adamw", "muon"):
+        raise ValueError(f"optimizer must be adamw or muon, got {a.optimizer!r}")
     if a.lr_scheduler_type not in ("linear", "cosine"):
         raise ValueError(f"lr_scheduler_type must be linear or cosine, got {a.lr_scheduler_type!r}")
     if a.mixed_precision not in (None, "no", "bf16", "fp16"):
@@ -231,7 +252,13 @@ def build_config(a: ClassificationArguments) -> SeqBoatConfig:
     overrides = parse_json(a.config_overrides or "{}", f"config_overrides {a.config_overrides!r}")
     if not isinstance(overrides, dict):
         raise ValueError(f"config_overrides must be a JSON object, got {a.config_overrides!r}")
-    return SeqBoatConfig.from_preset(a.preset, **overrides)
+    config = SeqBoatConfig.from_preset(a.preset, **overrides)
+    if a.router_gain and config.router_target_rate is None:
+        raise ValueError(
+            f"router_gain {a.router_gain} needs a rate to hold: give router_target_rate in config_overrides, or "
+            "--router_gain 0"
+        )
+    return config
 
 
 def fit_config(config: SeqBoatConfig, data: TaskData, a: ClassificationArguments) -> None:
@@ -245,7 +272,9 @@ def fit_config(config: SeqBoatConfig, data: TaskData, a: ClassificationArguments
     if data.vocab_size > config.vocab_size:
         raise ValueError(f"task {a.task!r} has {data.vocab_size} ids, the preset's vocab_size is {config.vocab_size}")
     if a.augment and data.augment is None:
-        raise ValueError(f"augment is for image, pathfinder and speech; there are no variants for task {a.task!r}")
+        raise ValueError(
+            f"augment is for image, pathfinder, pathx, speech and text; there are no variants for task {a.task!r}"
+        )
     if a.easy_passes * data.easy > len(data.train):
         raise ValueError(
             f"easy_passes {a.easy_passes} times {data.easy} easy rows are more than the first epoch's "
@@ -314,7 +343,8 @@ def build_trainer(
     trainer = ClassificationTrainer(
         model=model, router_learning_rate=a.router_learning_rate, group_by_length=a.group_by_length,
         easy=data.easy, easy_passes=a.easy_passes, augment=data.augment if a.augment else None, budget=budget,
-        cuda_graphs=a.cuda_graphs,
+        cuda_graphs=a.cuda_graphs, router_gain=a.router_gain or None,
+        muon_learning_rate=a.muon_learning_rate if a.optimizer == "muon" else None,
         compute_metrics=accuracy, data_collator=data.collate,
         train_dataset=data.train, eval_dataset=data.validation,
         args=TrainingArguments(
