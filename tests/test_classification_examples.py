@@ -119,12 +119,13 @@ def components(lit, reach=1):
     return found, count
 
 
-def dots(picture):
-    """One pixel of each dot: where a 3 x 3 neighbourhood is nearly all bright, which no line is."""
+def dots(picture, reach=1, least=5.0):
+    """One pixel of each dot: where a neighbourhood, 3 x 3 or larger, is nearly all bright, which no line is."""
     size = len(picture)
-    padded = np.pad(picture.astype(float) / 255, 1)
-    around = sum(padded[y : y + size, x : x + size] for y in range(3) for x in range(3))
-    found, count = components(around > 5.0)
+    padded = np.pad(picture.astype(float) / 255, reach)
+    side = range(2 * reach + 1)
+    around = sum(padded[y : y + size, x : x + size] for y in side for x in side)
+    found, count = components(around > least)
     return [tuple(np.argwhere(found == index)[0]) for index in range(1, count + 1)]
 
 
@@ -154,7 +155,7 @@ def test_path_x_labels_are_what_the_picture_shows():
         for picture, label in zip(pictures, labels, strict=True):
             areas, count = components(picture > 0, gap + 1)
             assert count == 2 + 8
-            first, second = dots(picture)
+            first, second = dots(picture, 2, 18.0)
             assert (areas[first] == areas[second]) == bool(label)
             # A dash is some 5 pixels long and 1.5 wide; a dot covers one of them, or more.
             sizes = sorted(int((areas == index).sum()) for index in range(1, count + 1))
