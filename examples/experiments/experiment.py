@@ -26,6 +26,11 @@ from tables import Row, conditions, finished, is_timed, runs_table, settings_tab
 RECIPES = ROOT / "configuration/recipes/experiments"
 TOY_TEXT = ROOT / "examples/data/tinyshakespeare.txt"
 OUTPUT = Path("outputs/experiments")
+# What a recipe takes over of `budget` to have its routers held as well.
+BUDGET = (
+    "optimizer", "muon_learning_rate", "router_learning_rate", "router_gain", "beta2", "schedule", "final_rate",
+    "router_target_rate", "router_target_scope", "router_temperature_init",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,11 @@ class Bases:
     def budget(self) -> RunRecipe:
         """The language model of the published shape, its routers held to a budget, under Muon."""
         return self.task("budget")
+
+    def held(self, task: str) -> RunRecipe:
+        """A task's recipe, with optimizer and routers as in `budget`."""
+        budget = self.budget.flat()
+        return self.task(task).changed(**{name: budget[name] for name in BUDGET})
 
     def few(self, values: Sequence[Any], count: int = 2) -> list[Any]:
         """All values, or the first ones of a toy run."""

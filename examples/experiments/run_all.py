@@ -13,12 +13,17 @@ import activation_patterns
 import activation_rate
 import agreement
 import configurators
+import fair_recurrences
 import memory_size
+import memory_span
 import recurrences
 import scale
 from experiment import build_parser, launch
 
-MODULES = (activation_patterns, memory_size, configurators, recurrences, activation_rate, scale, agreement)
+MODULES = (
+    activation_patterns, memory_size, configurators, recurrences, activation_rate, scale, agreement, memory_span,
+    fair_recurrences,
+)  # fmt: skip
 EXPERIMENTS = {module.EXPERIMENT.name: module.EXPERIMENT for module in MODULES}
 
 

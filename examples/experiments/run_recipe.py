@@ -6,6 +6,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import rglru  # noqa: F401, gives a recurrence its name
 from example_paths import read_yaml
 
 from modeling_seqboat import SeqBoatConfig

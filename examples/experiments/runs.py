@@ -29,6 +29,8 @@ MODELS = {
     "listops": SeqBoatForSequenceClassification,
 }
 Data = TextData | LabelledRows
+# Recurrences whose training steps are captured as CUDA graphs; those of the others wait for the device.
+GRAPHED = ("ema", "rglru")
 
 
 def autocast(recipe: RunRecipe, device: torch.device):
@@ -77,9 +79,8 @@ class Run:
         self.model = MODELS[recipe.task](recipe.config()).to(device)
         self.optimizer = optimizer_of(recipe, self.model)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: rate_factor(recipe, step))
-        # The recurrences without kernels of their own are not worth a graph.
         config = recipe.config()
-        graphs = device.type == "cuda" and config.ssm_type == "ema" and config.kernel_backend == "auto"
+        graphs = device.type == "cuda" and config.ssm_type in GRAPHED and config.kernel_backend == "auto"
         # Attached before the step is captured, whose graph counts for it.
         self.budget = RouterBudget(self.model, recipe.router_gain) if recipe.router_gain else None
         self.graphed = self.update = None
