@@ -405,6 +405,26 @@ def test_a_results_file_of_something_else_is_refused(tmp_path):
         plan.Results(tmp_path / "results.jsonl")
 
 
+def test_finished_classifications_are_measured_on_their_test_rows(finished, tmp_path):
+    from classification_tasks import run, write_recordings, write_reviews
+
+    patterns = module("activation_patterns")
+    made = {
+        "text": run("lra-text", tmp_path / "text", **write_reviews(tmp_path)),
+        "speech": run("speech-commands", tmp_path / "speech", **write_recordings(tmp_path)),
+    }
+    options = ["--toy", "--device", "cpu", "--output", str(tmp_path / "out")]
+    patterns.main([*(f"--model={task}={tmp_path / task}" for task in made), *options])
+    page = (tmp_path / "out/activation_patterns.md").read_text("utf-8")
+    for task, results in made.items():
+        line = next(line for line in page.splitlines() if line.startswith(f"| {task} | {task} | 0"))
+        assert f"| {results['test_accuracy']:.4f} |" in line
+        assert f"| {', '.join(f'{rate:.0%}' for rate in results['activation_rate_by_layer'])} |" in line
+    assert "reviews.tar.xz" in page and "words.npz.xz" in page
+    with pytest.raises(SystemExit, match="is of task 'text', not 'image'"):
+        patterns.main(["--model", f"image={tmp_path / 'text'}", *options])
+
+
 def test_folders_of_models_are_measured(finished, tmp_path, capsys):
     runs, run_data, patterns = module("runs"), module("run_data"), module("activation_patterns")
     recipe = toy().lm
@@ -418,7 +438,7 @@ def test_folders_of_models_are_measured(finished, tmp_path, capsys):
     assert f"| lm | model | {runs.measure(model, recipe, data)[0]['bits_per_byte']:.4f} |" in table
     assert ", ".join(f"{rate:.0%}" for rate in report.rates.tolist()) in table
     assert (tmp_path / "out/activation_patterns.png").is_file()
-    with pytest.raises(SystemExit, match="bidirectional=False, which task 'pathfinder' does not use"):
+    with pytest.raises(SystemExit, match="holds no results.json"):
         patterns.main(["--model", f"pathfinder={tmp_path / 'model'}", *options])
     with pytest.raises(SystemExit, match="holds no config.json"):
         patterns.main(["--model", f"lm={tmp_path}", *options])

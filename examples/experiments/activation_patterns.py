@@ -1,31 +1,50 @@
 """Experiment 1: which layers attend, for which tokens, on which task.
 
     python examples/experiments/activation_patterns.py --train_file enwik8.xz --output outputs/activation_patterns
-    python examples/experiments/activation_patterns.py --model lm=outputs/lm/final \\
-        --model pathfinder=outputs/lra-pathfinder/best --train_file enwik8.xz --output outputs/activation_patterns
+    python examples/experiments/activation_patterns.py --train_file enwik8.xz --output outputs/activation_patterns \\
+        --model lm=outputs/lm/final --model text=outputs/tasks/text --model pathx=outputs/tasks/pathx
 
-The first trains a model a task, the second measures folders that `save_pretrained` has written.
+The first trains small models of three tasks. The second measures models that are there: a language model's folder, by
+`save_pretrained`, and output folders of examples/classification/train.py, on the test rows that their results.json
+names.
 """
 
 import argparse
 import math
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
+from example_paths import DataArguments, TaskData, load_task, read_json_object
 from experiment import Bases, Experiment, bases_of, build_parser, command_line, launch, settings_of, write_page
 from figures import panels, save
 from plan import Planned
-from run_data import Sources, load_data
+from run_data import EVALUATION_BATCH, Batch, Sources, load_data
 from run_recipe import TASKS
 from runs import MODELS, describe, identity, measure
 from tables import Row
 
 from modeling_seqboat import SeqBoatConfig
 
+SEEDS = (0, 1)
+CLASSIFICATION = ("text", "image", "listops", "pathfinder", "pathx", "speech")
+# Rates and spans want no more.
+TEST_ROWS = 2000
+
 
 def grid(bases: Bases) -> list[Planned]:
-    return [Planned({"task": task, "seed": 0}, bases.task(task)) for task in TASKS]
+    return [
+        Planned(
+            {"task": task, "seed": seed},
+            (bases.budget if task == "lm" else bases.held(task)).changed(seed=seed),
+            rank=10 * place + 6,
+        )
+        for place, seed in enumerate(bases.few(SEEDS, 1))
+        for task in TASKS
+    ]
 
 
 def draw(learnt: list[Row], timed: list[Row], path: Path) -> None:
@@ -68,35 +87,73 @@ def heat(axes, values: list[list[float | None]], names: list[str], form: str) ->
     axes.set(yticks=range(len(names)), yticklabels=names, xticks=range(width))
 
 
-def measure_folder(task: str, folder: str, bases: Bases, sources: Sources, device: torch.device, command: str) -> Row:
-    """Raises ValueError where the folder has no model for the task."""
+def measure_language_model(folder: str, bases: Bases, sources: Sources, device: torch.device, command: str) -> Row:
+    """Raises ValueError where the folder has no language model."""
     if not (Path(folder) / "config.json").is_file():
         raise ValueError(f"{folder!r} holds no config.json; name a folder that save_pretrained has written")
-    config = SeqBoatConfig.from_pretrained(folder)
-    wanted = bases.task(task)
-    expected = wanted.config()
-    for name in ("bidirectional", "input_type"):
-        if getattr(config, name) != getattr(expected, name):
-            raise ValueError(f"{folder!r} has {name}={getattr(config, name)!r}, which task {task!r} does not use")
-    model = MODELS[task].from_pretrained(folder).to(device)
-    quality, report = measure(model, wanted, load_data(wanted, sources, device))
+    if SeqBoatConfig.from_pretrained(folder).bidirectional:
+        raise ValueError(f"{folder!r} has bidirectional=True, which task 'lm' does not use")
+    recipe = bases.budget
+    model = MODELS["lm"].from_pretrained(folder).to(device)
+    quality, report = measure(model, recipe, load_data(recipe, sources, device))
     files = [Path(name).name for name in (sources.train_file, sources.validation_file) if name]
-    facts = {"command": command, "jobs": 1, "recipe": wanted.flat(), "data": {"files": files}}
+    facts = {"command": command, "jobs": 1, "recipe": recipe.flat(), "data": {"files": files}}
+    record = facts | {"parameters": model.num_parameters(), "quality": quality} | describe(report) | identity(device)
+    return {"task": "lm", "model": Path(folder).name}, record
+
+
+@dataclass
+class HeldOutRows:
+    """The first test rows of a task, as `measure` reads them."""
+
+    data: TaskData
+    device: torch.device
+
+    def evaluation(self) -> Iterator[Batch]:
+        count = min(len(self.data.test), TEST_ROWS)
+        for first in range(0, count, EVALUATION_BATCH):
+            rows = [self.data.test[row] for row in range(first, min(first + EVALUATION_BATCH, count))]
+            yield {name: value.to(self.device) for name, value in self.data.collate(rows).items()}
+
+
+def measure_classifier(task: str, folder: str, device: torch.device, command: str) -> Row:
+    """Raises ValueError and FileNotFoundError where the folder has no finished run of the task, or data are gone."""
+    path = Path(folder) / "results.json"
+    if not path.is_file():
+        raise ValueError(
+            f"{folder!r} holds no results.json; name an output folder of examples/classification/train.py"
+        )
+    found = read_json_object(path)
+    given = found.get("arguments")
+    if not isinstance(given, dict) or given.get("task") != task:
+        raise ValueError(f"{str(path)!r} is of task {found.get('task')!r}, not {task!r}")
+    named = {known.name for known in fields(DataArguments)}
+    arguments = DataArguments(**{name: value for name, value in given.items() if name in named})
+    best = Path(folder) / "best"
+    data = load_task(task, arguments, SeqBoatConfig.from_pretrained(best).pad_token_id)
+    model = data.model_class.from_pretrained(best).to(device)
+    precision = "bf16" if given.get("mixed_precision") == "bf16" and device.type == "cuda" else "float32"
+    recipe = SimpleNamespace(task=task, precision=precision)
+    quality, report = measure(model, recipe, HeldOutRows(data, device))
+    files = [Path(name).name for name in (arguments.data_path, arguments.labels_path) if name]
+    facts = {"command": command, "jobs": 1, "data": {"files": files}}
+    facts["recipe"] = {"task": task, "seed": given.get("seed", 0), "steps": found.get("steps", 0), "timed_steps": 0}
     record = facts | {"parameters": model.num_parameters(), "quality": quality} | describe(report) | identity(device)
     return {"task": task, "model": Path(folder).name}, record
 
 
 def _named(text: str) -> tuple[str, str]:
     task, _, folder = text.partition("=")
-    if task not in TASKS or not folder:
-        raise argparse.ArgumentTypeError(f"{text!r} is not TASK=FOLDER with a task of {', '.join(TASKS)}")
+    known = ("lm", *CLASSIFICATION)
+    if task not in known or not folder:
+        raise argparse.ArgumentTypeError(f"{text!r} is not TASK=FOLDER with a task of {', '.join(known)}")
     return task, folder
 
 
 EXPERIMENT = Experiment(
     "activation_patterns",
-    "Which layers attend, and does it depend on the task? A row is a task's model, with the share of tokens that each "
-    "layer activates and the distance in tokens that its attention covers.",
+    "Which layers attend, and does it depend on the task? A row is a task's model, its routers held to a budget, with "
+    "the share of tokens that each layer activates and the distance in tokens that its attention covers.",
     grid,
     draw,
 )
@@ -112,7 +169,13 @@ def main(argv: list[str] | None = None) -> None:
     try:
         settings, bases = settings_of(arguments), bases_of(arguments)
         device = torch.device(settings.device)
-        rows = [measure_folder(*named, bases, settings.sources, device, command_line()) for named in arguments.model]
+        command = command_line()
+        rows = [
+            measure_language_model(folder, bases, settings.sources, device, command)
+            if task == "lm"
+            else measure_classifier(task, folder, device, command)
+            for task, folder in arguments.model
+        ]
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
     write_page(EXPERIMENT, rows, 0, arguments.write_docs or arguments.output)

@@ -8,6 +8,8 @@ from typing import Any
 
 from plan import Planned
 
+# Tasks whose data the scripts make.
+GENERATED = ("pathfinder", "pathx", "listops")
 Row = tuple[dict[str, Any], dict[str, Any]]
 
 
@@ -139,7 +141,7 @@ def conditions(rows: Sequence[Row]) -> str:
             between = " or " if len(values) < 3 else " to "
             return between.join(format(value, form) for value in values[:1] + values[1:][-1:])
 
-        data = {name for record in records for name in record["data"]["files"] if name and task == "lm"}
+        data = {name for record in records for name in record["data"]["files"] if name and task not in GENERATED}
         # Of a model from elsewhere it is not known.
         trained = all("trained_tokens" in record for record in records)
         lines.append(
