@@ -341,6 +341,49 @@ def test_a_run_without_the_run_it_depends_on_is_named(tmp_path):
     assert toy().lm.key in json.loads((tmp_path / "failures.jsonl").read_text("utf-8"))["error"]
 
 
+def test_the_plan_names_experiments_recipes_and_arguments_that_exist(tmp_path):
+    queue, run_all, train = module("run_queue"), module("run_all"), module("train")
+    path = module("experiment").RECIPES / "plan.yaml"
+    data = ["experiments.train_file=enwik8", *(f"{task}.data_path=file" for task in ("text", "image", "speech"))]
+    runs = queue.read_plan(str(path), [], [*data, "image.labels_path=labels"])
+    assert {run.subject for run in runs if run.script == "experiments"} == {
+        "agreement", "scale", "fair_recurrences", "memory_span",
+    }  # fmt: skip
+    for run in runs:
+        words = queue.command(run, tmp_path / run.name, "0")[2:]
+        if run.script == "experiments":
+            assert run_all.parse(words).experiments == [run.subject]
+            continue
+        arguments = module("recipes").parse_arguments(train.ClassificationArguments, words)
+        train.check_arguments(arguments)
+        train.build_config(arguments)
+        assert arguments.data_path and arguments.max_minutes == run.minutes and arguments.task in run.name
+
+
+def test_a_queue_goes_on_with_a_classification(tmp_path):
+    import yaml
+    from classification_tasks import ROOT, TINY, run, write_reviews
+
+    queue = module("run_queue")
+    recipe = ROOT / "configuration/recipes/classification/half-hour/lra-text.yaml"
+    overrides = TINY | {"router_target_rate": 0.5}
+    settings = {"max_steps": 2, "eval_steps": 1, "batch_size": 4, "validation_size": 4, "warmup_steps": 1,
+                "num_workers": 0, **write_reviews(tmp_path)}  # fmt: skip
+    output = tmp_path / "out/text-0/run"
+    before = run("half-hour/lra-text", output, {"router_target_rate": 0.5}, **settings)
+    entry = {"name": "text-0", "script": "classification", "recipe": str(recipe), "eval_batch_size": 4,
+             "logging_steps": 1, "config_overrides": json.dumps(overrides)}  # fmt: skip
+    entry |= {name: value if isinstance(value, int) else str(value) for name, value in settings.items()}
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump([entry]))
+    call = [str(tmp_path / "plan.yaml"), "--output_dir", str(tmp_path / "out"), "--gpus", "cpu"]
+    assert queue.main(call) == {"text-0": "there already"}
+    (output / "results.json").unlink()
+    assert queue.main(call) == {"text-0": "done"}
+    again = json.loads((output / "results.json").read_text("utf-8"))
+    assert again["arguments"]["resume_from_checkpoint"] == "latest" and again["trained_tokens"] == 0
+    assert again["confusion_matrix"] == before["confusion_matrix"]
+
+
 # Refusals
 
 

@@ -32,6 +32,7 @@ def train(monkeypatch):
 
 @pytest.fixture
 def queue(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
     yield from imported(monkeypatch, "run_queue", "recipes")
 
 
@@ -355,15 +356,48 @@ def test_a_queue_runs_what_is_not_there_yet_and_goes_on_after_a_failure(queue, t
     assert [line["run"] for line in lines(output / "queue.jsonl")] == ["there", "wrong", "right"]
 
 
+def test_an_interrupted_run_is_told_from_one_that_failed(queue, tmp_path):
+    plan = write_plan(tmp_path, [{"name": "a", "recipe": "r.yaml", "max_steps": 2}])
+    run, folder = queue.read_plan(plan, [], [])[0], tmp_path / "out" / "a"
+    assert queue.carry_out(run, folder, "cpu", 60, end=0.0) == "interrupted" and not (folder / "final").exists()
+    assert queue.main([plan, "--output_dir", str(tmp_path / "out"), "--stop_after", "1e-9"]) == {}
+    with pytest.raises(ValueError, match="stop_after must be above 0, got 0.0"):
+        queue.main([plan, "--output_dir", str(tmp_path / "out"), "--stop_after", "0"])
+
+
+def test_settings_are_for_all_runs_or_for_some(queue, tmp_path):
+    entries = [
+        {"name": "text-0", "script": "classification", "recipe": "r.yaml", "seed": 3},
+        {"name": "textual", "script": "classification", "recipe": "r.yaml"},
+        {"name": "scale", "script": "experiments", "experiment": "scale", "jobs": 2},
+    ]
+    settings = ["threads=1", "text.data_path=a.b/c", "text-0.seed=9", "experiments.train_file=enwik8", "seed=4"]
+    runs = queue.read_plan(write_plan(tmp_path, entries), [], settings)
+    assert [run.arguments for run in runs] == [
+        {"threads": "1", "data_path": "a.b/c", "seed": 3},
+        {"threads": "1", "seed": "4"},
+        {"threads": "1", "seed": "4", "train_file": "enwik8", "jobs": 2},
+    ]
+    words = queue.command(runs[2], tmp_path / "scale", "1")[1:]
+    assert words[1] == "scale" and words[-4:] == ["--output", str(tmp_path / "scale"), "--device", "cuda"]
+    (tmp_path / "text-0/run/checkpoint-5").mkdir(parents=True)
+    assert "--resume_from_checkpoint" in queue.command(runs[0], tmp_path / "text-0", "0")
+    assert "--resume_from_checkpoint" not in queue.command(runs[1], tmp_path / "textual", "0")
+
+
 def test_plans_with_mistakes_are_refused_before_anything_runs(queue, tmp_path):
     for entries, message in (
         ({"name": "a"}, "must be a list"),
+        ([{"recipe": "r.yaml"}], "each with a name"),
+        ([{"name": "a"}], "must have a recipe's file"),
+        ([{"name": "a", "script": "experiments"}], "must have an experiment"),
+        ([{"name": "a", "script": "play"}], "script must be one of recall, classification, experiments, got 'play'"),
         ([{"name": "a", "recipe": "r.yaml"}] * 2, "occur twice"),
         ([{"name": "a", "recipe": "none.yaml"}], "run 'a': there is no recipe"),
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             queue.main([write_plan(tmp_path, entries), "--output_dir", str(tmp_path / "out")])
-    with pytest.raises(ValueError, match="set must be name=value, got 'data'"):
+    with pytest.raises(ValueError, match="set must be name=value or KIND.name=value, got 'data'"):
         queue.main([write_plan(tmp_path, [{"name": "a", "recipe": "r.yaml"}]), "--output_dir", "x", "--set", "data"])
     assert not (tmp_path / "out").exists()
 
