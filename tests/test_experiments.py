@@ -26,7 +26,7 @@ NAMES = (
 def _importable():
     """The experiments' modules, which find each other in the script's folder; this process forgets them afterwards."""
     before, threads = list(sys.path), torch.get_num_threads()
-    sys.path.insert(0, str(EXPERIMENTS))
+    sys.path[:0] = map(str, reversed(FOLDERS))
     yield
     sys.path[:] = before
     torch.set_num_threads(threads)
