@@ -37,6 +37,7 @@ SEEDS = (0, 1, 2)
 # What the output of attention is weighed with at tokens that the model would not have chosen: what it weighs its own
 # tokens with on average, or the least that it weighs one with.
 WEIGHTS = ("mean", "least")
+AGREEMENT = ("layers", "pairs", "kappa", "largest", "within classes", "lift", "ranks of rates")
 KINDS = {"seed": "another seed", "rate": "other learning rates"}
 
 
@@ -189,12 +190,14 @@ def _pairs(rows: list[Row]) -> list[tuple[str, str, str]]:
 
 
 def read(rows: list[Row], folder: Path) -> list[Row]:
-    """Runs with `alone`, what was measured on each, and `pairs`, by kind and label of the other run."""
+    """Runs with `alone`, what was measured on each, and `pairs`, those in which it comes first; `again` are those that
+    the other run, which comes before it, has as well."""
     found, labels = Results(folder / MEASURED).records, {record["key"]: label for label, record in rows}
+    order = list(labels)
     joined = []
     for label, record in rows:
         pairs = [
-            {"kind": kind_of(label, labels[other]), "other": labels[other]} | found[pair]
+            {"kind": kind_of(label, labels[other]), "again": order.index(other) < order.index(first)} | found[pair]
             for first, pair, other in _pairs(rows)
             if first == record["key"] and pair in found
         ]
@@ -220,10 +223,11 @@ def _largest(values: list[float | None]) -> float:
 def tables(rows: list[Row]) -> list[tuple[str, str]]:
     agree, swapped, classes = [], [], []
     for kind, title in KINDS.items():
-        pairs = _of_kind(rows, kind)
+        # Of the two sides of a pair one says all that they have in common.
+        pairs = [pair for pair in _of_kind(rows, kind) if not pair["again"]]
         for order in ("same", "matched") if pairs else ():
             agree.append([
-                title, order, len(pairs) // 2,
+                title, order, len(pairs),
                 mean_and_spread([mean(pair["kappa"][order]) for pair in pairs], ".3f"),
                 mean_and_spread([_largest(pair["kappa"][order]) for pair in pairs], ".3f"),
                 mean_and_spread([_within_classes(pair, order) for pair in pairs], ".3f"),
@@ -238,20 +242,7 @@ def tables(rows: list[Row]) -> list[tuple[str, str]]:
     for name, excess in excesses(rows).items():
         swapped.append([name, len(excess["mean"]), *(mean_and_spread(excess[weights], ".4f") for weights in WEIGHTS)])
     made = [
-        (
-            "Agreement",
-            [
-                "the models differ in",
-                "layers",
-                "pairs",
-                "kappa",
-                "largest",
-                "within classes",
-                "lift",
-                "ranks of rates",
-            ],
-            agree,
-        ),
+        ("Agreement", ["models differ in", *AGREEMENT], agree),
         ("Kappa by class of byte", ["models differ in", "layers", *BYTE_CLASSES.names], classes),
         ("Another choice: bits per byte more", ["choice", "models", *(f"weight: {w}" for w in WEIGHTS)], swapped),
     ]

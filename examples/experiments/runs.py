@@ -29,7 +29,7 @@ MODELS = {
     "listops": SeqBoatForSequenceClassification,
 }
 Data = TextData | LabelledRows
-# Recurrences whose training steps are captured as CUDA graphs; those of the others wait for the device.
+# Recurrences whose training steps are captured as CUDA graphs.
 GRAPHED = ("ema", "rglru")
 
 
