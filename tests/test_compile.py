@@ -123,7 +123,7 @@ def test_a_step_by_kernels_is_the_step_in_torch(options, compiles, monkeypatch):
 
 
 def test_a_compiler_is_not_taken_for_an_export(monkeypatch):
-    """torch 2.11 has `torch.compiler.is_exporting` True under `torch.compile`; the step would leave the kernels out."""
+    """torch 2.11 has `torch.compiler.is_exporting` True under `torch.compile`; a step would leave the kernels out."""
     monkeypatch.setenv("SEQBOAT_KERNEL_BACKEND", "triton")
     seen, model = [], small_lm().eval().to(DEVICE)
 
