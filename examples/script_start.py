@@ -1,6 +1,6 @@
 """What every script does first: `import script_start`, before torch.
 
-It takes one thread on two cores and lets waiting ones sleep on more, leaves out warnings that no user can act on, and
+It takes as many threads as there are idle cores, where cores are few, leaves out warnings that no user can act on, and
 ends what users can put right in one line instead of a traceback: a wrong value or file that the code here refused, and
 a package that is not installed. `SEQBOAT_TRACEBACK=1` in front of a command shows the traceback of those too.
 """
@@ -9,15 +9,55 @@ import argparse
 import logging
 import os
 import sys
+import time
+from collections.abc import MutableMapping
 from pathlib import Path
 from types import FrameType, TracebackType
 
-# Threads that wait for work would spin, which costs a machine shared with other programs most of its speed. On two
-# cores putting them to sleep and waking them up takes longer than one thread takes for all of the work.
-_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-if _cores <= 2 and "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+_FEW_CORES = 4
+# How often a waiting thread looks again before it sleeps: some 0.2 ms, longer than most waits. Threads that stay
+# awake hold the cores that the awaited one needs; threads that sleep at once are woken thousands of times a step.
+_SPIN_COUNT = "10000"
+
+
+def idle_cores(seconds: float = 0.1) -> int | None:
+    """How many of the cores that this process may use do nothing, over so many seconds, at least 1; None where the
+    system does not tell, as only Linux does."""
+
+    def times() -> dict[str, list[int]]:
+        lines = (line.split() for line in Path("/proc/stat").read_text().splitlines() if line.startswith("cpu"))
+        return {name: [int(value) for value in values] for name, *values in lines}
+
+    try:
+        cores = [f"cpu{number}" for number in os.sched_getaffinity(0)]
+        before = times()
+        time.sleep(seconds)
+        after = times()
+        idle = 0.0
+        for core in cores:
+            passed = [late - early for early, late in zip(before[core], after[core], strict=True)]
+            # The fourth is idle, the fifth waits for a disk; time of guests, behind the eighth, is counted twice.
+            idle += sum(passed[3:5]) / max(1, sum(passed[:8]))
+    except (AttributeError, OSError, KeyError, ValueError):
+        return None
+    return max(1, round(idle))
+
+
+def choose_threads(environment: MutableMapping[str, str]) -> None:
+    """Sets what OpenMP reads when torch is loaded: threads that look again for a while before they sleep and, on few
+    cores, as many as there are idle ones, since all wait for one that shares its core. Leaves what is set already."""
+    if environment.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:
+        return
+    # GNU's runtime goes by the count, others by the policy.
+    environment.update(OMP_WAIT_POLICY="passive", GOMP_SPINCOUNT=_SPIN_COUNT)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if "OMP_NUM_THREADS" not in environment and cores <= _FEW_CORES:
+        idle = idle_cores()
+        if idle is not None:
+            environment["OMP_NUM_THREADS"] = str(idle)
+
+
+choose_threads(os.environ)
 
 # Kernels of torchao that this machine's torch cannot load, which nothing here calls; remarks of torch on torchao; and
 # that output and embedding share a weight, as the config says, in every checkpoint.

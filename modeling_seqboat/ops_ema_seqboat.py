@@ -333,6 +333,8 @@ class _Recomputed(torch.autograd.Function):
     def forward(ctx, function: Callable, *tensors: Tensor | None):
         ctx.function = function
         ctx.save_for_backward(*tensors)
+        # Training has no use for the last state, and zeros would be taken all the way back.
+        ctx.set_materialize_grads(False)
         with torch.no_grad():
             return function(*tensors)
 
@@ -347,7 +349,11 @@ class _Recomputed(torch.autograd.Function):
         with torch.enable_grad(), without_autocast(leaves[0].device):
             outputs = ctx.function(*leaves)
             wanted = [leaf for leaf, need in zip(leaves, needed, strict=True) if need]
-            pairs = [(output, grad) for output, grad in zip(outputs, grads, strict=True) if output.requires_grad]
+            pairs = [
+                (output, grad)
+                for output, grad in zip(outputs, grads, strict=True)
+                if output.requires_grad and grad is not None
+            ]
             outputs, grads = zip(*pairs, strict=True)
             found = iter(torch.autograd.grad(outputs, wanted, grads, allow_unused=True))
         return None, *(next(found) if need else None for need in needed)
@@ -415,6 +421,9 @@ def chunked_scan(
         output_matrix = output_matrix.permute(0, 2, 1, 3).reshape(width, size, -1)  # (D, C, N * P)
         read = borders[:-1].permute(2, 3, 4, 1, 0).reshape(width, states * parts, batch * chunks)
         y = torch.baddbmm(torch.bmm(matrix, columns), output_matrix, read)
+        if y.requires_grad and not torch.compiler.is_exporting():
+            # It comes with channels last, which a CPU would copy matrix by matrix in each product it enters.
+            y.register_hook(Tensor.contiguous)
         y = y.view(width, size, batch, chunks).permute(2, 3, 1, 0).reshape(batch, -1, width)
         # The last chunk may be partly filled: its tokens, moved to the chunk's end, enter with the same weights.
         entry = borders[plan.last_chunk, torch.arange(batch, device=device)]
@@ -425,7 +434,8 @@ def chunked_scan(
         final = complex_product(tail_decay, entry)
         for slots, weights in zip(pairs[::2], input_matrices, strict=True):
             tail = slots.gather(1, index).to(dtype).masked_fill(~filled[:, :, None], 0)
-            final = final + torch.einsum("dsc,bcd->bds", weights, tail).view(batch, width, states, parts)
+            added = torch.bmm(weights, tail.permute(2, 1, 0).contiguous())  # (D, N * P, B)
+            final = final + added.permute(2, 0, 1).view(batch, width, states, parts)
         # Steps may write it in place, by kernels that take it for contiguous.
         return y.to(pairs[0].dtype), final.contiguous()
 

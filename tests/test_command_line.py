@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from example_scripts import imported
 from helpers import tiny_lm
 
 from hub_upload.cli import main
@@ -124,6 +125,57 @@ def test_scripts_let_waiting_threads_sleep():
         torch_lines = [n for n, line in enumerate(lines) if line.startswith(("import torch", "from torch"))]
         if torch_lines:
             assert any("script_start" in line for line in lines[: torch_lines[0]]), path
+
+
+@pytest.fixture
+def script_start(monkeypatch):
+    yield from imported(monkeypatch, "script_start")
+
+
+def test_scripts_take_a_thread_for_each_idle_core(script_start, monkeypatch):
+    """On few cores; what a user has set is left as it is."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1}, raising=False)
+    monkeypatch.setattr(script_start, "idle_cores", lambda: 1)
+    waiting = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "10000"}
+    for given, expected in (
+        ({}, waiting | {"OMP_NUM_THREADS": "1"}),
+        ({"OMP_NUM_THREADS": "2"}, waiting | {"OMP_NUM_THREADS": "2"}),
+        ({"OMP_WAIT_POLICY": "active"}, {"OMP_WAIT_POLICY": "active"}),
+        ({"GOMP_SPINCOUNT": "5"}, {"GOMP_SPINCOUNT": "5"}),
+    ):
+        environment = dict(given)
+        script_start.choose_threads(environment)
+        assert environment == expected, given
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(16)))
+    environment = {}
+    script_start.choose_threads(environment)
+    assert environment == waiting
+
+
+@pytest.mark.parametrize("busy, idle", [([0, 0], 2), ([10, 0], 1), ([3, 1], 2), ([10, 10], 1), ([10, 4], 1)])
+def test_idle_cores_are_counted(busy, idle, script_start, monkeypatch):
+    """From the system's counts of a tenth of a second: ticks of each core, busy, idle or waiting for a disk."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1}, raising=False)
+
+    def stat(*passed):
+        cores = [f"cpu{n} {100 + ticks} 0 7 {500 + 10 - ticks} 3 0 0 0 9 0" for n, ticks in enumerate(passed)]
+        return "\n".join(["cpu  1 2 3 4 5 6 7 8 9 10", *cores, "intr 5"])
+
+    readings = iter(
+        [stat(0, 0).replace("510", "500"), stat(*busy)],
+    )
+    monkeypatch.setattr(Path, "read_text", lambda path: next(readings))
+    assert script_start.idle_cores(seconds=0) == idle
+
+
+def test_where_the_system_does_not_tell_no_threads_are_chosen(script_start, monkeypatch):
+    def missing(path):
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(Path, "read_text", missing)
+    environment = {}
+    script_start.choose_threads(environment)
+    assert "OMP_NUM_THREADS" not in environment and environment["GOMP_SPINCOUNT"] == "10000"
 
 
 def test_another_memory_than_the_trained_one_is_warned_of(model, caplog):
