@@ -11,7 +11,7 @@ from transformers.utils import logging as transformers_logging
 
 from modeling_seqboat.configuration_seqboat import SeqBoatConfig
 
-from .code_files import auto_classes, auto_map, code_files, license_file
+from .code_files import auto_classes, auto_map, code_files, license_file, link_code
 from .errors import TOKEN_PATTERN, HubUploadError
 from .folders import check_output, staged_folder
 from .model_card import CardOptions, Published, write_card
@@ -102,7 +102,7 @@ def build_folder(
     overwrite: bool = False,
     max_shard_size: str = "5GB",
     dtype: str | None = None,
-    code: bool = True,
+    linked_code: bool = False,
     card: CardOptions | None = None,
 ) -> BuiltFolder:
     """Build a folder that loads with `trust_remote_code=True` where this package is not installed.
@@ -113,7 +113,7 @@ def build_folder(
         overwrite: replace an existing model folder.
         max_shard_size: largest safetensors file; beyond it weights are split, with an index.
         dtype: `float32`, `bfloat16` or `float16`, to which the weights are rounded; by default they stay as they are.
-        code: False leaves the Python files out, for a folder that stays beside this package.
+        linked_code: the Python files are links to this package's, for a folder that stays in its checkout.
         card: what the model card says beyond config and trainer state.
 
     Raises:
@@ -125,21 +125,23 @@ def build_folder(
     config, model_class = read_config(model)
     remarks = []
     tokenizer_files = _checked_tokenizer(model, config, remarks)
-    licence, sources = license_file(), code_files() if code else []
+    licence, sources = license_file(), code_files()
     loaded = load_model(model, model_class)
     if dtype is not None:
         loaded.to(getattr(torch, dtype))
     count = sum(parameter.numel() for parameter in loaded.parameters())
     with staged_folder(output, overwrite, keep=model) as stage:
-        if code:
-            loaded.config.auto_map = auto_map()
+        loaded.config.auto_map = auto_map()
         loaded.save_pretrained(stage, max_shard_size=max_shard_size)
         for file in tokenizer_files:
             shutil.copyfile(file, stage / file.name)
-        for file in sources:
-            shutil.copyfile(file, stage / file.name)
+        if linked_code:
+            link_code(stage, output)
+        else:
+            for file in sources:
+                shutil.copyfile(file, stage / file.name)
         shutil.copyfile(licence, stage / "LICENSE")
-        published = Published(loaded.config, model_class.__name__, count, bool(tokenizer_files), code)
+        published = Published(loaded.config, model_class.__name__, count, bool(tokenizer_files))
         remarks += write_card(stage, model, published, card)
         _refuse_tokens(stage)
         files = sorted(file.name for file in stage.iterdir())

@@ -51,7 +51,9 @@ def build_parser(prog: str = "seqboat") -> argparse.ArgumentParser:
     build.add_argument("--overwrite", action="store_true", help="replace an existing model folder")
     build.add_argument("--repo-id", metavar="NAME/REPO", help="or folder that the card's examples load from")
     build.add_argument(
-        "--without-code", action="store_true", help="leave the Python files out: the folder stays beside this package"
+        "--link-code",
+        action="store_true",
+        help="link to this package's Python files in place of copying them: the folder stays in its checkout",
     )
     build.set_defaults(run=_build)
 
@@ -180,7 +182,7 @@ def _build(args: argparse.Namespace) -> None:
         overwrite=args.overwrite,
         max_shard_size=args.max_shard_size,
         dtype=args.dtype,
-        code=not args.without_code,
+        linked_code=args.link_code,
         card=_card_options(args),
     )
     _print_built(built)

@@ -1,6 +1,7 @@
 """The Python files that travel with the weights, so that a folder loads without this package."""
 
 import importlib.metadata
+import os
 from pathlib import Path
 
 from transformers.dynamic_module_utils import get_relative_imports
@@ -46,6 +47,20 @@ def code_files() -> list[Path]:
             if sibling not in found:
                 waiting.add(sibling)
     return sorted(found)
+
+
+def link_code(folder: str | Path, place: str | Path | None = None) -> None:
+    """Make links to `code_files` in a folder, in place of the Python files that are there: a folder that stays in the
+    checkout of this package is complete with them, and there is no copy to go stale.
+
+    Args:
+        folder: where the links are made.
+        place: where the folder will lie, if not at `folder`: the links are relative to it.
+    """
+    for file in Path(folder).glob("*.py"):
+        file.unlink()
+    for file in code_files():
+        (Path(folder) / file.name).symlink_to(os.path.relpath(file, Path(place or folder).resolve()))
 
 
 def license_file() -> Path:

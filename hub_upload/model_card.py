@@ -66,13 +66,12 @@ class CardOptions:
 @dataclass
 class Published:
     """The model that a card is about: its config, the name of its class, how many parameters it has, and whether a
-    tokenizer and the code come with it."""
+    tokenizer comes with it."""
 
     config: SeqBoatConfig
     model_class: str
     parameters: int
     has_tokenizer: bool
-    has_code: bool = True
 
 
 def write_card(folder: Path, model: Path, published: Published, options: CardOptions) -> list[str]:
@@ -268,12 +267,6 @@ def _usage(published: Published, options: CardOptions) -> str:
             f'model = AutoModel.from_pretrained("{repo}", trust_remote_code=True)',
         ]
     code = "\n".join(lines)
-    if not published.has_code:
-        code = "import modeling_seqboat\n" + code.replace(", trust_remote_code=True", "")
-        return (
-            f"## Use\n\n```python\n{code}\n```\n\nThis folder comes with the package `modeling_seqboat`, which is "
-            "what makes the Auto classes know the model."
-        )
     return (
         f"## Use\n\n```python\n{code}\n```\n\n`trust_remote_code=True` runs the Python files of this repo; they need "
         f"`torch` and `transformers` (tested with {OLDEST_TESTED} to {NEWEST_TESTED}), and use `triton` on a GPU "

@@ -33,8 +33,8 @@ def verify_folder(folder: str | Path, *, on_check: Callable[[Check], None] | Non
     which that process saved.
 
     Args:
-        folder: as `build_folder` writes it. It is only read. Of one without an `auto_map`, as is kept beside this
-            package, a copy is tried to which the package's code was added, as `push` does.
+        folder: as `build_folder` writes it. It is only read. Of one without code, as `save_pretrained` leaves it,
+            a copy is tried to which this package's was added, as `push` does.
         on_check: called with each check as it passes.
 
     Raises:
@@ -62,9 +62,12 @@ def verify_folder(folder: str | Path, *, on_check: Callable[[Check], None] | Non
 
 def _has_code(folder: Path) -> bool:
     try:
-        return "auto_map" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except ValueError as error:
         raise HubUploadError(f"{folder / 'config.json'} is not a JSON file: {error}") from error
+    # A model that was loaded from a folder with code keeps the map where it is saved again, by this package's class
+    # without the files.
+    return "auto_map" in values and any(folder.glob("*.py"))
 
 
 def _run_child(source: Path, target: Path, stage: str, home: Path):

@@ -446,9 +446,13 @@ def test_weights_are_rounded_on_request(copied, tmp_path):
     assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "bfloat16"
 
 
-def test_a_folder_without_code_is_verified_with_the_packages(copied, built, tmp_path, monkeypatch):
-    """What the processes are given is what was built with code, and verifies in another test."""
-    output, given = tmp_path / "out", []
+@pytest.mark.parametrize("mapped", [False, True], ids=["plain", "with-a-map"])
+def test_a_folder_without_code_is_verified_with_the_packages(mapped, copied, built, tmp_path, monkeypatch):
+    """What the processes are given is what was built with code, and verifies in another test. A model that came from
+    the Hub keeps the map to its code where this package's class saves it again."""
+    given = []
+    if mapped:
+        edit_config(copied, auto_map=auto_map())
 
     def read_files(source, saved, stage, home):
         if stage == "first":
@@ -456,17 +460,25 @@ def test_a_folder_without_code_is_verified_with_the_packages(copied, built, tmp_
         yield Check(stage, "")
 
     monkeypatch.setattr("hub_upload.verify._run_child", read_files)
-    assert main(["build", "--model", str(copied), "--output", str(output), "--without-code"]) == 0
-    assert not list(output.glob("*.py")) and "auto_map" not in json.loads((output / "config.json").read_text())
-    card = (output / "README.md").read_text()
-    assert "import modeling_seqboat" in card and "trust_remote_code" not in card
-    checks = verify_folder(output)
+    checks = verify_folder(copied)
     assert [check.name for check in checks] == ["code", "first", "again"]
     expected = {file.name: file.read_bytes() for file in built.iterdir()}
     assert given[0].keys() == expected.keys()
     # The card names another repository.
     assert {name for name, data in given[0].items() if data != expected[name]} == {"README.md"}
-    assert not list(output.glob("*.py"))
+    assert not list(copied.glob("*.py"))
+
+
+def test_code_can_be_links(copied, built, tmp_path):
+    """Of a folder that stays in the checkout: the same files to whoever reads them, and no copy."""
+    output = tmp_path / "deeper/out"
+    for overwrite in ([], ["--overwrite"]):
+        assert main(["build", "--model", str(copied), "--output", str(output), "--link-code", *overwrite]) == 0
+    assert {path.name for path in output.iterdir()} == {path.name for path in built.iterdir()}
+    for file in code_files():
+        link = output / file.name
+        assert link.is_symlink() and not os.readlink(link).startswith("/") and link.resolve() == file.resolve()
+    assert all(path.is_symlink() == (path.suffix == ".py") for path in output.iterdir())
 
 
 @pytest.mark.parametrize(

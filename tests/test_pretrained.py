@@ -1,6 +1,8 @@
 """The model in the box: what its card says of it is so, it writes text, its attention is on, and it can be
 published."""
 
+import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ from huggingface_hub import ModelCard
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hub_upload.code_files import auto_map, code_files
 from hub_upload.verify import verify_folder
 from modeling_seqboat import SeqBoatForCausalLM
 
@@ -84,5 +87,15 @@ def test_is_a_complete_and_small_folder():
     assert "CC BY-SA 3.0" in (FOLDER / "README.md").read_text("utf-8")
 
 
-def test_can_be_published():
-    assert [check.name for check in verify_folder(FOLDER)][:3] == ["code", "AutoConfig", "AutoModelForCausalLM"]
+def test_is_a_hub_repo_whose_code_is_the_packages():
+    """By links, so that no copy goes stale; `link_code` of hub_upload/code_files.py makes them."""
+    links = {path.name: path.resolve() for path in FOLDER.glob("*.py")}
+    assert links == {file.name: file.resolve() for file in code_files()}
+    assert all(path.is_symlink() and not os.readlink(path).startswith("/") for path in FOLDER.glob("*.py"))
+    assert json.loads((FOLDER / "config.json").read_text("utf-8"))["auto_map"] == auto_map()
+
+
+def test_loads_generates_and_trains_where_the_package_is_not():
+    """Offline, from another folder, in a process that cannot import the package, from the folder as it is."""
+    names = [check.name for check in verify_folder(FOLDER)]
+    assert names[:2] == ["AutoConfig", "AutoModelForCausalLM"] and "generation" in names

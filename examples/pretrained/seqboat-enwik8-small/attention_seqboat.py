@@ -1,0 +1,1 @@
+../../../modeling_seqboat/attention_seqboat.py

@@ -1,0 +1,1 @@
+../../../modeling_seqboat/cache_file_seqboat.py

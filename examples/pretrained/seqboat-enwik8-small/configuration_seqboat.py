@@ -1,0 +1,1 @@
+../../../modeling_seqboat/configuration_seqboat.py

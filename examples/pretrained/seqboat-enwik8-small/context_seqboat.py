@@ -1,0 +1,1 @@
+../../../modeling_seqboat/context_seqboat.py

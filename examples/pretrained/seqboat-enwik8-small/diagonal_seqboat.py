@@ -1,0 +1,1 @@
+../../../modeling_seqboat/diagonal_seqboat.py

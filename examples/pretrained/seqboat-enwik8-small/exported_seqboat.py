@@ -1,0 +1,1 @@
+../../../modeling_seqboat/exported_seqboat.py

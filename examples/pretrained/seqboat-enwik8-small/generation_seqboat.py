@@ -1,0 +1,1 @@
+../../../modeling_seqboat/generation_seqboat.py

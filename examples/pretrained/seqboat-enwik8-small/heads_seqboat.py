@@ -1,0 +1,1 @@
+../../../modeling_seqboat/heads_seqboat.py

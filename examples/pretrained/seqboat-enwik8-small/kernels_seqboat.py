@@ -1,0 +1,1 @@
+../../../modeling_seqboat/kernels_seqboat.py

@@ -1,0 +1,1 @@
+../../../modeling_seqboat/layers_seqboat.py

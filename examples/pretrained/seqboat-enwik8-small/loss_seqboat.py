@@ -1,0 +1,1 @@
+../../../modeling_seqboat/loss_seqboat.py

@@ -1,0 +1,1 @@
+../../../modeling_seqboat/modeling_seqboat.py

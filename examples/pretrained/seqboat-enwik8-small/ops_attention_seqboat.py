@@ -1,0 +1,1 @@
+../../../modeling_seqboat/ops_attention_seqboat.py

@@ -1,0 +1,1 @@
+../../../modeling_seqboat/ops_layout_seqboat.py

@@ -1,0 +1,1 @@
+../../../modeling_seqboat/router_seqboat.py

@@ -1,0 +1,1 @@
+../../../modeling_seqboat/ssm_seqboat.py

@@ -1,0 +1,1 @@
+../../../modeling_seqboat/triton_rows_seqboat.py

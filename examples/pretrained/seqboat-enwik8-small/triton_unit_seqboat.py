@@ -1,0 +1,1 @@
+../../../modeling_seqboat/triton_unit_seqboat.py
