@@ -7,6 +7,12 @@ from pathlib import Path
 from setuptools import setup
 
 ROOT = Path(__file__).parent
+README = (ROOT / "README.md").read_text("utf-8")
+# Its command to clone is the one place that names the repository.
+REPOSITORY = re.search(r"^git clone (https://\S+)$", README, re.M)[1]
+# The index shows the page away from the files that it links to.
+LONG_DESCRIPTION = re.sub(r"(!\[[^\]]*\]\()(?!https?:)", rf"\1{REPOSITORY}/raw/main/", README)
+LONG_DESCRIPTION = re.sub(r"\]\((?!https?:|#)", f"]({REPOSITORY}/blob/main/", LONG_DESCRIPTION)
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "modeling_seqboat/__init__.py").read_text("utf-8"), re.M)[1]
 
 TRAIN = [
@@ -45,8 +51,9 @@ setup(
     name="seqboat-transformers",
     version=VERSION,
     description="SeqBoat (sparse modular activation) for Hugging Face transformers, with a constant-size cache",
-    long_description=(ROOT / "README.md").read_text("utf-8"),
+    long_description=LONG_DESCRIPTION,
     long_description_content_type="text/markdown",
+    url=REPOSITORY,
     author="SeqBoat for transformers contributors",
     license_expression="MIT",
     license_files=["LICENSE"],

@@ -15,6 +15,12 @@ _LINK = re.compile(r"(\]\()([^)#\s]+)(#[^)\s]*)?(\))")
 _PICTURES = (".png", ".svg", ".jpg")
 
 
+def on_config(config):
+    config.repo_url = re.search(r"^git clone (https://\S+)$", (ROOT / "README.md").read_text("utf-8"), re.M)[1]
+    config.repo_name = "GitHub"
+    return config
+
+
 def on_files(files, config):
     page = NOTEBOOK.replace(".ipynb", ".md")
     files.append(File.generated(config, page, content=notebook_page(DOCS / NOTEBOOK)))

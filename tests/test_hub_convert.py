@@ -2,12 +2,14 @@
 
 import copy
 import pickle
+import re
 import zipfile
 from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
+from example_scripts import imported
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -18,7 +20,8 @@ from hub_upload.convert import convert_checkpoint, load_published
 from hub_upload.errors import HubUploadError
 from hub_upload.published_options import PUBLISHED_TRUNCATION, read_options
 
-GOLDENS = Path(__file__).parent / "goldens"
+ROOT = Path(__file__).resolve().parent.parent
+GOLDENS = ROOT / "tests/goldens"
 LANGUAGE_MODELS = ("lm_rotary", "lm_relu2_ffn")
 ENCODERS = ("encoder_text", "encoder_pixels")
 PUBLISHED_PAD = 1
@@ -114,6 +117,23 @@ def test_bytes_that_the_dictionary_lacks_share_the_unknown_row_and_are_never_gen
     prompt = tokenizer("%&'(", return_tensors="pt")["input_ids"]
     new = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=40, do_sample=True)
     assert not set(new[0, prompt.shape[1] :].tolist()) & set(lacking)
+
+
+def test_the_checkpoint_in_the_checkout_is_converted_as_the_page_says(tmp_path, monkeypatch):
+    """By the commands of docs/publishing.md and of the checkpoint's page, which find the bits per byte they say."""
+    folder = ROOT / "examples/published"
+    pages = [(ROOT / "docs/publishing.md").read_text("utf-8"), (folder / "README.md").read_text("utf-8")]
+    lines = re.findall(r"^seqboat (.+outputs/converted.*)$", pages[0], re.M)
+    assert [line.split()[0] for line in lines] == ["convert", "evaluate"]
+    assert all(f"seqboat {line}" in pages[1] for line in lines)
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= 200_000
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+    assert main(lines[0].split()) == 0
+    (evaluate_lm,) = imported(monkeypatch, "evaluate_lm")
+    found = evaluate_lm.main(lines[1].split()[1:])["results"][0]["metrics"][0]["value"]
+    for page in pages:
+        assert f"{found:.2f} bits per" in " ".join(page.split())
 
 
 @pytest.mark.parametrize("name", ENCODERS)

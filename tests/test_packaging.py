@@ -1,6 +1,7 @@
 """What `pip install` puts where: the presets travel inside the package, and nothing else becomes a module."""
 
 import importlib.util
+import re
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import modeling_seqboat
+from hub_upload.model_card import NEWEST_TESTED, OLDEST_TESTED
 
 ROOT = Path(__file__).parents[1]
 
@@ -75,7 +77,42 @@ def test_the_metadata_names_version_and_licence(installed):
     text = metadata.read_text(encoding="utf-8")
     assert f"\nVersion: {modeling_seqboat.__version__}\n" in text
     assert "\nLicense-Expression: MIT\n" in text
+    address = re.search(r"^git clone (https://\S+)$", (ROOT / "README.md").read_text("utf-8"), re.M)[1]
+    assert f"\nHome-page: {address}\n" in text
+    # The index shows the README where none of the files is.
+    links = re.findall(r"\]\(([^)]+)\)", text.split("\n\n", 1)[1])
+    assert len(links) > 20 and all(link.startswith(("https://", "http://", "#")) for link in links), links
+    # What the badges say.
+    readme = (ROOT / "README.md").read_text("utf-8")
+    python = re.search(r"^Requires-Python: >=(\S+)$", text, re.M)[1]
+    assert f"badge/python-%3E%3D{python}-" in readme and "badge/license-MIT-" in readme
+    assert f"badge/transformers-{OLDEST_TESTED}%20to%20{NEWEST_TESTED}-" in readme
     assert (metadata.parent / "licenses" / "LICENSE").is_file()
+
+
+def test_the_changelog_tells_of_this_version_on_top():
+    top = re.search(r"^## (\S+) \((unreleased|\d{4}-\d\d-\d\d)\)$", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.M)
+    assert top and top[1] == modeling_seqboat.__version__
+
+
+def test_a_release_is_refused_until_it_is_ready(tmp_path):
+    """By the check that the release workflow runs on its tag: another version, no date, no owner of the repository."""
+    spec = importlib.util.spec_from_file_location("release_check", ROOT / ".ci/release_check.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert "run: python .ci/release_check.py" in (ROOT / ".github/workflows/release.yml").read_text("utf-8")
+    for name in ("modeling_seqboat/__init__.py", "CHANGELOG.md", "README.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    version = modeling_seqboat.__version__
+    readme, changelog = tmp_path / "README.md", tmp_path / "CHANGELOG.md"
+    readme.write_text(re.sub(r"github\.com/[^/]+/", "github.com/OWNER/", readme.read_text("utf-8")), encoding="utf-8")
+    changelog.write_text(f"# Changelog\n\n## {version} (unreleased)\n", encoding="utf-8")
+    found = module.problems("v9.9.9", tmp_path)
+    assert len(found) == 3 and "v9.9.9" in found[0] and "(unreleased)" in found[1] and "OWNER" in found[2]
+    readme.write_text(readme.read_text("utf-8").replace("/OWNER/", "/ann/"), encoding="utf-8")
+    changelog.write_text(f"# Changelog\n\n## {version} (2026-12-31)\n", encoding="utf-8")
+    assert module.problems(f"v{version}", tmp_path) == []
 
 
 def test_the_config_file_alone_says_where_presets_come_from(tmp_path):
