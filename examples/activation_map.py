@@ -45,7 +45,8 @@ def load_config(name: str) -> SeqBoatConfig:
         config = AutoConfig.from_pretrained(name)
     # A config of any content fails in as many ways.
     except Exception as error:
-        raise ValueError(f"there is no model {name!r}: neither a folder nor found on the Hub ({error})") from error
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"there is no folder {name!r}, and no model of that name on the Hub: {reason}") from error
     if not isinstance(config, SeqBoatConfig):
         raise ValueError(f"{name!r} is a {config.model_type!r}, not a SeqBoat")
     return config

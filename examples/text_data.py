@@ -26,9 +26,14 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(name)
     # Tokenizer files fail in as many ways as there are tokenizers, seldom naming the file.
     except Exception as error:
-        files = sorted(file.name for file in Path(name).glob("*token*.json")) if Path(name).is_dir() else []
+        # Of the Hub's long messages the first line says what is missing.
+        reason = str(error).strip().split("\n")[0]
+        if not Path(name).is_dir():
+            missing = f"there is no folder {name!r}, and no tokenizer of that name on the Hub"
+            raise ValueError(f"{missing}: {reason}") from error
+        files = sorted(file.name for file in Path(name).glob("*token*.json"))
         where = f" (its files: {', '.join(files)})" if files else ""
-        raise ValueError(f"the tokenizer of {name!r} cannot be loaded{where}: {error}") from error
+        raise ValueError(f"the tokenizer of {name!r} cannot be loaded{where}: {reason}") from error
 
 
 def read_text_file(path: str) -> bytes:

@@ -2,6 +2,7 @@
 `python -m hub_upload` where the package is not installed."""
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -247,6 +248,9 @@ def main(arguments: Sequence[str] | None = None, prog: str = "seqboat") -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments and arguments[0] in SCRIPTS:
         return _run_script(SCRIPTS[arguments[0]][0], arguments[1:], f"{prog} {arguments[0]}")
+    # Kernels of torchao that this machine's torch cannot load, and torch's remarks on it: nothing here calls them.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     parser = build_parser(prog)
     args, args.rest = parser.parse_known_args(arguments)
     if args.rest and args.command != "serve":

@@ -238,7 +238,7 @@ class ActivationReport:
 
 def analyse_activations(
     router_probs: Sequence[Tensor] | nn.Module,
-    config: SeqBoatConfig | Tensor,
+    config: SeqBoatConfig | Tensor | None = None,
     *,
     input_ids: Tensor | None = None,
     attention_mask: Tensor | None = None,

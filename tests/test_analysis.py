@@ -294,6 +294,6 @@ def test_a_model_and_ids_give_the_report_of_its_router_probs():
     lines = str(report).splitlines()
     assert lines[:2] == ["43 tokens", "layer  activated  span  context"] and len(lines) == 3 + len(probs)
     assert f"{report.rates[0]:.1%}" in lines[2]
-    for wrong in ((model, model.config), (probs, ids)):
+    for wrong in ((model, model.config), (probs, ids), (model,)):
         with pytest.raises(TypeError, match="or \\(model, input_ids\\)"):
             analyse_activations(*wrong)

@@ -67,6 +67,15 @@ def test_a_folder_that_does_not_exist_is_named(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    "command", [["evaluate", "nowhere", "--data", "text.txt"], ["activations", "nowhere", "text"]]
+)
+def test_a_name_that_is_neither_a_folder_nor_on_the_hub_is_named_in_one_line(command, tmp_path):
+    (tmp_path / "text.txt").write_text("To be, or not to be")
+    done = run(["seqboat", *command], tmp_path)
+    assert done.returncode and "error: there is no folder 'nowhere', and no " in done.stderr.splitlines()[-1]
+
+
 def test_activations_twice(model, tmp_path):
     """A second run says what is there, and `--overwrite` replaces it."""
     pytest.importorskip("matplotlib")
