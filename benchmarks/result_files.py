@@ -24,6 +24,11 @@ WHOLE = ("batch", "length", "repeats")
 COLORS = {
     "seqboat": "tab:blue", "llama": "tab:orange", "mistral": "tab:green", "mamba2": "tab:red", "gla": "tab:purple"
 }  # fmt: skip
+# In pictures.
+SHOWN = {
+    "seqboat": "SeqBoat", "llama": "Llama", "mistral": "Mistral", "mamba2": "Mamba-2", "gla": "GLA",
+    "eager": "op by op",
+}  # fmt: skip
 TITLES = {
     "step": "Whole step (forward, backward, clipping, AdamW)",
     "train": "Training step (forward + backward)",
@@ -193,7 +198,8 @@ def _curves(axes, series: dict[str, list[tuple[int, float]]], prefix: str = "", 
     for name, points in series.items():
         style = f"{marker}--" if name.endswith("eager") else f"{marker}-"
         color = COLORS.get(name.split(",")[0])
-        axes.plot(*zip(*points, strict=True), style, label=prefix + name, color=color, markersize=5)
+        label = prefix + ", ".join(SHOWN.get(part, part) for part in name.split(", "))
+        axes.plot(*zip(*points, strict=True), style, label=label, color=color, markersize=5)
 
 
 def _length_name(length: float, place: int | None = None) -> str:
@@ -241,8 +247,8 @@ def draw_time(rows: list[dict], path: Path) -> None:
     """Milliseconds of a forward, a training step and a decoded token against length, on log axes."""
     pyplot, figure, panels = _figure(3)
     for axes, part, title, times in zip(
-        panels, ("forward", "train", "decode"), ("forward", "training step, batch 1", "decoding, batch 1"), (1, 3, 0),
-        strict=True,
+        panels, ("forward", "train", "decode"),
+        ("forward, batch 1", "training step, batch 1", "a decoded token, batch 1"), (1, 3, 0), strict=True,
     ):  # fmt: skip
         series = _series(rows, part, "ms")
         _curves(axes, series)
@@ -251,7 +257,7 @@ def draw_time(rows: list[dict], path: Path) -> None:
         lengths = sorted({length for points in series.values() for length, _ in points})
         if times:
             _draw_roofline(axes, rows, lengths, times)
-        _finish(axes, title, "tokens of context" if part == "decode" else "tokens", "ms")
+        _finish(axes, title, "tokens of context" if part == "decode" else "tokens", "milliseconds")
     figure.suptitle(run_facts(rows).get("card", ""), fontsize=10)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

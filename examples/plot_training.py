@@ -135,7 +135,8 @@ def plot(runs: list[Run], path: Path) -> None:
         minutes = [entry["train/seconds"] / 60 for entry in run.scores]
         label = f"{run.name}, {run.tokens_per_second / 1000:,.0f} k tokens/s"
         curves.plot(minutes, [entry[key] for entry in run.scores], marker="o", markersize=3.5, label=label)
-    curves.set(xlabel="minutes of training", ylabel=f"bits per byte, {key.split('/')[0]} split")
+    # What is scored while training is a part of the split.
+    curves.set(xlabel="minutes of training", ylabel=f"bits per byte, a part of the {key.split('/')[0]} split")
     curves.grid(alpha=0.3)
     curves.legend()
     for run, ax in zip(routed, maps, strict=True):
