@@ -196,10 +196,12 @@ def _series(rows: list[dict], part: str, measure: str, batch: int = 1) -> dict[s
 
 def _curves(axes, series: dict[str, list[tuple[int, float]]], prefix: str = "", marker: str = "o") -> None:
     for name, points in series.items():
-        style = f"{marker}--" if name.endswith("eager") else f"{marker}-"
+        eager = name.endswith("eager")
+        # Hollow marks tell a mode apart also where it has a single point.
+        style, fill = (f"{marker}--", "none") if eager else (f"{marker}-", "full")
         color = COLORS.get(name.split(",")[0])
         label = prefix + ", ".join(SHOWN.get(part, part) for part in name.split(", "))
-        axes.plot(*zip(*points, strict=True), style, label=label, color=color, markersize=5)
+        axes.plot(*zip(*points, strict=True), style, label=label, color=color, markersize=5, fillstyle=fill)
 
 
 def _length_name(length: float, place: int | None = None) -> str:
@@ -220,7 +222,8 @@ def _finish(axes, title: str, below: str, left: str) -> None:
         axes.set_ylim(middle / 10**0.5, middle * 10**0.5)
     axes.grid(True, which="major", alpha=0.3)
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize=8)
+        # Below, where it covers nothing.
+        axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.13), frameon=False)
 
 
 def _figure(panels: int):
@@ -229,7 +232,7 @@ def _figure(panels: int):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    return pyplot, *pyplot.subplots(1, panels, figsize=(5.2 * panels, 4.2), layout="constrained")
+    return pyplot, *pyplot.subplots(1, panels, figsize=(3.9 * panels, 4.6), layout="constrained")
 
 
 def _draw_roofline(axes, rows: list[dict], lengths: list[int], times: int) -> None:
@@ -259,7 +262,7 @@ def draw_time(rows: list[dict], path: Path) -> None:
             _draw_roofline(axes, rows, lengths, times)
         _finish(axes, title, "tokens of context" if part == "decode" else "tokens", "milliseconds")
     figure.suptitle(run_facts(rows).get("card", ""), fontsize=10)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=140)
     pyplot.close(figure)
 
 
@@ -272,5 +275,5 @@ def draw_memory(rows: list[dict], path: Path) -> None:
     _curves(panels[1], _series(rows, "decode", "cache_mib"))
     _finish(panels[1], "size of the cache, batch 1", "tokens of context", "MiB")
     figure.suptitle(run_facts(rows).get("card", ""), fontsize=10)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=140)
     pyplot.close(figure)

@@ -421,7 +421,7 @@ def chunked_scan(
         output_matrix = output_matrix.permute(0, 2, 1, 3).reshape(width, size, -1)  # (D, C, N * P)
         read = borders[:-1].permute(2, 3, 4, 1, 0).reshape(width, states * parts, batch * chunks)
         y = torch.baddbmm(torch.bmm(matrix, columns), output_matrix, read)
-        if y.requires_grad and not torch.compiler.is_exporting():
+        if y.requires_grad and not is_exporting():
             # It comes with channels last, which a CPU would copy matrix by matrix in each product it enters.
             y.register_hook(Tensor.contiguous)
         y = y.view(width, size, batch, chunks).permute(2, 3, 1, 0).reshape(batch, -1, width)
