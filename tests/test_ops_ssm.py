@@ -199,8 +199,7 @@ def test_a_row_of_pads_keeps_its_state():
 
 
 def test_no_product_of_backward_copies_its_matrices_one_by_one():
-    """A CPU multiplies a batch of matrices whose strides suit it in one call; of others it copies each, which took an
-    eighth of a training step."""
+    """A CPU multiplies a batch of matrices whose strides suit it in one call; of others it copies each."""
     width = 256
     x = torch.randn(BATCH, 130, width, requires_grad=True)
     gains = [torch.rand(width, STATES, requires_grad=True) for _ in range(3)]
