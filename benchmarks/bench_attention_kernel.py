@@ -177,8 +177,8 @@ def try_blocks():
     wide = {"num_warps": 8, "num_stages": 3}
     variants = {
         "table": {},
-        "256 columns": {"values": 256, "values_options": wide, "input_grads_options": wide},
-        "weights 168": {"weights_options": {"num_warps": 4, "num_stages": 2, "maxnreg": 168}},
+        "256 columns": {"values": 256, "options": base.options | {"values": wide, "input_grads": wide}},
+        "weights 168": {"options": base.options | {"weights": {"num_warps": 4, "num_stages": 2, "maxnreg": 168}}},
     }
     table = {}
     for name, change in variants.items():

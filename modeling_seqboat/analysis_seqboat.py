@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .configuration_seqboat import SeqBoatConfig
-from .context_seqboat import build_context
+from .context_seqboat import Texts, build_context
 from .flops_seqboat import LayerFlops, layer_flops
 from .ops_layout_seqboat import segment_bounds
 from .ops_packed_seqboat import pack
@@ -84,12 +84,7 @@ class AttentionReach:
 
 
 def attention_reach(
-    active: Tensor,
-    memory_size: int,
-    bidirectional: bool,
-    *,
-    real: Tensor | None = None,
-    segment: Tensor | None = None,
+    active: Tensor, memory_size: int, bidirectional: bool, *, real: Tensor | None = None, segment: Tensor | None = None
 ) -> AttentionReach:
     """Distances between queries and the activated keys in their windows (arXiv 2306.11197, section 3.3).
 
@@ -266,11 +261,10 @@ def analyse_activations(
         ValueError: for shapes that do not fit each other, an activated pad, or a class outside `token_classes.names`.
         TypeError: for anything but router_probs with a config, or a model with ids.
     """
+    texts = Texts(attention_mask, position_ids, seq_idx, cu_seq_lens_q)
     if isinstance(router_probs, nn.Module) and isinstance(config, Tensor):
         model, input_ids = router_probs, config
-        given = {"attention_mask": attention_mask, "position_ids": position_ids, "seq_idx": seq_idx,
-                 "cu_seq_lens_q": cu_seq_lens_q}  # fmt: skip
-        router_probs, config = _run(model, input_ids, given), model.config
+        router_probs, config = _run(model, input_ids, texts), model.config
     if isinstance(router_probs, nn.Module) or not isinstance(config, SeqBoatConfig):
         raise TypeError(
             "analyse_activations takes (outputs.router_probs, model.config) of a call with output_router_probs=True, "
@@ -284,9 +278,7 @@ def analyse_activations(
         raise ValueError(f"bucket_size must be an integer of at least 1, got {bucket_size!r}")
     if input_ids is not None and input_ids.shape != (batch, length):
         raise ValueError(f"input_ids must be of shape {(batch, length)}, got {tuple(input_ids.shape)}")
-    context = build_context(
-        config, batch, length, active.device, attention_mask, position_ids, seq_idx, cu_seq_lens_q, None
-    )
+    context = build_context(config, batch, length, active.device, texts)
     real = torch.ones_like(active[0]) if context.real is None else context.real
     if bool((active & ~real).any()):
         layer, row, column = (active & ~real).nonzero()[0].tolist()
@@ -323,11 +315,11 @@ def analyse_activations(
 
 
 @torch.no_grad()
-def _run(model: nn.Module, input_ids: Tensor, given: dict[str, Tensor | None]) -> tuple[Tensor, ...]:
+def _run(model: nn.Module, input_ids: Tensor, texts: Texts) -> tuple[Tensor, ...]:
     """A model's `router_probs` for some rows."""
     was_training = model.training
     try:
-        options = {name: value for name, value in given.items() if value is not None}
+        options = {name: value for name, value in texts._asdict().items() if value is not None}
         return model.eval()(input_ids, use_cache=False, output_router_probs=True, **options).router_probs
     finally:
         model.train(was_training)

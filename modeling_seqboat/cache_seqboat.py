@@ -21,29 +21,15 @@ from .cache_file_seqboat import SavedState, check_buffer, check_counts, memory_o
 from .configuration_seqboat import SeqBoatConfig
 from .context_seqboat import SequenceContext
 from .ops_ema_seqboat import without_autocast
-from .ops_layout_seqboat import Packed, is_exporting, last_real_tokens
+from .ops_layout_seqboat import Packed, is_exporting, last_real_tokens, rows_at
 from .ops_packed_seqboat import write_memory
 from .ssm_seqboat import RECURRENCES, Before, Replay
 
 # Config fields that a state's shape or meaning depends on: a cache made under other values is refused.
-_SIGNATURE = (
-    "num_hidden_layers",
-    "hidden_size",
-    "intermediate_size",
-    "hidden_act",
-    "norm_type",
-    "norm_first",
-    "scale_embeddings",
-    "state_size",
-    "memory_size",
-    "qk_head_dim",
-    "v_head_dim",
-    "ssm_type",
-    "ssm_truncation",
-    "router_type",
-    "attention_activation",
-    "position_embedding_type",
-    "rope_theta",
+_SIGNATURE = tuple(
+    "num_hidden_layers hidden_size intermediate_size hidden_act norm_type norm_first scale_embeddings state_size "
+    "memory_size qk_head_dim v_head_dim ssm_type ssm_truncation router_type attention_activation "
+    "position_embedding_type rope_theta".split()
 )
 
 
@@ -281,33 +267,26 @@ class SeqBoatCacheLayer(CacheLayerMixin):
         whole = count is None or is_exporting()
         span = self.truncation if whole else min(count, self.truncation)
         slots = (self.token_count[:, None] + torch.arange(span, device=self.token_count.device)) % self.truncation
-        return self.ssm_inputs.gather(1, slots[:, :, None].expand(-1, -1, self.ssm_inputs.shape[2]))
+        return rows_at(self.ssm_inputs, slots)
 
     def _inputs_in_slots(self, inputs: Tensor) -> Tensor:
         """(B, T, D), oldest first, the last of them the last of `token_count` -> as `ssm_inputs` holds them."""
-        order = (torch.arange(self.truncation, device=inputs.device) - self.token_count[:, None]) % self.truncation
-        return inputs.gather(1, order[:, :, None].expand_as(inputs))
+        # Of nothing below 0, whose remainder not all runtimes of exported graphs take for positive.
+        size = self.truncation
+        order = (torch.arange(size, device=inputs.device) + size - self.token_count[:, None] % size) % size
+        return rows_at(inputs, order)
 
     @torch.no_grad()
-    def start_at(
-        self,
-        token_count: Tensor,
-        inputs: Tensor | None,
-        keys: Tensor,
-        values: Tensor,
-        positions: Tensor,
-        activated_count: Tensor,
-    ) -> None:
+    def start_at(self, token_count: Tensor, inputs: Tensor | None, memory: PartMemory) -> None:
         """Brings an empty layer to where columns begin that other processes have read the columns before: all but the
         state, which `advance` takes.
 
         Args:
-            inputs: (B, T, D), the last T real inputs, oldest first, or None without truncation; the others are named
-                as the buffers are, the memory with all its W slots.
+            token_count: as the buffer; inputs: (B, T, D), the last T real inputs, oldest first, or None without
+                truncation.
         """
         self.make_room(self.memory_size)
-        given = {"keys": keys, "values": values, "positions": positions}
-        for name, value in (given | {"activated_count": activated_count, "token_count": token_count}).items():
+        for name, value in (memory._asdict() | {"token_count": token_count}).items():
             self._store(name, value.detach().to(getattr(self, name).dtype).clone())
         if inputs is not None:
             self._store("ssm_inputs", self._inputs_in_slots(inputs.detach().to(self.ssm_inputs.dtype)))
@@ -352,16 +331,9 @@ class SeqBoatCacheLayer(CacheLayerMixin):
 
     @torch.no_grad()
     def advance(
-        self,
-        context: SequenceContext,
-        hidden: Tensor,
-        state: Tensor,
-        replay: Replay | None,
-        active: Tensor,
-        packed: Packed,
-        keys: Tensor | None,
-        values: Tensor | None,
-    ) -> None:
+        self, context: SequenceContext, hidden: Tensor, state: Tensor, replay: Replay | None, active: Tensor,
+        packed: Packed, keys: Tensor | None, values: Tensor | None,
+    ) -> None:  # fmt: skip
         """Moves the state past the columns of one forward, recording how to undo it while `record_past` is set.
 
         Args:
@@ -394,6 +366,35 @@ class SeqBoatCacheLayer(CacheLayerMixin):
         total = sum(entry.columns.length for entry in self._journal)
         while total - self._journal[0].columns.length >= self.rollback_limit:
             total -= self._journal.pop(0).columns.length
+
+    def advance_in_graph(self, context, hidden, state, count, keys, values, places) -> None:
+        """`advance` of a static cache in an exported graph, without a shape that depends on the data.
+
+        Args:
+            hidden, state: as in `advance`.
+            count: (B, 1) int64, activated tokens of each row, the first of keys (B, L, Z), values and places (B, L).
+        """
+        size, before = self.memory_size, self.activated_count[:, None]
+        last = before + count - 1
+        # The newest token whose ordinal leaves the rest of its slot.
+        newest = last - (last + size - torch.arange(size, device=last.device)) % size
+        is_new, taken = newest >= before, (newest - before).clamp_min(0)
+        taken = torch.minimum(taken, torch.full_like(taken, 1) * (keys.shape[1] - 1))
+        for name, rows in (("keys", keys), ("values", values), ("positions", places[:, :, None])):
+            ring = getattr(self, name)
+            new = rows_at(rows, taken).to(ring.dtype).view(ring.shape)
+            self._store(name, torch.where(is_new.view(*is_new.shape, *[1] * (ring.dim() - 2)), new, ring))
+        real, inputs = context.real, None
+        if real is None:
+            real = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+        if self.ssm_inputs is not None:
+            inputs = last_real_tokens(hidden, self.truncation, real, None, self.recent_inputs())
+        self._store("token_count", self.token_count + real.sum(1))
+        if inputs is not None:
+            self._store("ssm_inputs", self._inputs_in_slots(inputs))
+        self._store("activated_count", self.activated_count + count[:, 0])
+        self._store("ssm_state", state.to(self.ssm_state.dtype))
+        self._count(hidden.shape[1])
 
     def _step(self, context: SequenceContext, hidden: Tensor, state: Tensor, active: Tensor) -> None:
         """One column, without a shape or a branch that depends on data, in place."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from copy import copy
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,15 @@ from .ops_layout_seqboat import ScanPlan, build_scan_plan, is_exporting, segment
 
 if TYPE_CHECKING:
     from .cache_seqboat import SeqBoatCache
+
+
+class Texts(NamedTuple):
+    """What a caller says of the texts in the columns, all as in `SeqBoatModel.forward`."""
+
+    attention_mask: Tensor | None = None
+    position_ids: Tensor | None = None
+    seq_idx: Tensor | None = None
+    cu_seq_lens_q: Tensor | None = None
 
 
 class SequenceContext:
@@ -202,14 +211,7 @@ def _checked(mask: Tensor) -> Tensor | None:
 
 
 def segment_starts(
-    real: Tensor | None,
-    batch: int,
-    length: int,
-    device: torch.device,
-    position_ids: Tensor | None,
-    seq_idx: Tensor | None,
-    cu_seq_lens_q: Tensor | None,
-    cache: SeqBoatCache | None,
+    real: Tensor | None, batch: int, length: int, device: torch.device, texts: Texts, cache: SeqBoatCache | None
 ) -> Tensor | None:
     """Where packed segments start.
 
@@ -220,6 +222,7 @@ def segment_starts(
     Returns:
         (B, L) bool, or None when no argument speaks of segments.
     """
+    _, position_ids, seq_idx, cu_seq_lens_q = texts
     if position_ids is None and seq_idx is None and cu_seq_lens_q is None:
         return None
     filled = cache is not None and cache.is_initialized
@@ -273,11 +276,8 @@ def build_context(
     batch: int,
     length: int,
     device: torch.device,
-    attention_mask: Tensor | None,
-    position_ids: Tensor | None,
-    seq_idx: Tensor | None,
-    cu_seq_lens_q: Tensor | None,
-    cache: SeqBoatCache | None,
+    texts: Texts,
+    cache: SeqBoatCache | None = None,
     dtype: torch.dtype | None = None,
     training: bool = False,
     rate_is_held: bool = False,
@@ -292,23 +292,22 @@ def build_context(
         parts: `parallel_seqboat.Parts` within `context_parallel`, else None: the columns are this process's part of a
             sequence.
 
-        The others are as in the models' forward.
-
     Raises:
         ValueError: for arguments that contradict each other, and where an op cannot run on the requested backend.
     """
     ops = None if dtype is None else select_ops(config, device, dtype, training, rate_is_held)
-    real = real_columns(attention_mask, batch, length, cache)
+    real, position_ids = real_columns(texts.attention_mask, batch, length, cache), texts.position_ids
     if position_ids is not None:
         if position_ids.ndim != 2 or position_ids.shape[1] != length or position_ids.shape[0] not in (1, batch):
             raise ValueError(f"position_ids must be of shape {(batch, length)}, got {tuple(position_ids.shape)}")
         if position_ids.is_floating_point():
             raise ValueError(f"position_ids must be integers, got dtype {position_ids.dtype}")
         position_ids = position_ids.to(device=device, dtype=torch.long).expand(batch, -1)
-    reset = segment_starts(real, batch, length, device, position_ids, seq_idx, cu_seq_lens_q, cache)
+        texts = texts._replace(position_ids=position_ids)
+    reset = segment_starts(real, batch, length, device, texts, cache)
     part = None
     if parts is not None:
-        part, reset = parts.meet(real, reset, position_ids, seq_idx, cu_seq_lens_q, (batch, length), dtype, cache, ops)
+        part, reset = parts.meet(real, reset, texts, (batch, length), dtype, cache, ops)
     stepping = must_not_wait(device) or (length == 1 and device.type != "cpu")
     if reset is not None and not stepping and not bool(reset.any()):
         reset = None
@@ -361,14 +360,7 @@ def leave_marks(outputs: ModelOutput, context: SequenceContext) -> None:
         )
 
 
-def marks_of(
-    outputs: ModelOutput,
-    config: SeqBoatConfig,
-    attention_mask: Tensor | None = None,
-    position_ids: Tensor | None = None,
-    seq_idx: Tensor | None = None,
-    cu_seq_lens_q: Tensor | None = None,
-) -> SequenceContext:
+def marks_of(outputs: ModelOutput, config: SeqBoatConfig, texts: Texts) -> SequenceContext:
     """Real columns and segments of a forward: those that it left with its outputs, or, where these were made anew on
     their way here, found once more in its arguments."""
     marks = getattr(outputs, "marks", None)
@@ -376,5 +368,5 @@ def marks_of(
         return marks
     hidden = outputs.last_hidden_state
     batch, length = hidden.shape[:2]
-    mask = None if attention_mask is None else attention_mask[:, -length:]
-    return build_context(config, batch, length, hidden.device, mask, position_ids, seq_idx, cu_seq_lens_q, None)
+    mask = None if texts.attention_mask is None else texts.attention_mask[:, -length:]
+    return build_context(config, batch, length, hidden.device, texts._replace(attention_mask=mask))

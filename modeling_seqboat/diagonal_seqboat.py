@@ -113,30 +113,11 @@ def s4d_scan(
 
 @op("s5_scan", used=lambda facts: facts.ssm_type == "s5", missing="the recurrence of ssm_type='s5' has no kernel")
 def s5_scan(
-    x: Tensor,
-    log_decay: Tensor,
-    input_gain: Tensor,
-    output_gain: Tensor,
-    skip: Tensor | None,
-    *,
-    real: Tensor | None = None,
-    reset: Tensor | None = None,
-    state: Tensor | None = None,
-    plan: ScanPlan | None = None,
+    x, log_decay, input_gain, output_gain, skip, *, real=None, reset=None, state=None, plan=None
 ) -> tuple[Tensor, Tensor]:
     """s_t = exp(z)*s_{t-1} + G x_t, y_t = 2*Re(O s_t) + skip*x_t over real tokens.
 
-    Args:
-        x: (B, L, D), any float dtype; values at pads are not read.
-        log_decay: z, (N, 2) float32, complex, the real part at most 0.
-        input_gain: G, (N, D, 2); output_gain: O, (D, N, 2), float32, complex.
-        skip: (D,) float32, or None for 0.
-        real, reset, plan: as in `ema_scan`.
-        state: (B, N, 2) float32 before column 0, or None for zeros.
-
-    Returns:
-        y (B, L, D) of x's dtype, and the state (B, N, 2) after the last column. Inside everything is float32 (float64
-        when x is).
+    Args and returns: those of `s4d_scan`, but for z (N, 2), G (N, D, 2), O (D, N, 2) and states (B, N, 2).
     """
     if x.shape[1] == 1:
         write, read = lambda token: _write(token, input_gain), lambda states: _read(states, output_gain)

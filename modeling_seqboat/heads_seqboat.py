@@ -5,21 +5,18 @@ Letters: B batch, L columns, D hidden width, C labels.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.modeling_outputs import (
-    QuestionAnsweringModelOutput,
-    SequenceClassifierOutput,
-    TokenClassifierOutput,
-)
+from transformers.modeling_outputs import QuestionAnsweringModelOutput, SequenceClassifierOutput, TokenClassifierOutput
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_seqboat import SeqBoatConfig
-from .context_seqboat import marks_of, must_not_wait
+from .context_seqboat import Texts, marks_of, must_not_wait
 from .modeling_seqboat import (
     OUTPUT_FLAGS,
     RouterOutput,
@@ -130,32 +127,15 @@ class SeqBoatHead(SeqBoatPreTrainedModel):
         """The model's outputs for these inputs, extras of `kwargs` too, and the real columns (B, L) bool or None."""
         flags = {name: kwargs[name] for name in OUTPUT_FLAGS if name in kwargs}
         outputs = self.model(use_cache=False, return_dict=True, **inputs, **flags)
-        return outputs, marks_of(outputs, self.config, inputs.get("attention_mask")).real
-
-    def _answer_tokens(
-        self,
-        outputs: SeqBoatModelOutput,
-        real: Tensor | None,
-        logits: Tensor,
-        labels: Tensor | None,
-        kwargs: dict,
-        **options,
-    ) -> SeqBoatTokenOutput:
-        """Logits (B, L, C), and their loss where there are labels, which are -100 at padding whatever the collator
-        wrote. options: of the loss function."""
-        loss, num_items = None, kwargs.get("num_items_in_batch")
-        if labels is not None:
-            expect_class_ids("labels", labels, logits.shape[:2], logits.shape[2])
-            labels = labels if real is None else labels.masked_fill(~real, -100)
-            counted = count_labels(labels, num_items)
-            loss = self.loss_function(logits=logits, labels=labels, num_items_in_batch=counted, **options)
-        return self._output(SeqBoatTokenOutput, outputs, loss, labels, num_items, logits=logits)
+        return outputs, marks_of(outputs, self.config, Texts(inputs.get("attention_mask"))).real
 
 
 class SeqBoatPooledClassifier(SeqBoatHead):
     """What the heads share that give one answer a row: pooling, the classifier and the loss."""
 
     def __init__(self, config: SeqBoatConfig):
+        if type(self).main_input_name != "input_ids":
+            refuse_other_than_values(config, type(self).__name__)
         super().__init__(config)
         parts = {"none": 1, "concat": 2, "nli": 4}[config.pair_features]
         self.classifier = SeqBoatClassificationHead(config, parts * config.hidden_size)
@@ -245,10 +225,6 @@ class SeqBoatForImageClassification(SeqBoatPooledClassifier):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
 
-    def __init__(self, config: SeqBoatConfig):
-        refuse_other_than_values(config, type(self).__name__)
-        super().__init__(config)
-
     @can_return_tuple
     def forward(
         self, pixel_values: Tensor | None = None, labels: Tensor | None = None, **kwargs
@@ -274,8 +250,7 @@ class SeqBoatForImageClassification(SeqBoatPooledClassifier):
             )
         if kwargs.get("attention_mask") is not None:
             raise ValueError("a picture has no padding: attention_mask must not be given")
-        outputs, features = self._encode(kwargs, input_values=pixel_values.flatten(1))
-        return self._answer(outputs, features, labels, kwargs)
+        return self._answer(*self._encode(kwargs, input_values=pixel_values.flatten(1)), labels, kwargs)
 
 
 class SeqBoatForAudioClassification(SeqBoatPooledClassifier):
@@ -283,10 +258,6 @@ class SeqBoatForAudioClassification(SeqBoatPooledClassifier):
 
     main_input_name = "input_values"
     input_modalities = ("audio",)
-
-    def __init__(self, config: SeqBoatConfig):
-        refuse_other_than_values(config, type(self).__name__)
-        super().__init__(config)
 
     @can_return_tuple
     def forward(
@@ -304,17 +275,12 @@ class SeqBoatForAudioClassification(SeqBoatPooledClassifier):
             labels: as in `SeqBoatForSequenceClassification.forward`.
         """
         refuse_swallowed(type(self).forward, kwargs)
-        outputs, features = self._encode(kwargs, input_values=input_values, attention_mask=attention_mask)
-        return self._answer(outputs, features, labels, kwargs)
+        encoded = self._encode(kwargs, input_values=input_values, attention_mask=attention_mask)
+        return self._answer(*encoded, labels, kwargs)
 
 
-class SeqBoatForTokenClassification(SeqBoatHead):
-    """One label a token."""
-
-    def __init__(self, config: SeqBoatConfig):
-        super().__init__(config)
-        self.classifier = SeqBoatClassificationHead(config, config.hidden_size)
-        self.post_init()
+class SeqBoatTokenHead(SeqBoatHead):
+    """What the heads share that give one answer a token."""
 
     @can_return_tuple
     def forward(
@@ -329,11 +295,11 @@ class SeqBoatForTokenClassification(SeqBoatHead):
         seq_idx: Tensor | None = None,
         **kwargs,
     ) -> SeqBoatTokenOutput:
-        """Classifies every token.
+        """Scores every token.
 
         Args:
             input_ids: (B, L) int64, or input_values: (B, L) float for `input_type` values, or inputs_embeds.
-            labels: (B, L) int64; -100 and padding are ignored.
+            labels: (B, L) int64: a token's class, or of a masked one the original id; -100 and padding are ignored.
 
         The other arguments are those of `SeqBoatModel.forward`; rows may be packed.
         """
@@ -348,8 +314,32 @@ class SeqBoatForTokenClassification(SeqBoatHead):
             cu_seq_lens_q=cu_seq_lens_q,
             seq_idx=seq_idx,
         )
-        hidden = F.dropout(outputs.last_hidden_state, self.config.hidden_dropout, self.training)
-        return self._answer_tokens(outputs, real, self.classifier(hidden), labels, kwargs, config=self.config)
+        logits, options = self._logits(outputs.last_hidden_state)
+        loss, num_items = None, kwargs.get("num_items_in_batch")
+        if labels is not None:
+            expect_class_ids("labels", labels, logits.shape[:2], logits.shape[2])
+            # Whatever the collator wrote there.
+            labels = labels if real is None else labels.masked_fill(~real, -100)
+            counted = count_labels(labels, num_items)
+            loss = self.loss_function(logits=logits, labels=labels, num_items_in_batch=counted, **options)
+        return self._output(SeqBoatTokenOutput, outputs, loss, labels, num_items, logits=logits)
+
+    def _logits(self, hidden: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        """(B, L, D) -> logits (B, L, C), and options of the loss function."""
+        raise NotImplementedError
+
+
+class SeqBoatForTokenClassification(SeqBoatTokenHead):
+    """One label a token."""
+
+    def __init__(self, config: SeqBoatConfig):
+        super().__init__(config)
+        self.classifier = SeqBoatClassificationHead(config, config.hidden_size)
+        self.post_init()
+
+    def _logits(self, hidden: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        hidden = F.dropout(hidden, self.config.hidden_dropout, self.training)
+        return self.classifier(hidden), {"config": self.config}
 
 
 def _expect_real(name: str, positions: Tensor, real: Tensor | None, shape: tuple[int, int]) -> None:
@@ -441,8 +431,9 @@ class SeqBoatForQuestionAnswering(SeqBoatHead):
         )
 
 
-class SeqBoatForMaskedLM(SeqBoatHead):
-    """A bidirectional SeqBoat with an output matrix, tied to the embeddings by default."""
+class SeqBoatForMaskedLM(SeqBoatTokenHead):
+    """A bidirectional SeqBoat with an output matrix, tied to the embeddings by default: the token at every column is
+    predicted from both sides. Labels are the original ids where tokens were masked."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
@@ -455,37 +446,8 @@ class SeqBoatForMaskedLM(SeqBoatHead):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        cu_seq_lens_q: Tensor | None = None,
-        seq_idx: Tensor | None = None,
-        **kwargs,
-    ) -> SeqBoatTokenOutput:
-        """Predicts the token at every column from both sides.
-
-        Args:
-            labels: (B, L) int64, the original ids where tokens were masked; -100 elsewhere, and padding, are ignored.
-
-        The other arguments are those of `SeqBoatModel.forward`; rows may be packed.
-        """
-        refuse_unknown_arguments(type(self).forward, kwargs, also=("num_items_in_batch",))
-        outputs, real = self._run_model(
-            kwargs,
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            cu_seq_lens_q=cu_seq_lens_q,
-            seq_idx=seq_idx,
-        )
-        logits = self.lm_head(outputs.last_hidden_state)
-        return self._answer_tokens(outputs, real, logits, labels, kwargs, vocab_size=self.config.vocab_size)
+    def _logits(self, hidden: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        return self.lm_head(hidden), {"vocab_size": self.config.vocab_size}
 
 
 HEADS = (

@@ -63,6 +63,9 @@ class Facts(NamedTuple):
     value_dropout: float
 
 
+_CONFIG_FACTS = ("bidirectional", "ssm_type", "norm_type", "hidden_act", "attention_activation", "qk_head_dim")
+
+
 class Op(NamedTuple):
     """One entry of the table.
 
@@ -181,12 +184,7 @@ def _facts(
         interpreted=interpreted(),
         routes=config.router_type in LEARNED_ROUTERS,
         noisy=noisy,
-        bidirectional=config.bidirectional,
-        ssm_type=config.ssm_type,
-        norm_type=config.norm_type,
-        hidden_act=config.hidden_act,
-        attention_activation=config.attention_activation,
-        qk_head_dim=config.qk_head_dim,
+        **{name: getattr(config, name) for name in _CONFIG_FACTS},
         attention_dropout=config.attention_dropout if training else 0.0,
         value_dropout=config.value_dropout if training else 0.0,
     )

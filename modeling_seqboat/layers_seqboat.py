@@ -16,7 +16,6 @@ from .attention_seqboat import SeqBoatAttention
 from .configuration_seqboat import SeqBoatConfig
 from .context_seqboat import SequenceContext
 from .diagonal_seqboat import SeqBoatS4D, SeqBoatS5
-from .exported_seqboat import exported_unit
 from .kernels_seqboat import eager_ops
 from .ops_attention_seqboat import rotary_tables
 from .ops_layout_seqboat import Packed, is_exporting
@@ -202,7 +201,7 @@ class SeqBoatDecoderLayer(GradientCheckpointingLayer):
         if context.part is not None:
             memory = context.part.memory(self.attention, m, active, context)
             if cache is not None:
-                cache.start_at(context.part.offset, inputs, *memory)
+                cache.start_at(context.part.offset, inputs, memory)
         y = attend(m, residual, confidence, active, context, cache, memory, in_place, scanned)
         if not config.norm_first:
             y, _ = self.norm(y, real, ops.norm_residual, y.dtype)
@@ -223,32 +222,21 @@ class SeqBoatDecoderLayer(GradientCheckpointingLayer):
         elif exporting:
             hidden, packed = ops.linear(self.hidden_proj, m), Packed(None)
         else:
-            pending = ops.pack(
-                active,
-                config.memory_size,
-                config.bidirectional,
-                context.segment_bounds(),
-                capacity=self.stream_capacity,
-                memory=None if memory is None else (memory.activated_count, context.segment),
-            )
+            before = None if memory is None else (memory.activated_count, context.segment)
+            window = config.memory_size, config.bidirectional, context.segment_bounds()
+            pending = ops.pack(active, *window, capacity=self.stream_capacity, memory=before)
             if self.counts_stream and cache is None and ops.captures:
                 self.stream_count = pending.count.clone()
             # Before the wait, so that the device has work meanwhile.
             hidden = ops.linear(self.hidden_proj, m)
             packed = pending.wait()
         if exporting:
-            out = exported_unit(self.attention, m, active, context, cache, scanned and scanned[:2]).flatten(0, 1)
+            out = self.attention.exported(m, active, context, cache, scanned and scanned[:2]).flatten(0, 1)
         else:
             out, keys, values = self.attention(m, active, packed, context, cache, memory)
         dropout_p = config.hidden_dropout if self.training and not config.bidirectional else 0.0
         y = ops.extract_residual(
-            hidden.flatten(0, 1),
-            residual.flatten(0, 1),
-            out,
-            confidence.flatten(),
-            packed,
-            dropout_p,
-            self.activation,
+            hidden.flatten(0, 1), residual.flatten(0, 1), out, confidence.flatten(), packed, dropout_p, self.activation
         )
         # The exported unit has moved the cache itself.
         if cache is not None and not exporting:

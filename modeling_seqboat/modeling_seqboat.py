@@ -27,7 +27,7 @@ from transformers.utils.generic import can_return_tuple
 from .attention_seqboat import SeqBoatAttention, SeqBoatPositionBias
 from .cache_seqboat import SeqBoatCache
 from .configuration_seqboat import SeqBoatConfig
-from .context_seqboat import SequenceContext, build_context, leave_marks, marks_of, must_not_wait
+from .context_seqboat import SequenceContext, Texts, build_context, leave_marks, marks_of, must_not_wait
 from .generation_seqboat import CACHE_NAME, CACHE_NAMES, SeqBoatGenerationMixin, one_cache
 from .layers_seqboat import (
     SeqBoatAbsolutePositions,
@@ -268,12 +268,7 @@ class SeqBoatPreTrainedModel(PreTrainedModel):
             init.ones_(module.weight)
 
     def _with_router_penalty(
-        self,
-        loss: Tensor,
-        penalty: Tensor | None,
-        labels: Tensor | None,
-        num_items: Tensor | int | None,
-        part: Any = None,
+        self, loss: Tensor, penalty: Tensor | None, labels: Tensor | None, num_items: Tensor | int | None, part=None
     ) -> Tensor:
         """Adds the pull to `router_target_rate` to a training loss; in eval mode the loss stays the task's alone.
 
@@ -292,18 +287,12 @@ class SeqBoatPreTrainedModel(PreTrainedModel):
         return loss + share * penalty.to(loss.device)
 
     def _output(
-        self,
-        kind: type[RouterOutput],
-        outputs: SeqBoatModelOutput,
-        loss: Tensor | None,
-        labels: Tensor | None,
-        num_items: Tensor | int | None,
-        part: Any = None,
-        **results,
+        self, kind: type[RouterOutput], outputs: SeqBoatModelOutput, loss: Tensor | None, *labelled, **results
     ) -> RouterOutput:
-        """A head's output: its results, the loss with the routers' term, and what the model's outputs hold beside."""
+        """A head's output: its results, the loss with the routers' term, and what the model's outputs hold beside.
+        labelled: labels, num_items and part, as in `_with_router_penalty`."""
         if loss is not None:
-            loss = self._with_router_penalty(loss, outputs.router_penalty, labels, num_items, part)
+            loss = self._with_router_penalty(loss, outputs.router_penalty, *labelled)
         kept = {name: outputs[name] for name in ("hidden_states", "router_probs", "router_penalty") if name in outputs}
         return kind(loss=loss, **results, **kept)
 
@@ -438,10 +427,9 @@ class SeqBoatModel(SeqBoatPreTrainedModel):
         batch, length = inputs_embeds.shape[:2]
         if cache is not None and cache.is_initialized and cache.batch_size != batch:
             raise ValueError(f"past_key_values holds {cache.batch_size} rows, the input has {batch}")
-        context = build_context(
-            config, batch, length, inputs_embeds.device, attention_mask, position_ids, seq_idx, cu_seq_lens_q, cache,
-            inputs_embeds.dtype, self.training, self.rate_is_held, self.parts,
-        )  # fmt: skip
+        texts = Texts(attention_mask, position_ids, seq_idx, cu_seq_lens_q)
+        facts = inputs_embeds.dtype, self.training, self.rate_is_held, self.parts
+        context = build_context(config, batch, length, inputs_embeds.device, texts, cache, *facts)
         if cache is not None and context.reset is not None:
             cache.restarted = True
         if output_hidden_states is None:
@@ -641,7 +629,10 @@ class SeqBoatForCausalLM(SeqBoatPreTrainedModel, SeqBoatGenerationMixin):
         if use_cache is None and has_targets:
             # Whoever scores a text does not go on writing it, and would pay for a state.
             use_cache = False
-        fused = has_targets and self._fuses(skip_logits)
+        wanted = self.training if skip_logits is None else skip_logits
+        fused = has_targets and wanted and self.config.loss_implementation == "liger"
+        if fused:
+            expect_liger(self.lm_head)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -663,13 +654,12 @@ class SeqBoatForCausalLM(SeqBoatPreTrainedModel, SeqBoatGenerationMixin):
             logits = self.lm_head(outputs.last_hidden_state[:, kept, :].contiguous())
         loss = part = None
         if has_targets:
-            marks = marks_of(outputs, self.config, attention_mask, position_ids, seq_idx, cu_seq_lens_q)
+            marks = marks_of(outputs, self.config, Texts(attention_mask, position_ids, seq_idx, cu_seq_lens_q))
             part, shift_labels = marks.part, self._next_labels(labels, marks) if shift_labels is None else shift_labels
             loss = self._loss(outputs.last_hidden_state, logits, shift_labels, num_items_in_batch, part)
-        past = {CACHE_NAME: outputs[CACHE_NAME] if CACHE_NAME in outputs else None}
-        return self._output(
-            SeqBoatCausalLMOutput, outputs, loss, shift_labels, num_items_in_batch, part, logits=logits, **past
-        )
+        results = {"logits": logits, CACHE_NAME: outputs[CACHE_NAME] if CACHE_NAME in outputs else None}
+        labelled = shift_labels, num_items_in_batch, part
+        return self._output(SeqBoatCausalLMOutput, outputs, loss, *labelled, **results)
 
     def _expect_targets(self, targets: dict[str, Tensor | None], given: Tensor | None, kept: int | Tensor) -> None:
         """Raises ValueError for labels that do not fit the input, and for columns to keep that are none or do not fit
@@ -686,14 +676,6 @@ class SeqBoatForCausalLM(SeqBoatPreTrainedModel, SeqBoatGenerationMixin):
         elif getattr(kept, "dtype", None) not in (torch.int64, torch.int32):
             raise ValueError(f"logits_to_keep must be an integer or int64 indices of columns, got {kept!r}")
 
-    def _fuses(self, skip_logits: bool | None) -> bool:
-        """Whether Liger makes the loss. Raises ValueError where it should and cannot."""
-        wanted = self.training if skip_logits is None else skip_logits
-        fused = wanted and self.config.loss_implementation == "liger"
-        if fused:
-            expect_liger(self.lm_head)
-        return fused
-
     def _loss(
         self, hidden: Tensor, logits: Tensor | None, targets: Tensor, num_items: Tensor | int | None, part: Any
     ) -> Tensor:
@@ -703,10 +685,8 @@ class SeqBoatForCausalLM(SeqBoatPreTrainedModel, SeqBoatGenerationMixin):
         if logits is None:
             loss = fused_linear_cross_entropy(hidden, self.lm_head, targets, counted)
         else:
-            loss = self.loss_function(
-                logits=logits, labels=targets, shift_labels=targets, vocab_size=self.config.vocab_size,
-                num_items_in_batch=counted,
-            )  # fmt: skip
+            options = {"vocab_size": self.config.vocab_size, "num_items_in_batch": counted}
+            loss = self.loss_function(logits=logits, labels=targets, shift_labels=targets, **options)
         return loss if part is None else part.total(loss)
 
     @staticmethod

@@ -131,22 +131,10 @@ def _weights_backward(scores: Tensor, weights: Tensor, grad: Tensor, visible: Te
 
 @op("windowed_attention", triton=windowed_attention_triton, needs=(_needs_kernel,))
 def windowed_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_start: Tensor,
-    key_end: Tensor,
-    *,
-    activation: str,
-    scale: float,
-    bias_table: Tensor | None = None,
-    bias_center: int = 0,
-    q_place: Tensor | None = None,
-    k_place: Tensor | None = None,
-    dropout_p: float = 0.0,
-    max_keys: int | None = None,
-    gate: Tensor | None = None,
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, key_start: Tensor, key_end: Tensor, *, activation: str, scale: float,
+    bias_table: Tensor | None = None, bias_center: int = 0, q_place: Tensor | None = None,
+    k_place: Tensor | None = None, dropout_p: float = 0.0, max_keys: int | None = None, gate: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """out_i = sum over key_start[i] <= j < key_end[i] of weight(q_i*scale . k_j + bias) v_j.
 
     Args:
@@ -209,30 +197,14 @@ def project_unit(
     parts=("project_unit", "windowed_attention"),
 )
 def gated_unit(
-    projected: Tensor,
-    scale: Tensor,
-    offset: Tensor,
-    key_start: Tensor,
-    key_end: Tensor,
-    *,
-    attention: str,
-    attention_scale: float,
-    activation: Callable[[Tensor], Tensor] = F.silu,
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
-    table_rows: Tensor | None = None,
-    bias_table: Tensor | None = None,
-    bias_center: int = 0,
-    q_place: Tensor | None = None,
-    k_place: Tensor | None = None,
-    max_keys: int | None = None,
-    memory: tuple[MemoryKeys, Tensor, Tensor] | None = None,
-    value_dropout: float = 0.0,
-    attention_dropout: float = 0.0,
-    keep: bool = False,
-    project_unit: Callable = project_unit,
+    projected: Tensor, scale: Tensor, offset: Tensor, key_start: Tensor, key_end: Tensor, *, attention: str,
+    attention_scale: float, activation: Callable[[Tensor], Tensor] = F.silu, cos: Tensor | None = None,
+    sin: Tensor | None = None, table_rows: Tensor | None = None, bias_table: Tensor | None = None,
+    bias_center: int = 0, q_place: Tensor | None = None, k_place: Tensor | None = None, max_keys: int | None = None,
+    memory: tuple[MemoryKeys, Tensor, Tensor] | None = None, value_dropout: float = 0.0,
+    attention_dropout: float = 0.0, keep: bool = False, project_unit: Callable = project_unit,
     windowed_attention: Callable = windowed_attention,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """Everything between the unit's two linears (arXiv 2306.11197, section 3.3).
 
     Args:
@@ -357,30 +329,13 @@ def _of_rows(ring: Tensor, at: Tensor | None) -> Tensor:
 
 
 @op(
-    "memory_step",
-    triton=memory_step_triton,
-    compiled=memory_step_compiled,
-    used=lambda facts: not facts.bidirectional,
+    "memory_step", triton=memory_step_triton, compiled=memory_step_compiled, used=lambda facts: not facts.bidirectional
 )
 def memory_step(
-    q: Tensor,
-    k_new: Tensor,
-    v_new: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    positions: Tensor,
-    activated_count: Tensor,
-    active: Tensor,
-    position: Tensor,
-    *,
-    activation: str,
-    scale: float,
-    bias_table: Tensor | None = None,
-    bias_center: int = 0,
-    bias_by_index: bool = False,
-    rows: Tensor | None = None,
-    pages: Tensor | None = None,
-) -> Tensor:
+    q: Tensor, k_new: Tensor, v_new: Tensor, keys: Tensor, values: Tensor, positions: Tensor, activated_count: Tensor,
+    active: Tensor, position: Tensor, *, activation: str, scale: float, bias_table: Tensor | None = None,
+    bias_center: int = 0, bias_by_index: bool = False, rows: Tensor | None = None, pages: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Attention of one token a row over its memory and itself; then the token enters the memory, in place.
 
     The memory is a ring: activated token i of a row (0, 1, ...) lives in slot i % W, so that slots below

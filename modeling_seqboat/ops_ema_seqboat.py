@@ -78,23 +78,11 @@ def chunk_size_for(length: int) -> int:
 
 @op("ema_scan", triton=ema_scan_triton, used=_is_ema)
 def ema_scan(
-    x: Tensor,
-    decay: Tensor,
-    input_gain: Tensor,
-    output_gain: Tensor,
-    skip: Tensor | None,
-    *,
-    real: Tensor | None = None,
-    reset: Tensor | None = None,
-    state: Tensor | None = None,
-    delayed: Tensor | None = None,
-    delay_decay: Tensor | None = None,
-    plan: ScanPlan | None = None,
-    need_state: bool = True,
-    reverse: bool = False,
-    activation: str | None = None,
-    relay: Any = None,
-) -> tuple[Tensor, Tensor | None]:
+    x: Tensor, decay: Tensor, input_gain: Tensor, output_gain: Tensor, skip: Tensor | None, *,
+    real: Tensor | None = None, reset: Tensor | None = None, state: Tensor | None = None,
+    delayed: Tensor | None = None, delay_decay: Tensor | None = None, plan: ScanPlan | None = None,
+    need_state: bool = True, reverse: bool = False, activation: str | None = None, relay: Any = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """EMA over real tokens: s_t = q*s_{t-1} + g*(x_t - r*x_{t-T}), y_t = sum_n o_n*s_{t,n} + skip*x_t.
 
     Args:
@@ -122,8 +110,8 @@ def ema_scan(
     if reverse:
         x, real, reset, delayed = (None if t is None else t.flip(1) for t in (x, real, reset, delayed))
     if x.shape[1] == 1:
-        y, state = ema_step(x, decay, input_gain, output_gain, skip, state, real=real, reset=reset, delayed=delayed,
-                            delay_decay=delay_decay)  # fmt: skip
+        options = {"real": real, "reset": reset, "delayed": delayed, "delay_decay": delay_decay}
+        y, state = ema_step(x, decay, input_gain, output_gain, skip, state, **options)
     else:
         log_decay = decay.clamp_min(SMALLEST_DECAY).log()[..., None]
         inputs = [(x, input_gain[..., None])]
@@ -139,20 +127,10 @@ def ema_scan(
 
 @op("ema_step", triton=ema_step_triton, used=lambda facts: _is_ema(facts) and not facts.bidirectional)
 def ema_step(
-    x: Tensor,
-    decay: Tensor,
-    input_gain: Tensor,
-    output_gain: Tensor,
-    skip: Tensor | None,
-    state: Tensor | None,
-    *,
-    real: Tensor | None = None,
-    reset: Tensor | None = None,
-    delayed: Tensor | None = None,
-    delay_decay: Tensor | None = None,
-    block_start: Tensor | None = None,
-    activation: str | None = None,
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, decay: Tensor, input_gain: Tensor, output_gain: Tensor, skip: Tensor | None, state: Tensor | None, *,
+    real: Tensor | None = None, reset: Tensor | None = None, delayed: Tensor | None = None,
+    delay_decay: Tensor | None = None, block_start: Tensor | None = None, activation: str | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`ema_scan` of one column without chunks and without branches on values: the recurrence as it is written.
 
     Args: those of `ema_scan` with L = 1. The kernel overwrites the state.

@@ -92,6 +92,10 @@ class Packed:
     memory: MemoryKeys | None = None
     padded: bool = False
 
+    def wait(self) -> "Packed":
+        """As of a list that the device is still making."""
+        return self
+
     @property
     def steps(self) -> bool:
         """Whether this is one column whose tokens attend to the cache's ring as it lies there."""
@@ -101,6 +105,11 @@ class Packed:
     def skips(self) -> bool:
         """Whether this is a step in which no row attends."""
         return self.key_start is None and self.index is not None and self.index.shape[0] == 0
+
+
+def rows_at(x: Tensor, index: Tensor) -> Tensor:
+    """(B, n, D) at (B, m) int64 -> (B, m, D)."""
+    return x.gather(1, index[:, :, None].expand(-1, -1, x.shape[2]))
 
 
 def segment_bounds(reset: Tensor) -> Tensor:
@@ -129,13 +138,7 @@ def memory_before(active: Tensor, activated_count: Tensor, memory_size: int) -> 
 
 
 def lead_with_memory(
-    packed: Packed,
-    length: int,
-    memory_size: int,
-    activated_count: Tensor,
-    filled: Tensor,
-    segment: Tensor | None,
-    num_entries: int,
+    packed: Packed, length: int, memory_size: int, activated_count: Tensor, filled: Tensor, segment, num_entries: int
 ) -> Packed:
     """Puts each row's memory before its activated tokens.
 
@@ -236,8 +239,7 @@ def to_slots(x: Tensor, plan: ScanPlan) -> Tensor:
     slots = plan.num_chunks * plan.chunk_size
     if plan.source is None:
         return F.pad(x, (0, 0, 0, slots - x.shape[1]))
-    index = plan.source.clamp_max(x.shape[1] - 1)
-    taken = x.gather(1, index[:, :, None].expand(-1, -1, x.shape[2]))
+    taken = rows_at(x, plan.source.clamp_max(x.shape[1] - 1))
     return taken.masked_fill((plan.source == x.shape[1])[:, :, None], 0)
 
 
@@ -255,7 +257,7 @@ def to_columns(y: Tensor, plan: ScanPlan, length: int, real: Tensor | None) -> T
     """(B, S, D) slots -> (B, L, D) columns, zeros at pads."""
     if plan.slot is None:
         return y[:, :length]
-    taken = y.gather(1, plan.slot[:, :, None].expand(-1, -1, y.shape[2]))
+    taken = rows_at(y, plan.slot)
     return taken if real is None else taken.masked_fill(~real[:, :, None], 0)
 
 
@@ -304,7 +306,7 @@ def shift_real_tokens(
     source = source.clamp(0, extended.shape[1] - 1)
     if reset is not None:
         known = known & (wanted >= torch.where(reset & known, order, -lag).cummax(1).values)
-    return extended.gather(1, source[:, :, None].expand(-1, -1, width)).masked_fill(~known[:, :, None], 0)
+    return rows_at(extended, source).masked_fill(~known[:, :, None], 0)
 
 
 def last_real_tokens(x: Tensor, count: int, real: Tensor | None, reset: Tensor | None, history: Tensor) -> Tensor:
@@ -329,7 +331,7 @@ def last_real_tokens(x: Tensor, count: int, real: Tensor | None, reset: Tensor |
     wanted = order[:, -1:] + 1 - count + torch.arange(count, device=x.device)
     source = torch.where(wanted < 0, wanted + count, nth.gather(1, wanted.clamp(0, length)) + count)
     source = source.clamp(0, count + length - 1)
-    taken = extended.gather(1, source[:, :, None].expand(-1, -1, width))
+    taken = rows_at(extended, source)
     if reset is None:
         return taken
     first = torch.where(reset & real_columns, order, -count).amax(1, keepdim=True)

@@ -26,16 +26,6 @@ def _needs_row_norm(facts: Facts) -> str | None:
     return "norm_type='batchnorm' has no kernel" if facts.norm_type == "batchnorm" else None
 
 
-class _Ready:
-    """A list of activated tokens that nobody has to wait for."""
-
-    def __init__(self, packed: Packed):
-        self._packed = packed
-
-    def wait(self) -> Packed:
-        return self._packed
-
-
 @op("pack", triton=pack_triton)
 def pack(
     active: Tensor,
@@ -45,7 +35,7 @@ def pack(
     *,
     capacity: int | None = None,
     memory: tuple[Tensor, Tensor | None] | None = None,
-) -> _Ready:
+) -> Packed:
     """Compresses a batch (arXiv 2306.11197, section 3.2).
 
     Args:
@@ -59,8 +49,8 @@ def pack(
             each row up to each column, (B, L) int64 or None where none starts.
 
     Returns:
-        What `wait()` makes a `Packed` of. M depends on the data: this is the layer's one synchronisation with the
-            device.
+        What `wait()` makes a `Packed` of, as it is one here. M depends on the data: this is the layer's one
+        synchronisation with the device.
     """
     if capacity is not None:
         raise ValueError(
@@ -85,7 +75,7 @@ def pack(
         count, segment = memory
         filled = memory_before(active, count, memory_size)
         packed = lead_with_memory(packed, length, memory_size, count, filled, segment, int(filled.sum()))
-    return _Ready(packed)
+    return packed
 
 
 def pack_step(active: Tensor, all_rows: bool) -> Packed:

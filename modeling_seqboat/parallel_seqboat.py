@@ -27,7 +27,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .attention_seqboat import wants_whole_texts
 from .cache_seqboat import PartMemory, SeqBoatCache
-from .context_seqboat import SequenceContext
+from .context_seqboat import SequenceContext, Texts
 from .kernels_seqboat import Ops
 from .ops_layout_seqboat import last_real_tokens
 from .ssm_seqboat import Before, Recurrence
@@ -315,9 +315,7 @@ class Parts:
         self,
         real: Tensor | None,
         reset: Tensor | None,
-        position_ids: Tensor | None,
-        seq_idx: Tensor | None,
-        cu_seq_lens_q: Tensor | None,
+        texts: Texts,
         shape: tuple[int, int],
         dtype: torch.dtype,
         cache: SeqBoatCache | None,
@@ -326,13 +324,13 @@ class Parts:
         """Exchanges what the parts need to know of one another.
 
         Args:
-            real, reset, position_ids, seq_idx: of this part alone, (B, L) or None; shape: B and L.
+            real, reset, texts: of this part alone, (B, L) or None; shape: B and L.
             dtype: of the embeddings; ops: that the layers take.
 
         Returns:
             The part, and `reset` with the segment starts that only the part before shows.
         """
-        base = self.base
+        base, (_, position_ids, seq_idx, cu_seq_lens_q) = self.base, texts
         if torch.compiler.is_compiling():
             raise ValueError("context parallelism does not go with torch.compile")
         if cu_seq_lens_q is not None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .configuration_seqboat import LEARNED_ROUTERS, SeqBoatConfig
-from .kernels_seqboat import Facts, op
+from .kernels_seqboat import op
 from .ops_ema_seqboat import without_autocast
 from .triton_rows_seqboat import route_triton
 
@@ -49,11 +49,7 @@ def random_activation(places: Tensor, layer: int, rate: float, seed: int) -> Ten
     return drawn < round(rate * 2**32)
 
 
-def _needs_tempered_softmax(facts: Facts) -> str | None:
-    return facts.noisy
-
-
-@op("route", triton=route_triton, used=lambda facts: facts.routes, needs=(_needs_tempered_softmax,))
+@op("route", triton=route_triton, used=lambda facts: facts.routes, needs=(lambda facts: facts.noisy,))
 def route(
     x: Tensor, weight: Tensor, bias: Tensor, log_temperature: Tensor, real: Tensor | None, shift: float
 ) -> tuple[Tensor, Tensor]:

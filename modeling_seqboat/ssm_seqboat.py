@@ -276,15 +276,10 @@ class SeqBoatEMA(Recurrence):
         return self.truncation <= RENEWED_COLUMNS < length
 
     def _in_pieces(
-        self,
-        x: Tensor,
-        context: SequenceContext,
-        tables: tuple[Tensor, ...],
-        state: Tensor | None,
-        history: Tensor | None,
-        arguments: dict,
+        self, x: Tensor, context: SequenceContext, tables: tuple[Tensor, ...], state, history, arguments: dict
     ) -> tuple[Tensor, Tensor | None]:
-        """The scan of a long row, whose state is made anew every `RENEWED_COLUMNS`; arguments of `ema_scan`."""
+        """The scan of a long row, whose state is made anew every `RENEWED_COLUMNS`. state, history: as in `Before`;
+        arguments: of `ema_scan`."""
         ys, length = [], x.shape[1]
         window = x.new_zeros(x.shape[0], self.truncation, x.shape[2]) if history is None else history
         columns = {name: arguments[name] for name in ("real", "reset", "delayed")}

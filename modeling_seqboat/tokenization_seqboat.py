@@ -3,16 +3,7 @@
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-SPECIAL_TOKENS = (
-    "<|pad|>",
-    "<|bos|>",
-    "<|eos|>",
-    "<|mask|>",
-    "<|system|>",
-    "<|user|>",
-    "<|assistant|>",
-    "<|end|>",
-)
+SPECIAL_TOKENS = ("<|pad|>", "<|bos|>", "<|eos|>", "<|mask|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 
 # The generation block marks what an assistant said, for losses on these tokens alone. A content is a text, or a list
 # of parts of type text, as servers write them; `developer` is a newer name of the system's role.

@@ -82,10 +82,7 @@ def parameter_groups(
         raise ValueError(f"weight_decay must be at least 0, got {weight_decay}")
     decaying = set(decay_parameter_names(model, decay_embeddings))
     router_ids = {id(parameter) for _, router in _routers(model) for parameter in router.parameters()}
-    groups = [
-        {"params": [], "weight_decay": weight_decay},
-        {"params": [], "weight_decay": 0.0},
-    ]
+    groups = [{"params": [], "weight_decay": weight_decay}, {"params": [], "weight_decay": 0.0}]
     router_group = {"params": [], "weight_decay": 0.0, "lr": router_learning_rate}
     muon_group = {"params": [], "weight_decay": weight_decay, "lr": muon_learning_rate, "muon": True}
     for name, module, parameter in _owned_parameters(model):

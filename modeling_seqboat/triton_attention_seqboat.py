@@ -53,37 +53,29 @@ _MOST_COPIES, _COPIED_ENTRIES = 64, 2**17
 _RISE = {torch.float16: 14.0, torch.bfloat16: 64.0, torch.float32: 64.0}
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class _Blocks:
-    """Tile sizes and each kernel's launch options. `rows` queries share one program where the weights are formed."""
+    """Tile sizes, and each kernel's launch options. `rows` queries share one program where the weights are formed."""
 
     m: int
     n: int
     rows: int
     inner: int
     values: int
-    weights_options: dict[str, int]
-    values_options: dict[str, int]
-    score_grads_options: dict[str, int]
-    input_grads_options: dict[str, int]
+    options: dict[str, dict[str, int]]
 
 
 # Two programs of 128 columns share an SM: while one reads the gate and stores, the other multiplies.
-_BLOCKS_16BIT = _Blocks(
-    m=128, n=128, rows=64, inner=64, values=128,
-    weights_options={"num_warps": 4, "num_stages": 2},
-    values_options={"num_warps": 8, "num_stages": 3},
-    score_grads_options={"num_warps": 8, "num_stages": 3, "maxnreg": 128},
-    input_grads_options={"num_warps": 8, "num_stages": 3},
-)
+_BLOCKS_16BIT = _Blocks(m=128, n=128, rows=64, inner=64, values=128, options={
+    "weights": {"num_warps": 4, "num_stages": 2},
+    "values": {"num_warps": 8, "num_stages": 3},
+    "score_grads": {"num_warps": 8, "num_stages": 3, "maxnreg": 128},
+    "input_grads": {"num_warps": 8, "num_stages": 3},
+})
 # float32 products run on the ordinary units, where a large tile only costs registers.
-_BLOCKS_32BIT = _Blocks(
-    m=64, n=64, rows=32, inner=32, values=64,
-    weights_options={"num_warps": 4, "num_stages": 2},
-    values_options={"num_warps": 4, "num_stages": 2},
-    score_grads_options={"num_warps": 4, "num_stages": 2},
-    input_grads_options={"num_warps": 4, "num_stages": 2},
-)
+_BLOCKS_32BIT = _Blocks(m=64, n=64, rows=32, inner=32, values=64, options=dict.fromkeys(
+    _BLOCKS_16BIT.options, {"num_warps": 4, "num_stages": 2}
+))
 # How products are formed. The interpreter multiplies the bit patterns of bfloat16 as integers.
 _PRECISION = {torch.float32: "ieee", torch.float16: "tf32", torch.bfloat16: "tf32"}
 if interpreted():
@@ -168,41 +160,9 @@ def _write_plan(
 
 
 @jit
-def _scores(
-    q_tile, k_tile, table, q_places, k_places, table_size, table_center, scale, table_factor,
-    HAS_TABLE: tl.constexpr, PRECISION: tl.constexpr,
-):
-    """q_tile (rows, Z), k_tile (Z, BLOCK_N) -> float32 scores; for softmax in units of log 2."""
-    acc = tl.zeros((q_tile.shape[0], k_tile.shape[1]), tl.float32)
-    scores = _dot(q_tile, k_tile, acc, PRECISION) * scale
-    if HAS_TABLE:
-        entry = table_center + k_places[None, :] - q_places[:, None]
-        entry = tl.minimum(tl.maximum(entry, 0), table_size - 1)
-        scores += tl.load(table + entry).to(tl.float32) * table_factor
-    return scores
-
-
-@jit
 def _visible(keys, start, length):
     """(rows, keys): start <= key < start + length, as one unsigned comparison."""
     return (keys[None, :] - start[:, None]).to(tl.uint32, bitcast=True) < length[:, None].to(tl.uint32, bitcast=True)
-
-
-@jit
-def _load_keys(
-    k, k_place, tile, mk, k_stride, Z, HAS_TABLE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_Z: tl.constexpr
-):
-    """One tile of keys as (Z, BLOCK_N), their numbers in the stream and their places."""
-    z = tl.arange(0, BLOCK_Z)
-    local = tl.arange(0, BLOCK_N)
-    keys = tile * BLOCK_N + local
-    block = k + tl.cast(tile * BLOCK_N, tl.int64) * k_stride
-    inside = (keys < mk)[None, :] & (z < Z)[:, None]
-    k_tile = tl.load(block + local[None, :] * k_stride + z[:, None], mask=inside, other=0.0)
-    places = keys
-    if HAS_TABLE:
-        places = tl.load(k_place + keys, mask=keys < mk, other=0).to(tl.int32)
-    return k_tile, keys, places
 
 
 @jit
@@ -231,14 +191,24 @@ def _tile_scores(
     queries, tile, k, k_place, table, numbers, Z: tl.constexpr, HIDDEN: tl.constexpr, HAS_TABLE: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_Z: tl.constexpr,
 ):
-    """Scores of a tile, HIDDEN where a query does not see the key. queries: of `_load_queries`; numbers: mk, k_stride,
-    table_size, table_center, scale, table_factor."""
+    """float32 scores of a tile, for softmax in units of log 2, HIDDEN where a query does not see the key. queries: of
+    `_load_queries`; numbers: mk, k_stride, table_size, table_center, scale, table_factor."""
     q_tile, start, length, q_places = queries
     mk, k_stride, table_size, table_center, scale, table_factor = numbers
-    k_tile, keys, k_places = _load_keys(k, k_place, tile, mk, k_stride, Z, HAS_TABLE, BLOCK_N, BLOCK_Z)
-    scores = _scores(
-        q_tile, k_tile, table, q_places, k_places, table_size, table_center, scale, table_factor, HAS_TABLE, PRECISION
-    )
+    z = tl.arange(0, BLOCK_Z)
+    local = tl.arange(0, BLOCK_N)
+    keys = tile * BLOCK_N + local
+    block = k + tl.cast(tile * BLOCK_N, tl.int64) * k_stride
+    inside = (keys < mk)[None, :] & (z < Z)[:, None]
+    k_tile = tl.load(block + local[None, :] * k_stride + z[:, None], mask=inside, other=0.0)
+    k_places = keys
+    if HAS_TABLE:
+        k_places = tl.load(k_place + keys, mask=keys < mk, other=0).to(tl.int32)
+    scores = _dot(q_tile, k_tile, tl.zeros((q_tile.shape[0], BLOCK_N), tl.float32), PRECISION) * scale
+    if HAS_TABLE:
+        entry = table_center + k_places[None, :] - q_places[:, None]
+        entry = tl.minimum(tl.maximum(entry, 0), table_size - 1)
+        scores += tl.load(table + entry).to(tl.float32) * table_factor
     return tl.where(_visible(keys, start, length), scores, HIDDEN)
 
 
@@ -327,8 +297,7 @@ def _weights_kernel(
 
 @jit
 def _times_rows(
-    acc, tiles, x, first, base, steps, column, x_rows, x_columns, x_stride,
-    PRECISION: tl.constexpr,
+    acc, tiles, x, first, base, steps, column, x_rows, x_columns, x_stride, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, INNER: tl.constexpr, WIDTH: tl.constexpr,
 ):
     """acc (BLOCK_M, WIDTH) += tiles of one block of queries times rows of x (keys, columns)."""
@@ -350,8 +319,7 @@ def _times_rows(
 
 @jit
 def _times_columns(
-    acc, tiles, x, bases, key_block, low, steps, column, x_rows, x_columns, x_stride,
-    PRECISION: tl.constexpr,
+    acc, tiles, x, bases, key_block, low, steps, column, x_rows, x_columns, x_stride, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, INNER: tl.constexpr, WIDTH: tl.constexpr,
 ):
     """acc (BLOCK_N, WIDTH) += tiles of one block of keys, transposed, times rows of x (queries, columns)."""
@@ -388,9 +356,9 @@ def _column_halves(x):
 
 @jit
 def _store_values(
-    acc, gate, out, gated, row, column, m, gate_stride,
-    V: tl.constexpr, GATE: tl.constexpr, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr,
+    acc, to, row, column, V: tl.constexpr, GATE: tl.constexpr, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr
 ):
+    gate, out, gated, m, gate_stride = to
     local = tl.arange(0, BLOCK_M)
     columns = column + tl.arange(0, WIDTH)
     inside = (row + local < m)[:, None] & (columns < V)[None, :]
@@ -420,20 +388,20 @@ def _values_kernel(
     steps = tl.where(fits, (end - first) * (BLOCK_N // INNER), 0)
     acc = tl.zeros((BLOCK_M, WIDTH), tl.float32)
     acc = _times_rows(
-        acc, tiles, v, first, base, steps, column, mk, V, v_stride,
-        PRECISION, BLOCK_M, BLOCK_N, INNER, WIDTH,
+        acc, tiles, v, first, base, steps, column, mk, V, v_stride, PRECISION, BLOCK_M, BLOCK_N, INNER, WIDTH
     )
     row = block * BLOCK_M
     if SOFTMAX:
         rows = row + tl.arange(0, BLOCK_M)
         acc = acc * tl.load(row_stats + m + rows, mask=rows < m, other=0.0)[:, None]
     acc = acc * tl.where(fits, downscale, float("nan"))
+    to = (gate, out, gated, m, gate_stride)
     if WIDTH >= 128:
         left, right = _column_halves(acc)
-        _store_values(left, gate, out, gated, row, column, m, gate_stride, V, GATE, BLOCK_M, WIDTH // 2)
-        _store_values(right, gate, out, gated, row, column + WIDTH // 2, m, gate_stride, V, GATE, BLOCK_M, WIDTH // 2)
+        _store_values(left, to, row, column, V, GATE, BLOCK_M, WIDTH // 2)
+        _store_values(right, to, row, column + WIDTH // 2, V, GATE, BLOCK_M, WIDTH // 2)
     else:
-        _store_values(acc, gate, out, gated, row, column, m, gate_stride, V, GATE, BLOCK_M, WIDTH)
+        _store_values(acc, to, row, column, V, GATE, BLOCK_M, WIDTH)
 
 
 @kernel("m")
@@ -530,9 +498,9 @@ def _score_grads_kernel(
 
 @jit
 def _store_value_grads(
-    acc, raw, grad_v, key, column, mk, raw_stride, grad_v_stride,
-    V: tl.constexpr, SILU: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr,
+    acc, to, key, column, V: tl.constexpr, SILU: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr
 ):
+    raw, grad_v, mk, raw_stride, grad_v_stride = to
     local = tl.arange(0, BLOCK_N)
     columns = column + tl.arange(0, WIDTH)
     inside = (key + local < mk)[:, None] & (columns < V)[None, :]
@@ -585,20 +553,13 @@ def _input_grads_kernel(
                 PRECISION, BLOCK_M, BLOCK_N, INNER, WIDTH,
             )
             acc = acc * tl.where(fits, downscale, float("nan"))
+            to = (raw, grad_v, mk, raw_stride, grad_v_stride)
             if WIDTH >= 128:
-                half: tl.constexpr = WIDTH // 2
                 left, right = _column_halves(acc)
-                _store_value_grads(
-                    left, raw, grad_v, key, column, mk, raw_stride, grad_v_stride, V, SILU, BLOCK_N, half
-                )
-                column += half
-                _store_value_grads(
-                    right, raw, grad_v, key, column, mk, raw_stride, grad_v_stride, V, SILU, BLOCK_N, half
-                )
+                _store_value_grads(left, to, key, column, V, SILU, BLOCK_N, WIDTH // 2)
+                _store_value_grads(right, to, key, column + WIDTH // 2, V, SILU, BLOCK_N, WIDTH // 2)
             else:
-                _store_value_grads(
-                    acc, raw, grad_v, key, column, mk, raw_stride, grad_v_stride, V, SILU, BLOCK_N, WIDTH
-                )
+                _store_value_grads(acc, to, key, column, V, SILU, BLOCK_N, WIDTH)
         else:
             key_grads = tl.zeros((BLOCK_N, BLOCK_Z), tl.float32)
             key_grads = _times_columns(
@@ -676,7 +637,7 @@ def attention_forward(
         (n_blocks * (blocks.m // blocks.rows),),
         q, k, ranges.key_start, ranges.key_end, table, ranges.q_place, ranges.k_place, weights, row_stats, plan,
         m, mk, n_blocks, n_key_blocks, call.list_size, q.stride(0), k.stride(0),
-        *_score_arguments(call, table), call.upscale, options=blocks.weights_options,
+        *_score_arguments(call, table), call.upscale, options=blocks.options["weights"],
         Z=z, SOFTMAX=softmax, HAS_TABLE=table is not None, PRECISION=precision, RISE=_RISE[q.dtype],
         BLOCK_M=blocks.m, BLOCK_N=blocks.n, BLOCK_Z=power_of_two(z), ROWS=blocks.rows,
         CHUNK=128 if n_blocks <= _MANY_BLOCKS else 1024,
@@ -688,7 +649,7 @@ def attention_forward(
     _values_kernel(
         (n_blocks * slices,), weights, v, plan, row_stats, gate, out, gated,
         m, mk, n_blocks, call.list_size, v.stride(0), 0 if gate is None else gate.stride(0), 1 / call.upscale,
-        options=blocks.values_options, V=width, SOFTMAX=softmax, GATE=gate_form, PRECISION=precision,
+        options=blocks.options["values"], V=width, SOFTMAX=softmax, GATE=gate_form, PRECISION=precision,
         BLOCK_M=blocks.m, BLOCK_N=blocks.n, INNER=blocks.inner, WIDTH=columns, SLICES=slices,
     )
     return out, gated, row_stats, plan
@@ -727,7 +688,7 @@ def attention_backward(
         (call.list_size,), q, k, v, grad_out, ranges.key_start, ranges.key_end, table, ranges.q_place, ranges.k_place,
         row_stats, sums if softmax else None, plan, weights, score_grads, top,
         *sizes, q.stride(0), k.stride(0), v.stride(0), grad_out.stride(0),
-        *_score_arguments(call, table), call.upscale, 1 / call.upscale, options=blocks.score_grads_options,
+        *_score_arguments(call, table), call.upscale, 1 / call.upscale, options=blocks.options["score_grads"],
         Z=z, V=width, SOFTMAX=softmax, HAS_TABLE=table is not None, WANT_TOP=table is not None, PRECISION=precision,
         BLOCK_M=blocks.m, BLOCK_N=blocks.n, BLOCK_Z=power_of_two(z), INNER=blocks.inner,
     )
@@ -739,8 +700,8 @@ def attention_backward(
     _input_grads_kernel(
         (n_key_blocks * (slices + 1) + n_blocks,),
         weights, grad_out, score_grads, q, k, raw_v, plan, grad_v, grad_q, grad_k,
-        *sizes, q.stride(0), k.stride(0), *strides, 1 / call.upscale, call.scale, options=blocks.input_grads_options,
-        V=width, Z=z, SILU=raw_v is not None, PRECISION=precision,
+        *sizes, q.stride(0), k.stride(0), *strides, 1 / call.upscale, call.scale,
+        options=blocks.options["input_grads"], V=width, Z=z, SILU=raw_v is not None, PRECISION=precision,
         BLOCK_M=blocks.m, BLOCK_N=blocks.n, INNER=blocks.inner, WIDTH=columns, SLICES=slices, BLOCK_Z=power_of_two(z),
     )
     if table is None:

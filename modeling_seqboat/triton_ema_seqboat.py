@@ -66,11 +66,12 @@ def _away_from_zero(gain):
 
 @jit
 def _chunk(
-    length, chunk, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, UNROLL: tl.constexpr,
-    DIRECTION: tl.constexpr,
+    x_ptr, delayed_ptr, real_ptr, reset_ptr, length, chunk, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr, UNROLL: tl.constexpr, DIRECTION: tl.constexpr,
 ):
-    """A program's chunk: its number among all rows' chunks, its channels and states, where its first token lies among
-    all B * L and where that token's channels do, how many tokens it has, and how many come UNROLL at once."""
+    """A program's chunk: its number among all rows' chunks, its channels and states, where its inputs, delayed inputs,
+    real marks and segment starts lie, where its first token's channels do among all B * L * D, how many tokens it has,
+    and how many come UNROLL at once."""
     index, row = tl.program_id(1), tl.program_id(2)
     chunk_id = row.to(tl.int64) * tl.num_programs(1) + index
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -80,7 +81,8 @@ def _chunk(
     token = row.to(tl.int64) * length + at
     tokens = tl.minimum(chunk, length - index * chunk)
     place = token * D + tl.minimum(d, D - 1)
-    return chunk_id, d, tl.arange(0, BLOCK_N), token, place, tokens, tokens // UNROLL * UNROLL
+    at = (x_ptr + place, delayed_ptr + place, real_ptr + token, reset_ptr + token)
+    return chunk_id, d, tl.arange(0, BLOCK_N), at, place, tokens, tokens // UNROLL * UNROLL
 
 
 @jit
@@ -94,6 +96,16 @@ def _tile_offsets(d, n, D: tl.constexpr, N: tl.constexpr):
 def _load_tile(ptr, d, n, D: tl.constexpr, N: tl.constexpr):
     """(D-block, N-block) of an (N, D) table, zero beyond N."""
     return tl.where((n < N)[None, :], tl.load(ptr + _tile_offsets(d, n, D, N)), 0.0)
+
+
+@jit
+def _load_decays(pack_ptr, d, n, D: tl.constexpr, N: tl.constexpr, HAS: tl.constexpr):
+    """q and the delay decay; without one, q again, which nobody reads."""
+    q = _load_tile(pack_ptr, d, n, D, N)
+    qt = q
+    if _DELAY & HAS:
+        qt = _load_tile(pack_ptr + 4 * N * D, d, n, D, N)
+    return q, qt
 
 
 @jit
@@ -116,11 +128,9 @@ def _load_one(ptr, valid, STEP: tl.constexpr, COUNT: tl.constexpr):
 
 
 @jit
-def _load_tokens(
-    at, i, valid, D: tl.constexpr, DIRECTION: tl.constexpr, COUNT: tl.constexpr, HAS: tl.constexpr,
-):
-    """Everything that COUNT tokens from number i on bring with them, one list after the other; see _pick. at: where a
-    chunk's inputs, delayed inputs, real marks and segment starts lie."""
+def _load_tokens(at, i, valid, D: tl.constexpr, DIRECTION: tl.constexpr, COUNT: tl.constexpr, HAS: tl.constexpr):
+    """Everything that COUNT tokens from number i on bring with them, one list after the other; see _pick. at: of
+    _chunk."""
     values = _load_one(at[0] + i * (DIRECTION * D), valid, DIRECTION * D, COUNT)
     if _DELAY & HAS:
         values = values + _load_one(at[1] + i * (DIRECTION * D), valid, DIRECTION * D, COUNT)
@@ -132,9 +142,7 @@ def _load_tokens(
 
 
 @jit
-def _pick(
-    values, j: tl.constexpr, COUNT: tl.constexpr, HAS: tl.constexpr,
-):
+def _pick(values, j: tl.constexpr, COUNT: tl.constexpr, HAS: tl.constexpr):
     """x, delayed input, real and reset of token j; what there is not is x again, which nobody reads."""
     x = values[j]
     delayed, real, first = x, x, x
@@ -231,10 +239,7 @@ def _pack_kernel(
 
 
 @jit
-def _chunk_state_block(
-    z, count, cut, values, q, qt,
-    COUNT: tl.constexpr, HAS: tl.constexpr,
-):
+def _chunk_state_block(z, count, cut, values, q, qt, COUNT: tl.constexpr, HAS: tl.constexpr):
     for j in tl.static_range(COUNT):
         x, delayed, real, first = _pick(values, j, COUNT, HAS)
         z = _advance(z, _drive(x, delayed, qt, HAS), q, real, first, HAS)
@@ -251,19 +256,17 @@ def _chunk_state_block(
 @kernel(*_VARYING)
 def _chunk_state_kernel(
     x_ptr, delayed_ptr, real_ptr, reset_ptr, pack_ptr, local_ptr, span_ptr, length, chunk,
-    D: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, UNROLL: tl.constexpr,
-    DIRECTION: tl.constexpr, HAS: tl.constexpr,
+    D: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, DIRECTION: tl.constexpr,
+    HAS: tl.constexpr, UNROLL: tl.constexpr,
 ):
     """z at the end of each chunk when it starts from zero (B, chunks, N, D); the chunk's count of real tokens, -1 if
     a segment starts in it (B, chunks)."""
-    chunk_id, d, n, token, place, tokens, whole = _chunk(length, chunk, D, BLOCK_D, BLOCK_N, UNROLL, DIRECTION)
-    at = (x_ptr + place, delayed_ptr + place, real_ptr + token, reset_ptr + token)
+    chunk_id, d, n, at, place, tokens, whole = _chunk(
+        x_ptr, delayed_ptr, real_ptr, reset_ptr, length, chunk, D, BLOCK_D, BLOCK_N, UNROLL, DIRECTION
+    )
     # The next tokens are on their way while these are worked on.
     values = _load_tokens(at, 0, whole > 0, D, DIRECTION, UNROLL, HAS)
-    q = _load_tile(pack_ptr, d, n, D, N)
-    qt = q
-    if _DELAY & HAS:
-        qt = _load_tile(pack_ptr + 4 * N * D, d, n, D, N)
+    q, qt = _load_decays(pack_ptr, d, n, D, N, HAS)
     z = tl.zeros((BLOCK_D, BLOCK_N), tl.float32)
     count = 0
     cut = 0
@@ -327,9 +330,11 @@ def _carry_kernel(
 
 @jit
 def _output_block(
-    z, values, y_ptr, out_ptr, q, c, qt, skip, inside,
+    z, values, to, channels,
     STEP: tl.constexpr, COUNT: tl.constexpr, HAS: tl.constexpr, SILU: tl.constexpr, SAVE_Y: tl.constexpr,
 ):
+    q, c, qt, skip, inside = channels
+    y_ptr, out_ptr = to
     for j in tl.static_range(COUNT):
         x, delayed, real, first = _pick(values, j, COUNT, HAS)
         z = _advance(z, _drive(x, delayed, qt, HAS), q, real, first, HAS)
@@ -348,24 +353,22 @@ def _output_block(
 def _output_kernel(
     x_ptr, delayed_ptr, real_ptr, reset_ptr, pack_ptr, skip_ptr, state_ptr, entry_ptr, y_ptr, out_ptr, final_ptr,
     length, chunk,
-    D: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, UNROLL: tl.constexpr,
-    DIRECTION: tl.constexpr, HAS: tl.constexpr,
-    HAS_SKIP: tl.constexpr, HAS_STATE: tl.constexpr, HAS_ENTRY: tl.constexpr, SILU: tl.constexpr, SAVE_Y: tl.constexpr,
+    D: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, DIRECTION: tl.constexpr,
+    HAS: tl.constexpr, UNROLL: tl.constexpr, HAS_SKIP: tl.constexpr, HAS_STATE: tl.constexpr, HAS_ENTRY: tl.constexpr,
+    SILU: tl.constexpr, SAVE_Y: tl.constexpr,
 ):
     """Outputs of a chunk from its entry state, and the final state from the last chunk."""
-    chunk_id, d, n, token, place, tokens, whole = _chunk(length, chunk, D, BLOCK_D, BLOCK_N, UNROLL, DIRECTION)
+    chunk_id, d, n, at, place, tokens, whole = _chunk(
+        x_ptr, delayed_ptr, real_ptr, reset_ptr, length, chunk, D, BLOCK_D, BLOCK_N, UNROLL, DIRECTION
+    )
     inside = d < D
     column = tl.minimum(d, D - 1)
     STEP: tl.constexpr = DIRECTION * D
-    at = (x_ptr + place, delayed_ptr + place, real_ptr + token, reset_ptr + token)
     y_ptr += place
     out_ptr += place
     values = _load_tokens(at, 0, whole > 0, D, DIRECTION, UNROLL, HAS)
-    q = _load_tile(pack_ptr, d, n, D, N)
+    q, qt = _load_decays(pack_ptr, d, n, D, N, HAS)
     c = _load_tile(pack_ptr + N * D, d, n, D, N)
-    qt = q
-    if _DELAY & HAS:
-        qt = _load_tile(pack_ptr + 4 * N * D, d, n, D, N)
     skip = tl.zeros((BLOCK_D,), tl.float32)
     if HAS_SKIP:
         skip = tl.load(skip_ptr + column)
@@ -375,21 +378,18 @@ def _output_kernel(
     elif HAS_STATE:
         gain = tl.load(pack_ptr + 2 * N * D + _tile_offsets(d, n, D, N))
         z = tl.load(state_ptr + _state_offsets(tl.program_id(2), d, n, D, N)) / gain
+    channels = (q, c, qt, skip, inside)
     i = 0
     while i < whole:
         following = _load_tokens(at, i + UNROLL, i + UNROLL < whole, D, DIRECTION, UNROLL, HAS)
-        z = _output_block(
-            z, values, y_ptr + i * STEP, out_ptr + i * STEP, q, c, qt, skip, inside,
-            STEP, UNROLL, HAS, SILU, SAVE_Y,
-        )
+        to = (y_ptr + i * STEP, out_ptr + i * STEP)
+        z = _output_block(z, values, to, channels, STEP, UNROLL, HAS, SILU, SAVE_Y)
         values = following
         i += UNROLL
     while i < tokens:
         last = _load_tokens(at, i, i < tokens, D, DIRECTION, 1, HAS)
-        z = _output_block(
-            z, last, y_ptr + i * STEP, out_ptr + i * STEP, q, c, qt, skip, inside,
-            STEP, 1, HAS, SILU, SAVE_Y,
-        )
+        to = (y_ptr + i * STEP, out_ptr + i * STEP)
+        z = _output_block(z, last, to, channels, STEP, 1, HAS, SILU, SAVE_Y)
         i += 1
     if tl.program_id(1) == tl.num_programs(1) - 1:
         gain = tl.load(pack_ptr + 2 * N * D + _tile_offsets(d, n, D, N))
@@ -421,8 +421,7 @@ def _adjoint_step(carry, dy, q, real, first, HAS: tl.constexpr, EAGER: tl.conste
 @jit
 def _adjoint_block(
     carry, product, values, grads, q, qt,
-    COUNT: tl.constexpr, HAS: tl.constexpr, SILU: tl.constexpr,
-    EAGER: tl.constexpr,
+    COUNT: tl.constexpr, HAS: tl.constexpr, SILU: tl.constexpr, EAGER: tl.constexpr,
 ):
     for j in tl.static_range(COUNT - 1, -1, -1):
         x, delayed, real, first = _pick(values, j, COUNT, HAS)
@@ -435,39 +434,32 @@ def _adjoint_block(
 @kernel(*_VARYING)
 def _adjoint_kernel(
     x_ptr, delayed_ptr, real_ptr, reset_ptr, pack_ptr, y_ptr, grad_ptr, carry_out_ptr, product_ptr, length, chunk,
-    D: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, UNROLL: tl.constexpr,
-    DIRECTION: tl.constexpr, HAS: tl.constexpr,
-    SILU: tl.constexpr, EAGER: tl.constexpr,
+    D: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, DIRECTION: tl.constexpr,
+    HAS: tl.constexpr, UNROLL: tl.constexpr, SILU: tl.constexpr, EAGER: tl.constexpr,
 ):
     """The chunk's own share of the carry that leaves it at its entry, and sum_t u_t a_t; both (B, chunks, N, D)."""
-    chunk_id, d, n, token, place, tokens, whole = _chunk(length, chunk, D, BLOCK_D, BLOCK_N, UNROLL, DIRECTION)
+    chunk_id, d, n, at, place, tokens, whole = _chunk(
+        x_ptr, delayed_ptr, real_ptr, reset_ptr, length, chunk, D, BLOCK_D, BLOCK_N, UNROLL, DIRECTION
+    )
     STEP: tl.constexpr = DIRECTION * D
-    at = (x_ptr + place, delayed_ptr + place, real_ptr + token, reset_ptr + token)
     y_ptr += place
     grad_ptr += place
     i = whole - UNROLL
     values = _load_tokens(at, i, i >= 0, D, DIRECTION, UNROLL, HAS)
     grads = _load_grads(grad_ptr, y_ptr, i, i >= 0, STEP, UNROLL, SILU)
-    q = _load_tile(pack_ptr, d, n, D, N)
-    qt = q
-    if _DELAY & HAS:
-        qt = _load_tile(pack_ptr + 4 * N * D, d, n, D, N)
+    q, qt = _load_decays(pack_ptr, d, n, D, N, HAS)
     carry = tl.zeros((BLOCK_D, BLOCK_N), tl.float32)
     product = tl.zeros((BLOCK_D, BLOCK_N), tl.float32)
     k = tokens - 1
     while k >= whole:
         last = _load_tokens(at, k, k >= whole, D, DIRECTION, 1, HAS)
         last_grads = _load_grads(grad_ptr, y_ptr, k, k >= whole, STEP, 1, SILU)
-        carry, product = _adjoint_block(
-            carry, product, last, last_grads, q, qt, 1, HAS, SILU, EAGER
-        )
+        carry, product = _adjoint_block(carry, product, last, last_grads, q, qt, 1, HAS, SILU, EAGER)
         k -= 1
     while i >= 0:
         following = _load_tokens(at, i - UNROLL, i >= UNROLL, D, DIRECTION, UNROLL, HAS)
         following_grads = _load_grads(grad_ptr, y_ptr, i - UNROLL, i >= UNROLL, STEP, UNROLL, SILU)
-        carry, product = _adjoint_block(
-            carry, product, values, grads, q, qt, UNROLL, HAS, SILU, EAGER
-        )
+        carry, product = _adjoint_block(carry, product, values, grads, q, qt, UNROLL, HAS, SILU, EAGER)
         values = following
         grads = following_grads
         i -= UNROLL
@@ -542,10 +534,12 @@ def _carry_adjoint_kernel(
 
 @jit
 def _input_grad_block(
-    carry, slope, decay_sum, delay_sum, skip_sum, values, grads, x_grad_ptr, delayed_grad_ptr, q, c, qt, skip, inside,
-    STEP: tl.constexpr, COUNT: tl.constexpr, HAS: tl.constexpr,
-    SILU: tl.constexpr, EAGER: tl.constexpr,
+    sums, values, grads, to, channels,
+    STEP: tl.constexpr, COUNT: tl.constexpr, HAS: tl.constexpr, SILU: tl.constexpr, EAGER: tl.constexpr,
 ):
+    carry, slope, decay_sum, delay_sum, skip_sum = sums
+    q, c, qt, skip, inside = channels
+    x_grad_ptr, delayed_grad_ptr = to
     for j in tl.static_range(COUNT - 1, -1, -1):
         x, delayed, real, first = _pick(values, j, COUNT, HAS)
         dy = _output_grad(grads, j, real, COUNT, HAS, SILU)
@@ -575,9 +569,8 @@ def _input_grad_block(
 def _input_grad_kernel(
     x_ptr, delayed_ptr, real_ptr, reset_ptr, pack_ptr, skip_ptr, y_ptr, grad_ptr, entry_ptr, carry_in_ptr,
     x_grad_ptr, delayed_grad_ptr, part_ptr, length, chunk,
-    D: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, UNROLL: tl.constexpr,
-    DIRECTION: tl.constexpr, HAS: tl.constexpr,
-    HAS_SKIP: tl.constexpr, SILU: tl.constexpr, EAGER: tl.constexpr,
+    D: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, DIRECTION: tl.constexpr,
+    HAS: tl.constexpr, UNROLL: tl.constexpr, HAS_SKIP: tl.constexpr, SILU: tl.constexpr, EAGER: tl.constexpr,
 ):
     """Gradients of x and delayed; a chunk's sums for decay, delay decay and skip (B chunks, N [+ N] + 1, D).
 
@@ -585,11 +578,12 @@ def _input_grad_kernel(
     the inputs before t and the entry state, so one backward sweep does: the slope sum_{t>j} q^(t-1-j) a_t is what
     multiplies input j.
     """
-    chunk_id, d, n, token, place, tokens, whole = _chunk(length, chunk, D, BLOCK_D, BLOCK_N, UNROLL, DIRECTION)
+    chunk_id, d, n, at, place, tokens, whole = _chunk(
+        x_ptr, delayed_ptr, real_ptr, reset_ptr, length, chunk, D, BLOCK_D, BLOCK_N, UNROLL, DIRECTION
+    )
     inside = d < D
     column = tl.minimum(d, D - 1)
     STEP: tl.constexpr = DIRECTION * D
-    at = (x_ptr + place, delayed_ptr + place, real_ptr + token, reset_ptr + token)
     y_ptr += place
     grad_ptr += place
     x_grad_ptr += place
@@ -597,40 +591,32 @@ def _input_grad_kernel(
     i = whole - UNROLL
     values = _load_tokens(at, i, i >= 0, D, DIRECTION, UNROLL, HAS)
     grads = _load_grads(grad_ptr, y_ptr, i, i >= 0, STEP, UNROLL, SILU)
-    q = _load_tile(pack_ptr, d, n, D, N)
+    q, qt = _load_decays(pack_ptr, d, n, D, N, HAS)
     c = _load_tile(pack_ptr + N * D, d, n, D, N)
-    qt = q
-    if _DELAY & HAS:
-        qt = _load_tile(pack_ptr + 4 * N * D, d, n, D, N)
     skip = tl.zeros((BLOCK_D,), tl.float32)
     if HAS_SKIP:
         skip = tl.load(skip_ptr + column)
+    channels = (q, c, qt, skip, inside)
+    none = tl.zeros((BLOCK_D, BLOCK_N), tl.float32)
+    # Carry, slope, and the sums for decay, delay decay and skip.
     carry = _load_tile(carry_in_ptr + chunk_id * (N * D), d, n, D, N)
-    slope = tl.zeros((BLOCK_D, BLOCK_N), tl.float32)
-    decay_sum = tl.zeros((BLOCK_D, BLOCK_N), tl.float32)
-    delay_sum = tl.zeros((BLOCK_D, BLOCK_N), tl.float32)
-    skip_sum = tl.zeros((BLOCK_D,), tl.float32)
+    sums = (carry, none, none, none, tl.zeros((BLOCK_D,), tl.float32))
     k = tokens - 1
     while k >= whole:
         last = _load_tokens(at, k, k >= whole, D, DIRECTION, 1, HAS)
         last_grads = _load_grads(grad_ptr, y_ptr, k, k >= whole, STEP, 1, SILU)
-        carry, slope, decay_sum, delay_sum, skip_sum = _input_grad_block(
-            carry, slope, decay_sum, delay_sum, skip_sum, last, last_grads, x_grad_ptr + k * STEP,
-            delayed_grad_ptr + k * STEP, q, c, qt, skip, inside,
-            STEP, 1, HAS, SILU, EAGER,
-        )
+        to = (x_grad_ptr + k * STEP, delayed_grad_ptr + k * STEP)
+        sums = _input_grad_block(sums, last, last_grads, to, channels, STEP, 1, HAS, SILU, EAGER)
         k -= 1
     while i >= 0:
         following = _load_tokens(at, i - UNROLL, i >= UNROLL, D, DIRECTION, UNROLL, HAS)
         following_grads = _load_grads(grad_ptr, y_ptr, i - UNROLL, i >= UNROLL, STEP, UNROLL, SILU)
-        carry, slope, decay_sum, delay_sum, skip_sum = _input_grad_block(
-            carry, slope, decay_sum, delay_sum, skip_sum, values, grads, x_grad_ptr + i * STEP,
-            delayed_grad_ptr + i * STEP, q, c, qt, skip, inside,
-            STEP, UNROLL, HAS, SILU, EAGER,
-        )
+        to = (x_grad_ptr + i * STEP, delayed_grad_ptr + i * STEP)
+        sums = _input_grad_block(sums, values, grads, to, channels, STEP, UNROLL, HAS, SILU, EAGER)
         values = following
         grads = following_grads
         i -= UNROLL
+    _, slope, decay_sum, delay_sum, skip_sum = sums
     input_gain = _load_tile(pack_ptr + 2 * N * D, d, n, D, N)
     output_gain = _load_tile(pack_ptr + 3 * N * D, d, n, D, N)
     entry = _load_tile(entry_ptr + chunk_id * (N * D), d, n, D, N)
@@ -744,11 +730,9 @@ class _EmaScan(torch.autograd.Function):
         training = any(ctx.needs_input_grad)
         has_span = real is not None or reset is not None
         many = has_span or delayed is not None
-        common = {
-            "DIRECTION": -1 if reverse else 1,
-            "HAS": sum(bit for bit, given in ((1, delayed), (2, real), (4, reset)) if given is not None),
-        }
+        has = sum(bit for bit, given in ((1, delayed), (2, real), (4, reset)) if given is not None)
         shape = {"D": width, "N": states, "BLOCK_D": _BLOCK_D, "BLOCK_N": power_of_two(states, 1)}
+        shape |= {"DIRECTION": -1 if reverse else 1, "HAS": has}
         has_state = state is not None
         grid = (-(-width // _BLOCK_D), chunks, batch)
         size = states * width
@@ -766,8 +750,8 @@ class _EmaScan(torch.autograd.Function):
             if has_span:
                 span = torch.empty(batch, chunks, dtype=torch.int32, device=x.device)
             _chunk_state_kernel(
-                grid, *tokens, pack, local, span, length, chunk, options=_WARPS,
-                **shape, UNROLL=_UNROLL["chunk_state"][many], **common,
+                grid, *tokens, pack, local, span, length, chunk, options=_WARPS, **shape,
+                UNROLL=_UNROLL["chunk_state"][many],
             )
         if relay is not None:
             tail = length - (chunks - 1) * chunk
@@ -782,15 +766,14 @@ class _EmaScan(torch.autograd.Function):
         final = torch.empty(batch, width, states, **float32)
         _output_kernel(
             grid, *tokens, pack, pack if skip is None else skip, state if has_state else pack, entry, y, out, final,
-            length, chunk, options=_WARPS, **shape, UNROLL=_UNROLL["output"][many], **common,
+            length, chunk, options=_WARPS, **shape, UNROLL=_UNROLL["output"][many],
             HAS_SKIP=skip is not None, HAS_STATE=has_state, HAS_ENTRY=chunks > 1, SILU=silu, SAVE_Y=save_y,
         )
         if training:
             ctx.save_for_backward(
                 x, skip, state, delayed, real, reset, pack, local, span if has_span else None, y if silu else None
             )
-            ctx.chunk, ctx.common, ctx.shape, ctx.silu, ctx.many = chunk, common, shape, silu, many
-            ctx.relay = relay
+            ctx.chunk, ctx.shape, ctx.silu, ctx.many, ctx.relay = chunk, shape, silu, many, relay
             ctx.set_materialize_grads(False)
         return out, final
 
@@ -799,7 +782,7 @@ class _EmaScan(torch.autograd.Function):
     def backward(ctx, grad, final_grad):
         x, skip, state, delayed, real, reset, pack, local, span, y = ctx.saved_tensors
         batch, length, width = x.shape
-        chunk, common, shape, silu, many = ctx.chunk, ctx.common, ctx.shape, ctx.silu, ctx.many
+        chunk, shape, silu, many = ctx.chunk, ctx.shape, ctx.silu, ctx.many
         chunks, states = local.shape[1], local.shape[2]
         size = states * width
         rows = (1 if delayed is None else 2) * states + 1
@@ -812,7 +795,7 @@ class _EmaScan(torch.autograd.Function):
         carry_out, product, entry, carry_in = torch.empty(4, *local.shape, **float32).unbind()
         _adjoint_kernel(
             grid, *tokens, pack, y_, grad, carry_out, product, length, chunk, options=_WARPS,
-            **shape, UNROLL=_UNROLL["adjoint"][many], **common, SILU=silu, EAGER=eager,
+            **shape, UNROLL=_UNROLL["adjoint"][many], SILU=silu, EAGER=eager,
         )
         gain_grad = torch.empty(batch, 2, states, width, **float32)
         state_grad = torch.empty(batch, width, states, **float32)
@@ -837,7 +820,7 @@ class _EmaScan(torch.autograd.Function):
         _input_grad_kernel(
             grid, *tokens, pack, pack if skip is None else skip, y_, grad, entry, carry_in,
             x_grad, delayed_grad, parts, length, chunk, options=_WARPS, **shape, UNROLL=_UNROLL["input_grad"][many],
-            **common, HAS_SKIP=skip is not None, SILU=silu, EAGER=eager,
+            HAS_SKIP=skip is not None, SILU=silu, EAGER=eager,
         )
         sums = torch.empty((2 * states + rows) * width, **float32)
         columns = max(2 * size, rows * width)

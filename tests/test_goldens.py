@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from modeling_seqboat import SeqBoatConfig, SeqBoatForCausalLM
-from modeling_seqboat.context_seqboat import build_context
+from modeling_seqboat.context_seqboat import Texts, build_context
 from modeling_seqboat.layers_seqboat import SeqBoatDecoderLayer
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -77,9 +77,7 @@ def test_layer_and_all_its_gradients(case):
     padding = tensors.get("padding_mask")
     real = torch.ones(batch, length, dtype=torch.bool) if padding is None else ~padding.bool()
     mask = None if padding is None else real.long()
-    context = build_context(
-        layer.config, batch, length, x.device, mask, None, None, None, None, dtype=x.dtype, training=layer.training
-    )
+    context = build_context(layer.config, batch, length, x.device, Texts(mask), dtype=x.dtype, training=layer.training)
     y, confidence, _ = layer(x, context)
     y.backward(tensors["grad_y"] * real[..., None])
     active = tensors["active"].bool() & real
