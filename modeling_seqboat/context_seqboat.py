@@ -303,7 +303,7 @@ def build_context(
         if position_ids.is_floating_point():
             raise ValueError(f"position_ids must be integers, got dtype {position_ids.dtype}")
         position_ids = position_ids.to(device=device, dtype=torch.long).expand(batch, -1)
-        texts = texts._replace(position_ids=position_ids)
+        texts = Texts(texts.attention_mask, position_ids, *texts[2:])
     reset = segment_starts(real, batch, length, device, texts, cache)
     part = None
     if parts is not None:
@@ -369,4 +369,4 @@ def marks_of(outputs: ModelOutput, config: SeqBoatConfig, texts: Texts) -> Seque
     hidden = outputs.last_hidden_state
     batch, length = hidden.shape[:2]
     mask = None if texts.attention_mask is None else texts.attention_mask[:, -length:]
-    return build_context(config, batch, length, hidden.device, texts._replace(attention_mask=mask))
+    return build_context(config, batch, length, hidden.device, Texts(mask, *texts[1:]))

@@ -22,12 +22,7 @@ import torch
 
 from .configuration_seqboat import LEARNED_ROUTERS, SeqBoatConfig
 from .ops_layout_seqboat import is_exporting
-from .triton_launch_seqboat import interpreted
-
-try:
-    import triton
-except ImportError:
-    triton = None
+from .triton_launch_seqboat import interpreted, triton
 
 BACKENDS = ("auto", "torch", "triton")
 ENVIRONMENT_VARIABLE = "SEQBOAT_KERNEL_BACKEND"
@@ -80,12 +75,12 @@ class Op(NamedTuple):
     """
 
     torch: Callable
-    triton: Callable | None
-    compiled: Callable | None
-    used: Callable[[Facts], bool]
-    needs: tuple[Callable[[Facts], str | None], ...]
-    parts: tuple[str, ...]
-    missing: str
+    triton: Callable | None = None
+    compiled: Callable | None = None
+    used: Callable[[Facts], bool] = lambda facts: True
+    needs: tuple[Callable[[Facts], str | None], ...] = ()
+    parts: tuple[str, ...] = ()
+    missing: str = "it has no kernel"
 
 
 class Choice(NamedTuple):
@@ -104,20 +99,11 @@ def needs_silu(facts: Facts) -> str | None:
     return None if facts.hidden_act == "silu" else f"hidden_act={facts.hidden_act!r} has no kernel"
 
 
-def op(
-    name: str,
-    *,
-    triton: Callable | None = None,
-    compiled: Callable | None = None,
-    used: Callable[[Facts], bool] = lambda facts: True,
-    needs: tuple[Callable[[Facts], str | None], ...] = (),
-    parts: tuple[str, ...] = (),
-    missing: str = "it has no kernel",
-) -> Callable[[Callable], Callable]:
-    """Declares the decorated function as the torch twin of an op; see `Op`."""
+def op(name: str, **entry: Any) -> Callable[[Callable], Callable]:
+    """Declares the decorated function as the torch twin of an op; entry: the other attributes of `Op`."""
 
     def declare(function: Callable) -> Callable:
-        OPS[name] = Op(function, triton, compiled, used, needs, parts, missing)
+        OPS[name] = Op(function, **entry)
         return function
 
     return declare

@@ -36,12 +36,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .triton_launch_seqboat import CHECKS, first_derivative_only, interpreted, jit, kernel, power_of_two
-
-try:
-    import triton.language as tl
-except ImportError:
-    tl = None
+from .triton_launch_seqboat import first_derivative_only, interpreted, jit, kernel, power_of_two, tl
 
 _LOG2_E = 1.4426950408889634
 # Fixed-point steps between 0 and the largest gradient of one pair's bias, which leaves 29 bits for the sum of pairs.
@@ -780,10 +775,6 @@ def windowed_attention_triton(
     Returns:
         (M, V) of v's dtype; gradients for q, k, v, bias_table and gate. The sums, bias_table's included, do not depend
         on the order in which programs run."""
-    if CHECKS:
-        if dropout_p > 0:
-            raise ValueError(f"windowed_attention_triton has no dropout of weights, got dropout_p={dropout_p}")
-        check_attention(q, k, v, key_start, key_end, activation, bias_table, q_place, k_place, gate)
     if max_keys is None:
         max_keys = int((key_end - key_start).max()) if len(key_end) else 0
     call = plan_attention(len(q), len(k), v.shape[1], q.dtype, activation, scale, bias_center, max(0, max_keys))
@@ -791,32 +782,3 @@ def windowed_attention_triton(
     ranges = [None if t is None else t.contiguous() for t in (key_start, key_end, q_place, k_place)]
     table = None if bias_table is None else bias_table.contiguous()
     return _WindowedAttention.apply(*rows[:3], table, rows[3], *ranges, call)
-
-
-def check_attention(
-    q: Tensor, k: Tensor, v: Tensor, key_start: Tensor, key_end: Tensor, activation: str,
-    bias_table: Tensor | None, q_place: Tensor | None, k_place: Tensor | None, gate: Tensor | None = None,
-) -> None:
-    """Raises ValueError where the kernels cannot compute what is asked; see `windowed_attention_triton`."""
-    if activation not in ("softmax", "relu2"):
-        raise ValueError(f"windowed_attention_triton takes activation 'softmax' or 'relu2', got {activation!r}")
-    if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise ValueError(f"windowed_attention_triton takes float32, float16 or bfloat16, got {q.dtype}")
-    for name, tensor in (("k", k), ("v", v), ("gate", gate)):
-        if tensor is not None and tensor.dtype != q.dtype:
-            raise ValueError(f"{name} must have q's dtype {q.dtype}, got {tensor.dtype}")
-    if q.shape[1] != k.shape[1] or k.shape[0] != v.shape[0]:
-        raise ValueError(f"q (M, Z), k (Mk, Z), v (Mk, V) do not fit: {[tuple(t.shape) for t in (q, k, v)]}")
-    if q.shape[1] > 256:
-        raise ValueError(f"windowed_attention_triton takes a query width up to 256, got {q.shape[1]}")
-    if key_start.shape != q.shape[:1] or key_end.shape != q.shape[:1]:
-        shapes = tuple(key_start.shape), tuple(key_end.shape)
-        raise ValueError(f"key_start and key_end must be ({q.shape[0]},), one for each query, got {shapes}")
-    if gate is not None and gate.shape != (q.shape[0], v.shape[1]):
-        raise ValueError(f"gate must be {(q.shape[0], v.shape[1])}, got {tuple(gate.shape)}")
-    if bias_table is None:
-        return
-    if bias_table.ndim != 1 or bias_table.numel() == 0:
-        raise ValueError(f"bias_table must be (T,) with T > 0, got {tuple(bias_table.shape)}")
-    if q_place is None or k_place is None or q_place.shape != q.shape[:1] or k_place.shape != k.shape[:1]:
-        raise ValueError("bias_table needs q_place (M,) and k_place (Mk,)")

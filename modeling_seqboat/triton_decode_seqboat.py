@@ -14,12 +14,7 @@ import re
 import torch
 from torch import Tensor
 
-from .triton_launch_seqboat import CHECKS, expect_all, jit, kernel, power_of_two
-
-try:
-    import triton.language as tl
-except ImportError:
-    tl = None
+from .triton_launch_seqboat import jit, kernel, power_of_two, tl
 
 # (largest B, slots a program reads, V columns a block, programs that share the V blocks of a split, warps): few rows
 # must be cut finely to reach every multiprocessor, many rows are better off with the scores computed once.
@@ -27,7 +22,6 @@ _SPLITS = ((2, 32, 128, 16, 2), (8, 32, 256, 2, 4), (1 << 31, 64, 256, 1, 4))
 _COMBINE_V = 128
 _COMBINE_SPLITS = 16
 _STEP_D = 32
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @kernel()
@@ -220,18 +214,6 @@ def _overwritten(*tensors: Tensor) -> None:
             torch.autograd.graph.increment_version(tensor)
 
 
-def _check_step(name: str, x: Tensor, inputs: dict, in_place: tuple[str, ...], paged: bool = False) -> None:
-    """Raises where a tensor (name -> tensor or None, shape, dtypes) does not fit, or a gradient would be needed."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t, _, _ in inputs.values()):
-        raise RuntimeError(f"{name} works in place and has no gradient; call it under torch.no_grad()")
-    for argument in in_place:
-        # Pages may stand apart.
-        if not inputs[argument][0][slice(1 if paged else None)].is_contiguous():
-            strides = inputs[argument][0].stride()
-            raise ValueError(f"{argument} is written in place and must be contiguous, its strides are {strides}")
-    expect_all(inputs, x)
-
-
 def ema_step_triton(
     x: Tensor, decay: Tensor, input_gain: Tensor, output_gain: Tensor, skip: Tensor | None, state: Tensor, *,
     real: Tensor | None = None, reset: Tensor | None = None, delayed: Tensor | None = None,
@@ -241,18 +223,6 @@ def ema_step_triton(
     bfloat16 or float16."""
     batch, _, width = x.shape
     states = decay.shape[-1]
-    if CHECKS:
-        single, flag, table = (torch.float32,), (torch.bool,), (width, states)
-        inputs = {
-            "x": (x, (batch, 1, width), _FLOATS), "decay": (decay, table, single),
-            "input_gain": (input_gain, table, single), "output_gain": (output_gain, table, single),
-            "skip": (skip, (width,), single),
-            "state": (state, (batch, *table) if block_start is None else (batch, 2, *table), single),
-            "block_start": (block_start, (batch, 1), flag),
-            "real": (real, (batch, 1), flag), "reset": (reset, (batch, 1), flag),
-            "delayed": (delayed, (batch, 1, width), (x.dtype,)), "delay_decay": (delay_decay, table, single),
-        }
-        _check_step("ema_step_triton", x, inputs, ("state",))
     x = x.contiguous()
     y = torch.empty_like(x)
     _ema_step_kernel(
@@ -277,25 +247,8 @@ def memory_step_triton(
     """`memory_step` in two launches. Floats are float32, bfloat16 or float16; keys, values and positions are written
     in place, and each page of them is contiguous. Rows that are not active cost nothing and give 0, so `rows` is None
     here."""
-    (batch, _), (held, memory, qk_width) = q.shape, keys.shape
-    v_width = values.shape[-1]
+    batch, (_, memory, qk_width), v_width = len(q), keys.shape, values.shape[-1]
     bias = 0 if bias_table is None else bias_table.numel()
-    if CHECKS:
-        if activation not in ("softmax", "relu2", "laplace"):
-            raise ValueError(f"activation {activation!r} is none of softmax, relu2 and laplace")
-        integers, row = (torch.int64,), (batch,)
-        inputs = {
-            "q": (q, (batch, qk_width), _FLOATS), "k_new": (k_new, (batch, qk_width), _FLOATS),
-            "v_new": (v_new, (batch, v_width), _FLOATS), "active": (active, row, (torch.bool,)),
-            "keys": (keys, (held, memory, qk_width), _FLOATS),
-            "values": (values, (held, memory, v_width), _FLOATS),
-            "positions": (positions, (held, memory), integers),
-            "activated_count": (activated_count, row, integers), "pages": (pages, row, integers),
-            "position": (position, row, integers), "bias_table": (bias_table, (bias,), _FLOATS),
-        }
-        if pages is None and held != batch:
-            raise ValueError(f"keys has {held} pages for {batch} rows, and no pages are given")
-        _check_step("memory_step_triton", q, inputs, ("keys", "values", "positions"), pages is not None)
     v_new = v_new.contiguous()
     out = torch.empty_like(v_new)
     block_w, block_v, groups, warps = next(entry[1:] for entry in _SPLITS if batch <= entry[0])

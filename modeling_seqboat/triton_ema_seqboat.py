@@ -28,12 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .triton_launch_seqboat import CHECKS, expect_all, first_derivative_only, jit, kernel, power_of_two
-
-try:
-    import triton.language as tl
-except ImportError:
-    tl = None
+from .triton_launch_seqboat import first_derivative_only, jit, kernel, power_of_two, tl
 
 # (largest L, C): a chunk depends on the length alone, so that a row is computed alike whatever its batch mates.
 # Longer chunks save traffic of chunk states, shorter ones fill the chip at batch 1.
@@ -851,8 +846,6 @@ def ema_scan_triton(
             gradients back likewise: `forward` takes and gives (B, D, N) float32, `backward` takes the gradient of the
             initial state of the columns alone and gives what adds to that of the last one (see `StateRelay`).
     """
-    if CHECKS:
-        _check_scan(x, decay, input_gain, output_gain, skip, real, reset, state, delayed, delay_decay, activation)
     if x.numel() == 0:
         return x, x.new_zeros(x.shape[0], *decay.shape, dtype=torch.float32) if state is None else state
     real = None if real is None else real.contiguous()
@@ -863,26 +856,6 @@ def ema_scan_triton(
         x.contiguous(), decay.contiguous(), input_gain.contiguous(), output_gain.contiguous(), skip, real, reset,
         None if state is None else state.contiguous(), delayed, delay_decay, reverse, activation == "silu", relay,
     )
-
-
-def _check_scan(x, decay, input_gain, output_gain, skip, real, reset, state, delayed, delay_decay, activation) -> None:
-    if x.dim() != 3:
-        raise ValueError(f"x has shape {tuple(x.shape)}, expected (B, L, D)")
-    if activation not in (None, "silu"):
-        raise ValueError(f"activation {activation!r} is none of (None, 'silu')")
-    if (delayed is None) != (delay_decay is None):
-        raise ValueError("delayed and delay_decay go together, one of them is None")
-    batch, length, width = x.shape
-    single, flag, table = (torch.float32,), (torch.bool,), (width, decay.shape[-1])
-    inputs = {
-        "x": (x, (batch, length, width), (torch.float32, torch.bfloat16, torch.float16)),
-        "decay": (decay, table, single), "input_gain": (input_gain, table, single),
-        "output_gain": (output_gain, table, single), "skip": (skip, (width,), single),
-        "real": (real, (batch, length), flag), "reset": (reset, (batch, length), flag),
-        "state": (state, (batch, *table), single), "delayed": (delayed, (batch, length, width), (x.dtype,)),
-        "delay_decay": (delay_decay, table, single),
-    }
-    expect_all(inputs, x)
 
 
 class _EmaParameters(torch.autograd.Function):
@@ -909,9 +882,4 @@ class _EmaParameters(torch.autograd.Function):
 
 def ema_parameters_triton(delta: Tensor, alpha: Tensor, beta: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """`ema_parameters` on a GPU, for parameters of one floating dtype but float64. Gradients for all four."""
-    if CHECKS:
-        shape = (*gamma.shape, 1)
-        for name, tensor in (("delta", delta), ("alpha", alpha), ("beta", beta)):
-            if tensor.shape != shape or tensor.dtype != gamma.dtype:
-                raise ValueError(f"{name} must be {shape} {gamma.dtype}, got {tuple(tensor.shape)} {tensor.dtype}")
     return _EmaParameters.apply(delta.contiguous(), alpha.contiguous(), beta.contiguous(), gamma.contiguous())

@@ -16,10 +16,12 @@ from torch import Tensor
 
 try:
     import triton
+    import triton.language as tl
 except ImportError:
-    triton = None
+    triton = tl = None
 
-# Whether what reaches a kernel is checked. The layers give what fits; tests set this, and find what does not.
+# Whether each launch checks that its key stands for one compiled variant; tests set this, and check shapes, too, which
+# the layers make fit.
 CHECKS = os.environ.get("SEQBOAT_CHECK_KERNELS") == "1"
 # Elements of one elementwise program's block: enough independent loads in flight to reach the copy rate.
 _ELEMENTS = 2048
@@ -165,20 +167,3 @@ def program_sums(count: int, rows: int, most: int, like: Tensor, *shape: int) ->
     repeats = max(1, -(-blocks // most))
     programs = max(1, -(-count // (rows * repeats)))
     return programs, repeats, torch.empty(programs, *shape, dtype=torch.float32, device=like.device)
-
-
-def expect(name: str, tensor: Tensor, shape: tuple, dtypes: tuple[torch.dtype, ...], like: Tensor) -> None:
-    """Raises ValueError, which names the tensor, where its shape, dtype or device is another one."""
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {shape}")
-    if tensor.dtype not in dtypes:
-        raise ValueError(f"{name} is {tensor.dtype}, expected {' or '.join(map(str, dtypes))}")
-    if tensor.device != like.device:
-        raise ValueError(f"{name} is on {tensor.device}, expected {like.device}")
-
-
-def expect_all(inputs: dict[str, tuple[Tensor | None, tuple, tuple[torch.dtype, ...]]], like: Tensor) -> None:
-    """`expect` for a tensor, or None, with its shape and dtypes by name."""
-    for name, (tensor, shape, dtypes) in inputs.items():
-        if tensor is not None:
-            expect(name, tensor, shape, dtypes, like)

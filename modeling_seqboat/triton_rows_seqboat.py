@@ -18,21 +18,7 @@ from torch.nn import functional as F
 from torch.nn.modules import module as hooks
 
 from .ops_layout_seqboat import Packed, lead_with_memory, memory_before
-from .triton_launch_seqboat import (
-    CHECKS,
-    expect,
-    first_derivative_only,
-    jit,
-    kernel,
-    power_of_two,
-    program_sums,
-    row_block,
-)
-
-try:
-    import triton.language as tl
-except ImportError:
-    tl = None
+from .triton_launch_seqboat import first_derivative_only, jit, kernel, power_of_two, program_sums, row_block, tl
 
 # Programs that share sums over all rows: enough to fill the chip, few enough to add up at no cost.
 _PROGRAMS = 512
@@ -43,7 +29,6 @@ _LOWEST_LOG_TEMPERATURE = -30.0
 # The bias gradient: rows and columns that a program reads at a time; programs in all, and along the rows.
 _ROWS, _COLUMNS = 32, 128
 _COLUMN_PROGRAMS, _MOST_ROW_PROGRAMS = 1024, 256
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @jit
@@ -179,10 +164,6 @@ def norm_residual_triton(
         weight, bias: (D,), or None; eps: added to the variance; dtype: of the normalised output, float32 inside.
         centered: whether the mean is taken off, as layer norm does and RMS norm does not.
     """
-    if CHECKS:
-        for name, tensor in (("weight", weight), ("bias", bias)):
-            if tensor is not None:
-                expect(name, tensor, x.shape[-1:], _FLOATS, x)
     weight, bias = None if weight is None else weight.contiguous(), None if bias is None else bias.contiguous()
     return _NormResidual.apply(x.contiguous(), weight, bias, eps, centered, dtype)
 
@@ -311,12 +292,6 @@ def route_triton(
 ) -> tuple[Tensor, Tensor]:
     """`route` in one kernel each way: x (..., D) of any floating dtype but float64, real (...). Gradients for x,
     weight, bias and log_temperature."""
-    if CHECKS:
-        if weight.shape != (2, x.shape[-1]) or bias.shape != (2,) or log_temperature.shape != (1,):
-            shapes = tuple(weight.shape), tuple(bias.shape), tuple(log_temperature.shape)
-            raise ValueError(f"weight, bias, log_temperature must be (2, {x.shape[-1]}), (2,) and (1,), got {shapes}")
-        if real is not None:
-            expect("real", real, x.shape[:-1], (torch.bool,), x)
     real = None if real is None else real.contiguous()
     return _Route.apply(x.contiguous(), weight.contiguous(), bias, log_temperature, real, float(shift))
 
@@ -498,8 +473,6 @@ class _GatherRows(torch.autograd.Function):
 def gather_rows_triton(x: Tensor, index: Tensor, packed_index: Tensor) -> Tensor:
     """`gather_rows`, whose gradient is a gather through `packed_index`. Rows of x may lie apart; an index of -1 gives
     a row of zeros."""
-    if CHECKS:
-        expect("packed_index", packed_index, x.shape[:1], (torch.int64,), x)
     return _GatherRows.apply(x if x.stride(-1) == 1 else x.contiguous(), index, packed_index)
 
 
@@ -612,13 +585,6 @@ def extract_residual_triton(
     """`extract_residual` with silu; the sum is float32. `packed.packed_index` names the row of `out` of each token,
     each row once; with `packed.padded`, rows of `out` that it does not name get a gradient of 0. The dropout's seed is
     drawn from the device's generator. Gradients for the first four arguments."""
-    if CHECKS:
-        if hidden.shape != residual.shape or out.shape[1:] != hidden.shape[1:]:
-            shapes = tuple(hidden.shape), tuple(residual.shape), tuple(out.shape)
-            raise ValueError(f"hidden and residual must be (R, D) and out (M, D), got {shapes}")
-        expect("confidence", confidence, hidden.shape[:1], (torch.float32,), hidden)
-        if not 0 <= dropout_p < 1:
-            raise ValueError(f"dropout_p must be at least 0 and below 1, got {dropout_p}")
     # On the device, where a CUDA graph draws anew at every replay; a layer that runs twice finds the state restored.
     seed = torch.randint(2**31 - 1, (1,), device=hidden.device) if dropout_p > 0 else None
     return _ExtractResidual.apply(

@@ -14,18 +14,12 @@ from .triton_attention_seqboat import (
     AttentionRanges,
     attention_backward,
     attention_forward,
-    check_attention,
     plan_attention,
     row_sums,
     windowed_attention_triton,
 )
-from .triton_launch_seqboat import CHECKS, first_derivative_only, jit, kernel, power_of_two, row_block
+from .triton_launch_seqboat import first_derivative_only, jit, kernel, power_of_two, row_block, tl
 from .triton_rows_seqboat import silu_slope
-
-try:
-    import triton.language as tl
-except ImportError:
-    tl = None
 
 
 @jit
@@ -239,29 +233,11 @@ class _ProjectUnit(torch.autograd.Function):
         return grad, *_project_backward(*saved, *grads, grad), None, None, None
 
 
-def _check_projected(projected, scale, offset, cos, sin, table_rows) -> None:
-    z = scale.shape[1]
-    if scale.shape != (2, z) or offset.shape != (2, z) or projected.shape[1] <= z or (projected.shape[1] - z) % 2:
-        raise ValueError(
-            "projected must be (M, Z + 2V) and scale, offset (2, Z), got "
-            f"{tuple(projected.shape)}, {tuple(scale.shape)}, {tuple(offset.shape)}"
-        )
-    if cos is None:
-        return
-    if z % 2:
-        raise ValueError(f"rotary positions need an even query width, got {z}")
-    expected = (projected.shape[0] if table_rows is None else cos.shape[0], z // 2)
-    if cos.shape != expected or sin.shape != expected or cos.dtype != torch.float32 or sin.dtype != torch.float32:
-        raise ValueError(f"cos and sin must be {expected} float32, got {tuple(cos.shape)} {cos.dtype}")
-
-
 def project_unit_triton(
     projected: Tensor, scale: Tensor, offset: Tensor, cos: Tensor | None = None, sin: Tensor | None = None,
     table_rows: Tensor | None = None, activation: Callable | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`project_unit` with silu, float32 inside, all results of projected's dtype."""
-    if CHECKS:
-        _check_projected(projected, scale, offset, cos, sin, table_rows)
     projected = projected if projected.stride(-1) == 1 else projected.contiguous()
     if cos is not None:
         cos, sin = cos.contiguous(), sin.contiguous()
@@ -340,10 +316,6 @@ def gated_unit_triton(
         return (gated, k, v) if keep else (gated, None, None)
     z = scale.shape[1]
     width = (projected.shape[1] - z) // 2
-    if CHECKS:
-        _check_projected(projected, scale, offset, cos, sin, table_rows)
-        shapes = projected[:, :z], projected[:, :z], projected[:, z + width :]
-        check_attention(*shapes, key_start, key_end, attention, bias_table, q_place, k_place)
     count = projected.shape[0]
     call = plan_attention(count, count, width, projected.dtype, attention, attention_scale, bias_center, max_keys)
     projected = projected if projected.stride(-1) == 1 else projected.contiguous()

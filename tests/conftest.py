@@ -7,14 +7,17 @@ import os
 # down.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# What reaches a kernel is checked here, and not in a user's process.
+# What reaches a kernel is checked here, see also below, and not in a user's process.
 os.environ.setdefault("SEQBOAT_CHECK_KERNELS", "1")
 
 if importlib.util.find_spec("triton") is None:
     collect_ignore_glob = ["test_triton_*.py", "test_kernels.py"]
 else:
     # Kernels are made for the interpreter or for a GPU when they are defined, so this comes before all test modules.
+    import kernel_checks
     import triton_interpreter  # noqa: F401
+
+    kernel_checks.install()
 
 # Files that take long, the longest first: one of them at the end would keep all processes but one waiting. Of the
 # first two all tests are slow ones.
