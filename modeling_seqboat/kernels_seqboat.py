@@ -58,6 +58,7 @@ class Facts(NamedTuple):
     value_dropout: float
 
 
+# Those that are fields of the config as they are.
 _CONFIG_FACTS = ("bidirectional", "ssm_type", "norm_type", "hidden_act", "attention_activation", "qk_head_dim")
 
 

@@ -29,7 +29,7 @@ from .attention_seqboat import wants_whole_texts
 from .cache_seqboat import PartMemory, SeqBoatCache
 from .context_seqboat import SequenceContext, Texts
 from .kernels_seqboat import Ops
-from .ops_layout_seqboat import last_real_tokens
+from .ops_layout_seqboat import last_real_tokens, rows_at
 from .ssm_seqboat import Before, Recurrence
 from .training_seqboat import model_and_head
 
@@ -37,15 +37,10 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _TARGETS = ("no labels", "labels", "shift_labels")
 _TEXT = 400
 
-
-def _dtype_name(index: int) -> str:
-    return str(_DTYPES[index]).removeprefix("torch.")
-
-
 # What the processes of a group must have alike, and how a value is shown.
 _ALIKE: dict[str, Callable[[int], Any]] = {
     "the number of rows": int,
-    "the embeddings' dtype": _dtype_name,
+    "the embeddings' dtype": lambda index: str(_DTYPES[index]).removeprefix("torch."),
     "autocast": bool,
     "model.training": bool,
     "gradients being recorded": bool,
@@ -192,7 +187,7 @@ class Part:
         place = torch.where(last & (place >= 0), place, size)
         columns = torch.arange(length, device=x.device).expand(batch, -1)
         index = columns.new_zeros(batch, size + 1).scatter(1, place, columns)[:, :size]
-        newest = x.gather(1, index[:, :, None].expand(-1, -1, x.shape[2]))
+        newest = rows_at(x, index)
         marks = torch.cat([count, context.positions.gather(1, index)], dim=1)
         marks = _Gather.apply(marks, self.group)
         counts, positions = marks[:, :, 0], marks[:, :, 1:]
@@ -229,7 +224,7 @@ class Part:
     def _collect(self, newest: Tensor, index: Tensor) -> Tensor:
         """(B, size, D) that each part gives -> (B, size, D) at `index` among all of them."""
         found = _Gather.apply(newest, self.group).transpose(0, 1).flatten(1, 2)
-        return found.gather(1, index[:, :, None].expand(-1, -1, found.shape[2]))
+        return rows_at(found, index)
 
     @torch.no_grad()
     def share_cache(self, cache: SeqBoatCache) -> None:
@@ -312,20 +307,13 @@ class Parts:
         return [row[1] for row in table]
 
     def meet(
-        self,
-        real: Tensor | None,
-        reset: Tensor | None,
-        texts: Texts,
-        shape: tuple[int, int],
-        dtype: torch.dtype,
-        cache: SeqBoatCache | None,
-        ops: Ops,
+        self, real: Tensor | None, reset: Tensor | None, texts: Texts, shape: tuple[int, int], dtype, cache, ops: Ops
     ) -> tuple[Part, Tensor | None]:
         """Exchanges what the parts need to know of one another.
 
         Args:
             real, reset, texts: of this part alone, (B, L) or None; shape: B and L.
-            dtype: of the embeddings; ops: that the layers take.
+            dtype: of the embeddings; cache: the `SeqBoatCache` that they fill, or None; ops: that the layers take.
 
         Returns:
             The part, and `reset` with the segment starts that only the part before shows.
