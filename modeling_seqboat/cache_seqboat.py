@@ -271,7 +271,7 @@ class SeqBoatCacheLayer(CacheLayerMixin):
 
     def _inputs_in_slots(self, inputs: Tensor) -> Tensor:
         """(B, T, D), oldest first, the last of them the last of `token_count` -> as `ssm_inputs` holds them."""
-        # Of nothing below 0, whose remainder not all runtimes of exported graphs take for positive.
+        # No number below 0 is divided: runtimes of exported graphs may differ in the sign of its remainder.
         size = self.truncation
         order = (torch.arange(size, device=inputs.device) + size - self.token_count[:, None] % size) % size
         return rows_at(inputs, order)
@@ -372,7 +372,8 @@ class SeqBoatCacheLayer(CacheLayerMixin):
 
         Args:
             hidden, state: as in `advance`.
-            count: (B, 1) int64, activated tokens of each row, the first of keys (B, L, Z), values and places (B, L).
+            count: (B, 1) int64, how many tokens each row activates: the first so many of keys (B, L, Z), values (B, L,
+                V) and places (B, L).
         """
         size, before = self.memory_size, self.activated_count[:, None]
         last = before + count - 1
