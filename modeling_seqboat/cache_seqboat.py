@@ -347,10 +347,8 @@ class SeqBoatCacheLayer(CacheLayerMixin):
             self._step(context, hidden, state, active)
             return
         positions = context.positions.flatten()[packed.index]
-        columns = _Columns(
-            _kept(hidden), context.real, context.reset, active, packed.total.view_as(active), packed.index,
-            _kept(keys), _kept(values), positions, replay,
-        )  # fmt: skip
+        marks = context.real, context.reset, active, packed.total.view_as(active), packed.index
+        columns = _Columns(_kept(hidden), *marks, _kept(keys), _kept(values), positions, replay)
         # Autograd may keep the state, and a later step may overwrite the cache's.
         state = state.detach().clone() if state.requires_grad else state
         if not self.record_past:

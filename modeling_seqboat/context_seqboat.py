@@ -272,17 +272,10 @@ def segment_starts(
 
 
 def build_context(
-    config: SeqBoatConfig,
-    batch: int,
-    length: int,
-    device: torch.device,
-    texts: Texts,
-    cache: SeqBoatCache | None = None,
-    dtype: torch.dtype | None = None,
-    training: bool = False,
-    rate_is_held: bool = False,
-    parts: Any = None,
-) -> SequenceContext:
+    config: SeqBoatConfig, batch: int, length: int, device: torch.device, texts: Texts,
+    cache: SeqBoatCache | None = None, dtype: torch.dtype | None = None, training: bool = False,
+    rate_is_held: bool = False, parts: Any = None,
+) -> SequenceContext:  # fmt: skip
     """Works out padding, segments, positions, layouts and the choice of ops once for all layers.
 
     Args:

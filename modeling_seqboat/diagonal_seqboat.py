@@ -80,17 +80,9 @@ def _step(x, log_decay, write, read, skip, real, reset, state):
 
 @op("s4d_scan", used=lambda facts: facts.ssm_type == "s4d", missing="the recurrence of ssm_type='s4d' has no kernel")
 def s4d_scan(
-    x: Tensor,
-    log_decay: Tensor,
-    input_gain: Tensor,
-    output_gain: Tensor,
-    skip: Tensor | None,
-    *,
-    real: Tensor | None = None,
-    reset: Tensor | None = None,
-    state: Tensor | None = None,
-    plan: ScanPlan | None = None,
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, log_decay: Tensor, input_gain: Tensor, output_gain: Tensor, skip: Tensor | None, *,
+    real: Tensor | None = None, reset: Tensor | None = None, state: Tensor | None = None, plan: ScanPlan | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """s_t = exp(z)*s_{t-1} + g*x_t, y_t = 2*Re(sum_n o_n*s_{t,n}) + skip*x_t over real tokens.
 
     Args:

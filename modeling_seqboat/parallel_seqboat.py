@@ -349,12 +349,10 @@ class Parts:
             columns_here = torch.arange(shape[1], device=self.device)
             begun = (columns_here == first[:, None]) & starts[rank].to(self.device)[:, None]
             reset = begun if reset is None else reset | begun
-        part = Part(
-            self.group, rank, *(t.to(self.device) for t in (linked, gaps, *behind, tails, offset)),
-            share=float(count[rank].sum()) / max(1, int(count.sum())),
-            other_columns=sum(columns) - shape[1], restarted=bool(resets.any()),
-        )  # fmt: skip
-        return part, reset
+        tensors = (t.to(self.device) for t in (linked, gaps, *behind, tails, offset))
+        share = float(count[rank].sum()) / max(1, int(count.sum()))
+        others = sum(columns) - shape[1]
+        return Part(self.group, rank, *tensors, share, others, restarted=bool(resets.any())), reset
 
 
 def _links(order: Iterable[int], resets: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
