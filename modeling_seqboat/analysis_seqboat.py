@@ -272,8 +272,7 @@ def analyse_activations(
         )
     active = _active_tokens(router_probs, config)
     batch, length = active.shape[1:]
-    if bucket_size is None:
-        bucket_size = -(-length // 8)
+    bucket_size = -(-length // 8) if bucket_size is None else bucket_size
     if isinstance(bucket_size, bool) or not isinstance(bucket_size, int) or bucket_size < 1:
         raise ValueError(f"bucket_size must be an integer of at least 1, got {bucket_size!r}")
     if input_ids is not None and input_ids.shape != (batch, length):

@@ -626,9 +626,8 @@ class SeqBoatForCausalLM(SeqBoatPreTrainedModel, SeqBoatGenerationMixin):
         given = input_ids if inputs_embeds is None else inputs_embeds
         self._expect_targets({"labels": labels, "shift_labels": shift_labels}, given, logits_to_keep)
         has_targets = labels is not None or shift_labels is not None
-        if use_cache is None and has_targets:
-            # Whoever scores a text does not go on writing it, and would pay for a state.
-            use_cache = False
+        # Whoever scores a text does not go on writing it, and would pay for a state.
+        use_cache = False if use_cache is None and has_targets else use_cache
         wanted = self.training if skip_logits is None else skip_logits
         fused = has_targets and wanted and self.config.loss_implementation == "liger"
         if fused:
@@ -658,8 +657,7 @@ class SeqBoatForCausalLM(SeqBoatPreTrainedModel, SeqBoatGenerationMixin):
             part, shift_labels = marks.part, self._next_labels(labels, marks) if shift_labels is None else shift_labels
             loss = self._loss(outputs.last_hidden_state, logits, shift_labels, num_items_in_batch, part)
         results = {"logits": logits, CACHE_NAME: outputs[CACHE_NAME] if CACHE_NAME in outputs else None}
-        labelled = shift_labels, num_items_in_batch, part
-        return self._output(SeqBoatCausalLMOutput, outputs, loss, *labelled, **results)
+        return self._output(SeqBoatCausalLMOutput, outputs, loss, shift_labels, num_items_in_batch, part, **results)
 
     def _expect_targets(self, targets: dict[str, Tensor | None], given: Tensor | None, kept: int | Tensor) -> None:
         """Raises ValueError for labels that do not fit the input, and for columns to keep that are none or do not fit
