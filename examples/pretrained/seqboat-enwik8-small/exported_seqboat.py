@@ -1,1 +1,0 @@
-../../../modeling_seqboat/exported_seqboat.py
