@@ -2,16 +2,16 @@
 finish under DDP and FSDP2 with the gradients of a single process."""
 
 import json
-import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from accelerate.commands.launch import launch_command, launch_command_parser
+from accelerate.utils import patch_environment
 from example_scripts import imported
+from forks import forked_workers, torchrun
 from test_train_lm import SIBLINGS, forget_accelerator
 
 from modeling_seqboat import SeqBoatConfig, SeqBoatForCausalLM, build_byte_tokenizer
@@ -21,28 +21,17 @@ CONFIGS = ROOT / "configuration/accelerate"
 slow = pytest.mark.slow
 
 
-def launch(config: str, processes: int, *command: str) -> str:
+def launch(config: str, processes: int, *command: str) -> None:
+    """`accelerate launch`, whose workers have this process's imports."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    command_line = [
-        sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / config),
-        "--num_processes", str(processes), "--main_process_port", str(port), "--mixed_precision", "no", *command,
+    arguments = [
+        "--config_file", str(CONFIGS / config), "--num_processes", str(processes), "--main_process_port", str(port),
+        "--mixed_precision", "no", *command,
     ]  # fmt: skip
-    process = subprocess.Popen(
-        command_line,
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    try:
-        output, errors = process.communicate(timeout=240)
-    except subprocess.TimeoutExpired:
-        # Asked to end, and not killed, it ends the processes it started.
-        process.terminate()
-        output, errors = process.communicate(timeout=40)
-    assert process.returncode == 0, output[-3000:] + errors[-6000:]
-    return output
+    with patch_environment(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES=""), forked_workers():
+        launch_command(launch_command_parser().parse_args(arguments))
 
 
 def launch_jobs(folder: Path, config: str, processes: int, jobs: list[list[str]]) -> None:
@@ -228,16 +217,7 @@ def test_shipped_configs_are_what_accelerate_reads(path):
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=slow)])
 def test_graphed_steps_of_adversarial_routers_are_those_of_one_process(tmp_path, processes):
     report_file = tmp_path / "report.json"
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes),
-        str(ROOT / "tests/graphed_worker.py"), str(report_file),
-    ]  # fmt: skip
-    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(
-        command, env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}, cwd=ROOT, capture_output=True,
-        text=True, timeout=280,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    torchrun(processes, ROOT / "tests/graphed_worker.py", str(report_file))
     reports = json.loads(report_file.read_text("utf-8"))
     assert len(reports) == processes
     for report in reports:

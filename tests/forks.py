@@ -1,0 +1,94 @@
+"""Commands of Python in processes that have this one's imports: starting anew costs each of them seven seconds of
+imports. Where CUDA is, which a fork cannot use again, they start anew all the same."""
+
+import multiprocessing
+import os
+import runpy
+import signal
+import sys
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+from subprocess import CompletedProcess
+
+import torch
+from torch.distributed import run as elastic
+
+ROOT = Path(__file__).resolve().parent.parent
+METHOD = "spawn" if torch.cuda.is_available() else "fork"
+
+
+def run_script(path: str, *flags: str) -> None:
+    """What `python PATH FLAGS` does, in this process."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    # State of this process's own tests, and modules that they may have changed.
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    for name, module in list(sys.modules.items()):
+        if Path(getattr(module, "__file__", None) or "/").is_relative_to(ROOT / "examples"):
+            del sys.modules[name]
+    sys.argv, sys.path[:0] = [str(path), *flags], [str(Path(path).parent)]
+    runpy.run_path(str(path), run_name="__main__")
+
+
+def _child(function, arguments: tuple, cwd: str, environment: dict[str, str], output: str, errors: str) -> None:
+    for number, path in ((1, output), (2, errors)):
+        os.dup2(os.open(path, os.O_WRONLY), number)
+    sys.stdout, sys.stderr = (open(number, "w", encoding="utf-8", closefd=False) for number in (1, 2))
+    os.environ.update(environment)
+    os.chdir(cwd)
+    try:
+        function(*arguments)
+    except SystemExit:
+        raise
+    except BaseException:
+        # The script's own, which tells a user's mistake from a fault.
+        sys.excepthook(*sys.exc_info())
+        sys.exit(1)
+
+
+def run(function, *arguments, cwd=ROOT, timeout: float = 280, **environment: str) -> CompletedProcess:
+    """Calls a function in a process of its own, as `subprocess.run` does a command."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / name for name in ("output", "errors")]
+        for file in files:
+            file.touch()
+        process = multiprocessing.get_context(METHOD).Process(
+            target=_child, args=(function, arguments, str(cwd), environment, *map(str, files))
+        )
+        process.start()
+        process.join(timeout)
+        late = process.exitcode is None
+        process.kill()
+        process.join()
+        output, errors = (file.read_text("utf-8") for file in files)
+    assert not late, f"{arguments} took more than {timeout} s\n{output[-3000:]}\n{errors[-6000:]}"
+    return CompletedProcess(arguments, process.exitcode, output, errors)
+
+
+@contextmanager
+def forked_workers():
+    """Within, torchrun and what is made from it, `accelerate launch` too, start their workers so."""
+    usual, handlers = elastic.config_from_args, {}
+    for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT"):
+        handlers[name] = signal.getsignal(getattr(signal, name))
+
+    def config_from_args(args):
+        config, _, command = usual(args)
+        config.start_method = METHOD
+        return config, run_script, command[command.index(args.training_script) :]
+
+    elastic.config_from_args = config_from_args
+    try:
+        yield
+    finally:
+        elastic.config_from_args = usual
+        for name, handler in handlers.items():
+            signal.signal(getattr(signal, name), handler)
+
+
+def torchrun(processes: int, script: Path, *flags: str) -> None:
+    """`torchrun --standalone`; a worker's failure is an error."""
+    with forked_workers():
+        elastic.run(elastic.parse_args(["--standalone", "--nproc_per_node", str(processes), str(script), *flags]))
