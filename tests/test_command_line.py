@@ -1,12 +1,12 @@
 """The command `seqboat`, and what the scripts say of mistakes: one line that names what is wrong."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
+import forks
 import pytest
 from example_scripts import imported
+from forks import run_script
 from helpers import tiny_lm
 
 from hub_upload.cli import main
@@ -15,24 +15,18 @@ from modeling_seqboat import SeqBoatForCausalLM, build_byte_tokenizer
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def start_command(command: list[str], start: str) -> None:
+    exec(start, {"sys": sys})
+    if command[0].endswith(".py"):
+        run_script(*command)
+    else:
+        sys.argv = command
+        sys.exit(main())
+
+
 def run(command, cwd, *, start="", **environment):
     """A command of Python in another folder, as a user types it; `start` runs first in the process."""
-    script = f"import sys; sys.argv = {command!r}; sys.path.insert(0, {str(ROOT)!r})\n{start}\n" + (
-        f"sys.path.insert(0, {os.path.dirname(command[0])!r})\n"
-        "import runpy; runpy.run_path(sys.argv[0], run_name='__main__')"
-        if command[0].endswith(".py")
-        else "from hub_upload.cli import main; sys.exit(main())"
-    )
-    variables = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "HF_HUB_OFFLINE": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        **environment,
-    }
-    return subprocess.run(
-        [sys.executable, "-c", script], cwd=cwd, env=variables, capture_output=True, text=True, timeout=280
-    )
+    return forks.run(start_command, command, start, cwd=cwd, **environment)
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 from example_scripts import imported
@@ -25,19 +26,6 @@ PathFinder.find_spec = staticmethod(lambda name, *rest: None if name.split(".")[
 """
 
 
-def run(*arguments: str, hidden: Path | None = None) -> subprocess.CompletedProcess:
-    """`hidden`: a folder with a module that Python runs before the script."""
-    paths = [str(path) for path in (hidden, SCRIPT.parent.parent) if path is not None]
-    return subprocess.run(
-        [sys.executable, str(SCRIPT), *arguments],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        timeout=280,
-    )
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("model") / "boat"
@@ -50,7 +38,7 @@ def model(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def quickstart(model, tmp_path_factory) -> tuple[str, Path]:
     output = tmp_path_factory.mktemp("quickstart") / "out"
-    result = run("--fast", "--model", str(model), "--output", str(output))
+    result = forks.run(forks.run_script, str(SCRIPT), "--fast", "--model", str(model), "--output", str(output))
     assert result.returncode == 0, result.stderr
     return result.stdout, output
 
@@ -99,7 +87,14 @@ def test_says_what_it_leaves_out_where_the_extras_are_missing(model, tmp_path):
     hidden.mkdir()
     (hidden / "sitecustomize.py").write_text(WITHOUT_EXTRAS, encoding="utf-8")
     output = tmp_path / "out"
-    result = run("--fast", "--model", str(model), "--output", str(output), hidden=hidden)
+    result = subprocess.run(
+        [sys.executable, str(SCRIPT), "--fast", "--model", str(model), "--output", str(output)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (hidden, SCRIPT.parent.parent)))},
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=280,
+    )
     assert result.returncode == 0, result.stderr
     assert 'no fine-tuning: it needs PEFT; pip install -c constraints.txt -e ".[train]"' in result.stdout
     assert "no activation_map.png: drawing it needs matplotlib" in result.stdout

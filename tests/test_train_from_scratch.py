@@ -1,11 +1,10 @@
 """Training from nothing on a CPU, in its short mode, as a user runs it."""
 
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
+import forks
 import pytest
 from example_scripts import imported
 
@@ -14,21 +13,10 @@ from hub_upload.build import build_folder
 SCRIPT = Path(__file__).resolve().parent.parent / "examples/train_from_scratch.py"
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, str(SCRIPT), *arguments],
-        env={**os.environ, "PYTHONPATH": str(SCRIPT.parent.parent)},
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        timeout=280,
-    )
-
-
 @pytest.fixture(scope="module")
 def from_scratch(tmp_path_factory) -> tuple[str, Path]:
     output = tmp_path_factory.mktemp("from_scratch") / "model"
-    result = run("--fast", "--output", str(output))
+    result = forks.run(forks.run_script, str(SCRIPT), "--fast", "--output", str(output))
     assert result.returncode == 0, result.stderr
     return result.stdout, output
 
