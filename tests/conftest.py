@@ -22,18 +22,33 @@ else:
 # Files that take long, the longest first: one of them at the end would keep all processes but one waiting. Of the
 # first two all tests are slow ones.
 LONGEST = (
-    "fuzz", "long_context", "export", "hub_build", "distributed", "kernels", "pretrained", "classification_runs",
-    "generation", "compile", "router_types", "run_folder", "context_parallel", "experiments", "graphed_step",
-    "router_budget", "long_context_runs",
+    "fuzz", "long_context", "export", "hub_build", "context_parallel", "run_folder", "train_lm", "generation",
+    "distributed", "pretrained", "compile", "experiments", "classification_runs", "kernels", "robustness",
+    "router_budget", "graphed_step", "router_types", "classification_examples", "benchmarks", "batches", "triton_ema",
+    "cache", "triton_attention", "long_context_runs",
 )  # fmt: skip
+# Of the slow tests those that take longest, by their place in the order: each process is given two tests at first.
+SLOWEST = {
+    0: "test_every_block_runs_in_order_and_again",
+    2: "test_more_parts_equal_the_whole",
+    3: "test_guides_and_notebook_run",
+}
 
 
 def pytest_configure(config):
     if hasattr(config.option, "loadscopereorder"):
         # Else xdist begins with the files that have the most tests; these have few.
         config.option.loadscopereorder = False
+        if config.option.markexpr == "slow" and config.option.maxschedchunk is None:
+            # A process that was given many tests at once would keep them while others wait.
+            config.option.maxschedchunk = 1
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     place = {f"test_{name}": index for index, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
+    if config.option.markexpr == "slow":
+        for index, name in SLOWEST.items():
+            found = [item for item in items if item.name == name]
+            items[:] = [item for item in items if item.name != name]
+            items[index:index] = found

@@ -9,7 +9,7 @@ import sys
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
-from subprocess import CompletedProcess
+from subprocess import CompletedProcess, TimeoutExpired
 
 import torch
 from torch.distributed import run as elastic
@@ -34,7 +34,7 @@ def run_script(path: str, *flags: str) -> None:
 
 def _child(function, arguments: tuple, cwd: str, environment: dict[str, str], output: str, errors: str) -> None:
     for number, path in ((1, output), (2, errors)):
-        os.dup2(os.open(path, os.O_WRONLY), number)
+        os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
     sys.stdout, sys.stderr = (open(number, "w", encoding="utf-8", closefd=False) for number in (1, 2))
     os.environ.update(environment)
     os.chdir(cwd)
@@ -48,15 +48,39 @@ def _child(function, arguments: tuple, cwd: str, environment: dict[str, str], ou
         sys.exit(1)
 
 
+CONTEXT = multiprocessing.get_context(METHOD)
+
+
+class Command:
+    """What `subprocess.Popen([python, SCRIPT, *FLAGS])` starts, its output and errors in the open file `stdout`."""
+
+    def __init__(self, command: list[str], stdout, stderr=None, env: dict[str, str] | None = None):
+        arguments = (run_script, tuple(command[1:]), os.getcwd(), env or {}, stdout.name, stdout.name)
+        self.process = CONTEXT.Process(target=_child, args=arguments)
+        self.process.start()
+        self.terminate, self.kill = self.process.terminate, self.process.kill
+
+    @property
+    def returncode(self) -> int | None:
+        return self.process.exitcode
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self.process.join(timeout)
+        if self.process.exitcode is None:
+            raise TimeoutExpired(self.process, timeout)
+        return self.process.exitcode
+
+
 def run(function, *arguments, cwd=ROOT, timeout: float = 280, **environment: str) -> CompletedProcess:
     """Calls a function in a process of its own, as `subprocess.run` does a command."""
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / name for name in ("output", "errors")]
         for file in files:
             file.touch()
-        process = multiprocessing.get_context(METHOD).Process(
-            target=_child, args=(function, arguments, str(cwd), environment, *map(str, files))
-        )
+        process = CONTEXT.Process(target=_child, args=(function, arguments, str(cwd), environment, *map(str, files)))
         process.start()
         process.join(timeout)
         late = process.exitcode is None

@@ -5,17 +5,15 @@ import io
 import json
 import os
 import signal
-import subprocess
-import sys
 import tarfile
 import time
 from types import SimpleNamespace
 
+import forks
 import numpy as np
 import pytest
 import torch
 from classification_tasks import (
-    EXAMPLE,
     RECIPES,
     ROOT,
     TINY,
@@ -318,7 +316,7 @@ def test_pictures_have_a_square_blanked():
     assert len(one) == int(torch.prod(one.amax(0) - one.amin(0) + 1))
 
 
-def test_tasks_run_together_and_their_results_make_a_page(tmp_path):
+def test_tasks_run_together_and_their_results_make_a_page(tmp_path, monkeypatch, capsys):
     reviews, pictures = write_reviews(tmp_path), write_gray_pictures(tmp_path)
     settings = {
         "config_overrides": json.dumps(TINY), "max_steps": 2, "eval_steps": 1, "batch_size": 4, "validation_size": 4,
@@ -326,14 +324,17 @@ def test_tasks_run_together_and_their_results_make_a_page(tmp_path):
     }  # fmt: skip
     flags = [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
     collected, output = tmp_path / "back/all.tar.gz", tmp_path / "out"
-    done = subprocess.run(
-        [sys.executable, str(EXAMPLE / "run_tasks.py"), f"text={reviews['data_path']}",
-         f"image={pictures['data_path']},{pictures['labels_path']}", "speech=nowhere.npz", "--output_dir", str(output),
-         "--collect", str(collected), "--set", "text.max_steps=3", *flags],
-        capture_output=True, text=True, cwd=ROOT, timeout=240, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    launcher = module("run_tasks")
+    monkeypatch.setattr(launcher.subprocess, "Popen", forks.Command)
+    monkeypatch.chdir(ROOT)
+    status = launcher.main(
+        [f"text={reviews['data_path']}", f"image={pictures['data_path']},{pictures['labels_path']}",
+         "speech=nowhere.npz", "--output_dir", str(output), "--collect", str(collected), "--set", "text.max_steps=3",
+         *flags]
     )  # fmt: skip
-    assert done.returncode == 1, done.stdout + done.stderr
-    assert "speech: failed (exit code 1): train.py: error: " in done.stdout and "nowhere.npz" in done.stdout
+    said = capsys.readouterr().out
+    assert status == 1, said
+    assert "speech: failed (exit code 1): train.py: error: " in said and "nowhere.npz" in said
     summary = {entry["task"]: entry for entry in json.loads((output / "summary.json").read_text("utf-8"))}
     assert summary["text"]["results"]["steps"] == 3 and summary["image"]["results"]["steps"] == 2
     assert "results" not in summary["speech"]

@@ -2,12 +2,10 @@
 one process is an error on all (promise P22)."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import forks
 import pytest
 import torch
 import torch.distributed as dist
@@ -26,11 +24,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def run_worker(report_file: Path, rounds: int) -> dict:
-    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tests/context_worker.py"), str(report_file), str(rounds)],
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        cwd=ROOT, capture_output=True, text=True, timeout=280 * rounds,
+    worker = str(ROOT / "tests/context_worker.py")
+    done = forks.run(
+        forks.run_script, worker, str(report_file), str(rounds), timeout=280 * rounds, OMP_NUM_THREADS="1",
+        CUDA_VISIBLE_DEVICES="",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return json.loads(report_file.read_text("utf-8"))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import verify_once
 from huggingface_hub import ModelCard
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -571,30 +572,40 @@ print(model.lm_head.weight.double().sum().item())
 """
 
 
-def test_a_model_fine_tuned_from_the_hub_is_saved_and_built_again(built, tmp_path):
-    """A stranger fine-tunes the published model; what they save can be published in turn. That it loads on its own is
-    checked of what `verify` saves again."""
-    script = tmp_path / "tune.py"
-    script.write_text(FINE_TUNE)
-    tuned = tmp_path / "tuned"
+@pytest.fixture(scope="module")
+def tuned(built, tmp_path_factory):
+    """What a stranger saves who fine-tuned the published model, and the sum of its embedding's weights."""
+    folder = tmp_path_factory.mktemp("stranger")
+    (folder / "tune.py").write_text(FINE_TUNE)
+    result = in_a_stranger_s_process(folder, "tune.py", built, folder / "tuned")
+    return folder / "tuned", float(result.stdout.split()[-1])
+
+
+def in_a_stranger_s_process(folder, *arguments):
     result = subprocess.run(
-        [sys.executable, "-I", str(script), str(built), str(tuned)],
-        env=stranger(tmp_path),
-        cwd=tmp_path,
+        [sys.executable, "-I", *map(str, arguments)],
+        env=stranger(folder),
+        cwd=folder,
         capture_output=True,
         text=True,
         timeout=240,
     )
     assert result.returncode == 0, result.stderr
-    again = build_folder(tuned, tmp_path / "again")
+    return result
+
+
+def test_a_model_fine_tuned_from_the_hub_is_saved_and_built_again(tuned, tmp_path):
+    """A stranger fine-tunes the published model; what they save can be published in turn."""
+    folder, total = tuned
+    again = build_folder(folder, tmp_path / "again")
     assert again.model_class == "SeqBoatForCausalLM"
     assert json.loads((tmp_path / "again" / "config.json").read_text())["auto_map"] == auto_map()
     weights = load_file(tmp_path / "again" / "model.safetensors")
-    assert weights["model.embed_tokens.weight"].double().sum().item() == float(result.stdout.split()[-1])
+    assert weights["model.embed_tokens.weight"].double().sum().item() == total
 
 
 @pytest.mark.parametrize("kind", ["tokens", "values"])
-def test_classifiers_are_built_and_verified(kind, tmp_path):
+def test_classifiers_are_built_and_verified(kind, tmp_path, monkeypatch):
     extra = {"input_type": "values", "vocab_size": 40} if kind == "values" else {}
     special = {} if kind == "values" else {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
     config = SeqBoatConfig(
@@ -610,28 +621,27 @@ def test_classifiers_are_built_and_verified(kind, tmp_path):
     )
     modeling_seqboat.SeqBoatForSequenceClassification(config).save_pretrained(tmp_path / "model")
     build_folder(tmp_path / "model", tmp_path / "out")
+    if kind == "values":
+        verify_once(monkeypatch)
     names = [check.name for check in verify_folder(tmp_path / "out")]
     assert "AutoModelForSequenceClassification" in names and "LoRA step" in names
 
 
-def test_text_generation_pipeline_runs_on_a_built_folder(built, tmp_path):
-    script = (
+def test_text_generation_pipeline_runs_on_what_a_stranger_saved(tuned, tmp_path):
+    """It loads on its own, in a process that has neither this package nor the Hub folder that it was tuned from."""
+    (tmp_path / "write.py").write_text(
         "import sys\nfrom transformers import pipeline\n"
         "generate = pipeline('text-generation', model=sys.argv[1], trust_remote_code=True)\n"
+        "assert 'modeling_seqboat' not in sys.modules\n"
+        "print(generate.model.lm_head.weight.double().sum().item())\n"
         "text = generate('To be', max_new_tokens=6, do_sample=False)[0]['generated_text']\n"
         "chat = [{'role': 'user', 'content': 'Hi'}]\n"
         "answer = generate(chat, max_new_tokens=4, do_sample=False)[0]['generated_text'][-1]\n"
         "assert text.startswith('To be') and answer['role'] == 'assistant', (text, answer)\n"
     )
-    result = subprocess.run(
-        [sys.executable, "-I", "-c", script, str(built)],
-        env=stranger(tmp_path),
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert result.returncode == 0, result.stderr
+    folder, total = tuned
+    result = in_a_stranger_s_process(tmp_path, "write.py", folder)
+    assert float(result.stdout.split()[0]) == total
 
 
 HOSTILE = (

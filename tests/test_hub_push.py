@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from unittest.mock import create_autospec
 
 import huggingface_hub
 import pytest
@@ -18,7 +19,7 @@ from hub_upload.cli import main
 from hub_upload.code_files import auto_map, code_files
 from hub_upload.errors import HubUploadError
 from hub_upload.push import push_folder
-from hub_upload.verify import Check
+from hub_upload.verify import Check, verify_folder
 from modeling_seqboat import SeqBoatForCausalLM, build_byte_tokenizer
 
 TOKEN = "hf_" + "S3cretToken" * 3
@@ -129,11 +130,12 @@ def test_push_and_load_in_a_fresh_process(hub, saved, tmp_path):
 def test_command_line_builds_verifies_and_prints_the_address(hub, saved, monkeypatch, capfd):
     verified = []
 
-    def verify(folder, on_check):
+    def verify(folder, *, on_check):
         verified.append(json.loads((folder / "config.json").read_text("utf-8"))["auto_map"])
         on_check(Check("AutoModelForCausalLM", "loaded", again=True))
 
-    monkeypatch.setattr("hub_upload.push.verify_folder", verify)
+    # The tests of verify run it; here it is called as it asks to be.
+    monkeypatch.setattr("hub_upload.push.verify_folder", create_autospec(verify_folder, side_effect=verify))
     command = ["push", "--model", str(saved), "--repo-id", "ann/boat", "--message", "First", "--token", TOKEN]
     status, said = main(command), capfd.readouterr()
     assert status == 0, said.err

@@ -46,7 +46,7 @@ def train(model, steps: int, **options) -> torch.Tensor:
 def test_the_rate_is_reached_from_either_end_and_held(scope, start):
     model = tiny_lm(router_target_rate=0.3, router_target_scope=scope).train()
     set_thresholds(model, start, start)
-    rates = train(model, 150, gain=0.5)
+    rates = train(model, 90, gain=0.5)
     assert (rates[0] == float(start < 0)).all()
     mean = rates.mean(1)
     assert ((mean[-40:] - 0.3).abs() < 0.06).all(), mean[-40:]
@@ -94,7 +94,8 @@ def test_no_layer_collapses_whatever_the_loss_wants(side):
             seen = []
             for _ in range(150):
                 optimizer.zero_grad()
-                outputs = model(ids, output_router_probs=True)
+                with torch.no_grad():
+                    outputs = model(ids, output_router_probs=True)
                 (bias[1] if side == "shut" else -bias[1]).backward()
                 optimizer.step()
                 budget.step()
