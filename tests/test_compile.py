@@ -23,18 +23,32 @@ def assert_states_close(found: SeqBoatCache, expected: SeqBoatCache) -> None:
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4, msg=lambda text, n=name: f"{n}: {text}")
 
 
+STEPS = {
+    "rotary-softmax": {},
+    "simple-relu2-truncated": {
+        "position_embedding_type": "simple",
+        "attention_activation": "relu2",
+        "ssm_truncation": 5,
+    },
+    "local-laplace-ffn": {
+        "position_embedding_type": "local",
+        "attention_activation": "laplace",
+        "intermediate_size": 24,
+    },
+}
+
+
 @pytest.mark.parametrize(
-    "options",
+    ("options", "masked"),
     [
-        {},
-        {"position_embedding_type": "simple", "attention_activation": "relu2", "ssm_truncation": 5},
-        {"position_embedding_type": "local", "attention_activation": "laplace", "intermediate_size": 24},
+        ("rotary-softmax", False),
+        ("rotary-softmax", True),
+        ("simple-relu2-truncated", True),
+        ("local-laplace-ffn", False),
     ],
-    ids=["rotary-softmax", "simple-relu2-truncated", "local-laplace-ffn"],
 )
-@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
 def test_the_decode_step_is_one_graph_that_never_recompiles(options, masked):
-    model = small_lm(**options)
+    model = small_lm(**STEPS[options])
     prompt = pad_left([random_ids(1, 11)[0], random_ids(1, 5)[0], random_ids(1, 1)[0]])
     steps = random_ids(3, 20, seed=4)
     mask = torch.ones(3, 1, dtype=torch.long) if masked else None
