@@ -1,5 +1,5 @@
 """Commands of Python in processes that have this one's imports: starting anew costs each of them seven seconds of
-imports. Where CUDA is, which a fork cannot use again, they start anew all the same."""
+imports. Where CUDA is, or OpenMP's threads, which a fork cannot use again, they start anew all the same."""
 
 import multiprocessing
 import os
@@ -15,7 +15,8 @@ import torch
 from torch.distributed import run as elastic
 
 ROOT = Path(__file__).resolve().parent.parent
-METHOD = "spawn" if torch.cuda.is_available() else "fork"
+METHOD = "spawn" if torch.cuda.is_available() or torch.get_num_threads() > 1 else "fork"
+CONTEXT = multiprocessing.get_context(METHOD)
 
 
 def run_script(path: str, *flags: str) -> None:
@@ -48,17 +49,19 @@ def _child(function, arguments: tuple, cwd: str, environment: dict[str, str], ou
         sys.exit(1)
 
 
-CONTEXT = multiprocessing.get_context(METHOD)
-
-
 class Command:
-    """What `subprocess.Popen([python, SCRIPT, *FLAGS])` starts, its output and errors in the open file `stdout`."""
+    """What `subprocess.Popen([python, SCRIPT, *FLAGS])` starts. `stdout` is an open file, which takes errors too, or
+    None for nowhere."""
 
-    def __init__(self, command: list[str], stdout, stderr=None, env: dict[str, str] | None = None):
-        arguments = (run_script, tuple(command[1:]), os.getcwd(), env or {}, stdout.name, stdout.name)
+    def __init__(self, command: list[str], stdout=None, stderr=None, env: dict[str, str] | None = None):
+        said = os.devnull if stdout is None else stdout.name
+        arguments = (run_script, tuple(command[1:]), os.getcwd(), env or {}, said, said)
         self.process = CONTEXT.Process(target=_child, args=arguments)
         self.process.start()
         self.terminate, self.kill = self.process.terminate, self.process.kill
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.process.pid, number)
 
     @property
     def returncode(self) -> int | None:

@@ -3,7 +3,6 @@ killed, nothing executed when it is resumed from, and a damaged file stops it by
 
 import importlib
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -13,6 +12,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import forks
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
@@ -80,42 +80,9 @@ def run(output, ok=True, script="train_lm", **changes):
     return None
 
 
-class Forked:
-    """A script that runs in a process of its own, which has this one's imports and prints nothing."""
-
-    def __init__(self, output, script="train_lm", settings=None, **changes):
-        flags = command(output, script, settings, **changes)[2:]
-        self.process = multiprocessing.get_context("fork").Process(target=self._run, args=(script, flags))
-        self.process.start()
-        self.kill = self.process.kill
-
-    @staticmethod
-    def _run(script, flags):
-        nothing = os.open(os.devnull, os.O_RDWR)
-        for stream in (1, 2):
-            os.dup2(nothing, stream)
-        sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
-        AcceleratorState._reset_state(True)
-        GradientState._reset_state()
-        main(script, flags)
-
-    def poll(self):
-        return self.process.exitcode
-
-    def wait(self, timeout=None):
-        self.process.join(timeout)
-        return self.process.exitcode
-
-    def send_signal(self, number):
-        os.kill(self.process.pid, number)
-
-
 def forked(output, script="train_lm", settings=None, **changes):
-    """`Forked`, or where CUDA is, which a fork cannot use again, the command itself."""
-    if not torch.cuda.is_available():
-        return Forked(output, script, settings, **changes)
-    flags = command(output, script, settings, **changes)
-    return subprocess.Popen(flags, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    """The command in a process that has this one's imports, and prints nothing."""
+    return forks.Command(command(output, script, settings, **changes), env=ENVIRONMENT)
 
 
 def losses(output):
