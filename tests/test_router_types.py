@@ -300,7 +300,7 @@ def test_a_short_training_reaches_the_target_from_either_end(kind, start):
     with torch.no_grad():
         for layer in model.model.layers:
             layer.router.weight.mul_(0.05)
-            layer.router.bias.copy_(torch.tensor([0.0, 2.5] if start else [2.5, 0.0]))
+            layer.router.bias.copy_(torch.tensor([0.0, 3.0] if start else [3.0, 0.0]))
     ids = token_ids(8, 60)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-2)
     torch.manual_seed(0)
