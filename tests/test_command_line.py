@@ -1,5 +1,6 @@
 """The command `seqboat`, and what the scripts say of mistakes: one line that names what is wrong."""
 
+import os
 import sys
 from pathlib import Path
 
