@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import forks
+import huggingface_hub
 import pytest
 from example_scripts import imported
 from forks import run_script
@@ -17,6 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def start_command(command: list[str], start: str) -> None:
+    # Its variable is read when it is imported, which may be long ago.
+    huggingface_hub.constants.HF_HUB_OFFLINE = True
     exec(start, {"sys": sys})
     if command[0].endswith(".py"):
         run_script(*command)
@@ -27,6 +30,7 @@ def start_command(command: list[str], start: str) -> None:
 
 def run(command, cwd, *, start="", **environment):
     """A command of Python in another folder, as a user types it; `start` runs first in the process."""
+    environment = {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
     return forks.run(start_command, command, start, cwd=cwd, **environment)
 
 
