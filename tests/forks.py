@@ -23,12 +23,9 @@ def run_script(path: str, *flags: str) -> None:
     """What `python PATH FLAGS` does, in this process."""
     from accelerate.state import AcceleratorState, GradientState
 
-    # State of this process's own tests, and modules that they may have changed.
+    # State of this process's own tests.
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
-    for name, module in list(sys.modules.items()):
-        if Path(getattr(module, "__file__", None) or "/").is_relative_to(ROOT / "examples"):
-            del sys.modules[name]
     sys.argv, sys.path[:0] = [str(path), *flags], [str(Path(path).parent)]
     runpy.run_path(str(path), run_name="__main__")
 
@@ -39,6 +36,12 @@ def _child(function, arguments: tuple, cwd: str, environment: dict[str, str], ou
     sys.stdout, sys.stderr = (open(number, "w", encoding="utf-8", closefd=False) for number in (1, 2))
     os.environ.update(environment)
     os.chdir(cwd)
+    # What earlier tests have left: scripts, which would not run again when they are imported, and the hook of a
+    # process group, which puts its rank before errors.
+    for name, module in list(sys.modules.items()):
+        if Path(getattr(module, "__file__", None) or "/").is_relative_to(ROOT / "examples"):
+            del sys.modules[name]
+    sys.excepthook = sys.__excepthook__
     try:
         function(*arguments)
     except SystemExit:
