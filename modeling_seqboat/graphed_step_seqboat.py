@@ -9,7 +9,7 @@ the model and not of the capacity.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -69,6 +69,11 @@ def average_gradients(parameters: Iterable[nn.Parameter], group: dist.ProcessGro
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         torch._foreach_copy_([parameter.grad for parameter in bucket], views)
+
+
+def _captured_by(graph: torch.cuda.CUDAGraph) -> AbstractContextManager:
+    # Other threads may ask the device meanwhile, as the one that watches over NCCL does.
+    return torch.cuda.graph(graph, capture_error_mode="thread_local" if dist.is_initialized() else "global")
 
 
 class GraphedStep:
@@ -140,11 +145,11 @@ class GraphedStep:
         if parallel is not None and parallel.broadcast_buffers and parallel.require_forward_param_sync:
             for buffer in self.model.buffers():
                 dist.broadcast(buffer, dist.get_global_rank(parallel.process_group, 0), parallel.process_group)
-        self._replayed = False
+        self._replayed = None
         loss = self._step(batch)
         if parallel is not None and parallel.require_backward_grad_sync:
-            if self._replayed:
-                _average(self._flats, parallel.process_group)
+            if self._replayed is not None:
+                _average(self._replayed, parallel.process_group)
             else:
                 average_gradients((p for p in self.model.parameters() if p.requires_grad), parallel.process_group)
         return loss
@@ -306,8 +311,7 @@ class GraphedStep:
             torch.cuda.empty_cache()
             model, aliases = self._on_aliases({})
             graph = torch.cuda.CUDAGraph()
-            # Other threads may ask the device meanwhile, as the one that watches over NCCL does.
-            with torch.cuda.graph(graph, capture_error_mode="thread_local" if dist.is_initialized() else "global"):
+            with _captured_by(graph):
                 self._loss = self._backward(self._inputs, model)
                 self._counts = torch.cat([layer.stream_count for layer in self.layers])
                 copies = [] if self.parallel is None else [_flattened(bucket) for bucket in _buckets(aliases)]
@@ -352,7 +356,8 @@ class GraphedStep:
         if old:
             torch._foreach_add_(new, old)
         loss = self._loss.clone()
-        self._replayed = True
+        # The graph may be given up below, before its gradients travel.
+        self._replayed = self._flats
         self._calls += 1
         if self._calls == _WINDOW:
             self._calls = 0
@@ -472,8 +477,6 @@ class GraphedUpdate:
         device = self.optimizer.param_groups[0]["params"][0].device
         self._rates, self._sent = torch.zeros(len(self.optimizer.param_groups), device=device), []
         graph = torch.cuda.CUDAGraph()
-        # Other threads may ask the device meanwhile, as the one that watches over NCCL does.
-        mode = "thread_local" if dist.is_initialized() else "global"
-        with self._rates_on_device(), torch.cuda.graph(graph, capture_error_mode=mode):
+        with self._rates_on_device(), _captured_by(graph):
             self._run()
         return graph

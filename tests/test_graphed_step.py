@@ -1,6 +1,7 @@
 """GraphedStep's bookkeeping, what it refuses, and the Trainer's use of it; what needs a GPU is in test_gpu.py."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -260,9 +261,14 @@ def test_gradients_are_those_of_plain_steps_however_they_are_cleared(emulated):
     assert step.captures == 1 and step.overflows == 0
 
 
-def test_a_budget_counts_every_batch_once_captured_or_computed_again(emulated, monkeypatch):
+@pytest.fixture
+def tight(monkeypatch):
+    """Room for hardly more tokens than were seen."""
     monkeypatch.setattr(graphed_step_seqboat, "_STEP", 4)
     monkeypatch.setattr(graphed_step_seqboat, "_SPARE", 0)
+
+
+def test_a_budget_counts_every_batch_once_captured_or_computed_again(emulated, tight):
     emulated.config.router_target_rate = 0.3
     plain = copy.deepcopy(emulated)
     # A graph needs the kernels; their twins in torch are faster here, and activate the same tokens.
@@ -281,11 +287,28 @@ def test_a_budget_counts_every_batch_once_captured_or_computed_again(emulated, m
     assert step.captures == 2 and step.overflows == 1
 
 
-def test_more_tokens_than_room_are_computed_again(emulated, monkeypatch):
-    monkeypatch.setattr(graphed_step_seqboat, "_STEP", 4)
-    monkeypatch.setattr(graphed_step_seqboat, "_SPARE", 0)
+def test_more_tokens_than_room_are_computed_again(emulated, tight):
     model, step, ids = emulated, EmulatedGraph(emulated, headroom=1.0), random_ids(1, 16)
     check_that_an_overflow_is_computed_again(step, model, ids, few=2.0)
+
+
+def test_gradients_travel_also_in_the_step_that_gives_its_graph_up(emulated, tight, monkeypatch):
+    """Under data parallelism: a process that left them out would leave the others waiting."""
+    sent = []
+    monkeypatch.setattr(graphed_step_seqboat, "_WINDOW", 1)
+    monkeypatch.setattr(graphed_step_seqboat, "_average", lambda flats, group: sent.append(flats))
+    step, ids = EmulatedGraph(emulated, headroom=1.0), random_ids(1, 16)
+    options = {"broadcast_buffers": False, "require_backward_grad_sync": True, "process_group": None}
+    step.parallel = SimpleNamespace(**options, _comm_hooks=[])
+    for bias in (-30.0, -30.0, 2.0, 2.0):
+        set_rates(emulated, bias)
+        emulated.zero_grad()
+        step(input_ids=ids, labels=ids)
+    assert step.captures == 1 and step._graph is None
+    size = sum(parameter.numel() for parameter in emulated.parameters())
+    assert [sum(flat.numel() for flat in flats) for flats in sent] == [size] * 4
+    flat = torch.cat(sent[-1])
+    torch.testing.assert_close(flat, torch.cat([parameter.grad.flatten() for parameter in emulated.parameters()]))
 
 
 def muon(model) -> MuonAdamW:
@@ -293,10 +316,8 @@ def muon(model) -> MuonAdamW:
     return MuonAdamW(groups, lr=4e-3, fused=True)
 
 
-def test_an_update_as_a_graph_is_that_of_plain_calls(emulated, monkeypatch):
+def test_an_update_as_a_graph_is_that_of_plain_calls(emulated, tight):
     """Rates that fall, an overflow on the way, a budget behind it."""
-    monkeypatch.setattr(graphed_step_seqboat, "_STEP", 4)
-    monkeypatch.setattr(graphed_step_seqboat, "_SPARE", 0)
     emulated.config.router_target_rate = 0.3
     plain = copy.deepcopy(emulated)
     plain.config.kernel_backend = "torch"
