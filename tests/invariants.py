@@ -202,3 +202,10 @@ def check_encoder(model) -> None:
     separate = torch.cat([model(part[None]).last_hidden_state[0] for part in rows])
     for form in packed_forms():
         close(model(torch.cat(rows)[None], **form).last_hidden_state[0], separate)
+
+
+# What a recurrence of any kind has to keep, in a causal model.
+OF_A_RECURRENCE = (
+    check_padding, check_batch_mates, check_packing, check_chunks, check_causality, check_gradients, check_rollback,
+    check_generation,
+)  # fmt: skip

@@ -67,12 +67,7 @@ def registered():
     configuration_seqboat.SSM_TYPES.remove("gated_average")
 
 
-CHECKS = [getattr(invariants, f"check_{name}") for name in (
-    "padding", "batch_mates", "packing", "chunks", "causality", "gradients", "rollback", "generation",
-)]  # fmt: skip
-
-
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("check", invariants.OF_A_RECURRENCE, ids=lambda check: check.__name__)
 def test_what_holds_for_the_ema_holds(check):
     check(tiny_lm(ssm_type="gated_average"))
 

@@ -71,12 +71,7 @@ def test_a_layer_is_what_the_paper_writes(rglru):
     torch.testing.assert_close(rglru.run(x, tables, None, None, None), torch.stack(expected, 1))
 
 
-CHECKS = [getattr(invariants, f"check_{name}") for name in (
-    "padding", "batch_mates", "packing", "chunks", "causality", "gradients", "rollback", "generation",
-)]  # fmt: skip
-
-
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("check", invariants.OF_A_RECURRENCE, ids=lambda check: check.__name__)
 def test_what_holds_for_the_ema_holds(check):
     check(tiny_lm(ssm_type="rglru"))
 
