@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -196,6 +197,52 @@ def test_a_span_is_the_distance_to_the_key_weighed_most(train):
             window = k[row, max(0, column - 8) : column + 1] @ q[row, column]
             expected.append(float(len(window) - 1 - window.argmax()))
     assert reading.spans[1].tolist() == expected
+
+
+def test_how_far_attention_looks_in_a_text(train, monkeypatch, tmp_path, capsys):
+    """The last layer's three distances by their definitions, from one forward of the whole text."""
+    monkeypatch.delitem(sys.modules, "measure_spans", raising=False)
+    import measure_spans
+
+    model = small_model().eval()
+    attention = model.model.layers[1].attention
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.router.weight.normal_(0, 1)
+            layer.attention.in_proj.weight.mul_(30)
+            layer.attention.qk_scale.fill_(1.0)
+    model.save_pretrained(tmp_path / "model")
+    text = torch.randint(32, 127, (100,), generator=torch.Generator().manual_seed(0))
+    (tmp_path / "text").write_bytes(bytes(2000 - 100) + bytes(text.tolist()))
+    arguments = ["--model", str(tmp_path / "model"), "--data", str(tmp_path / "text"), "--cpu", "True"]
+    arguments += ["--output", str(tmp_path / "spans.json")]
+    found = measure_spans.main([*arguments, "--length", "100", "--every", "5", "--warm", "30"])
+
+    seen = {}
+    handle = attention.register_forward_pre_hook(lambda module, args: seen.update(x=args[0][0], active=args[1][0]))
+    with torch.no_grad():
+        model(input_ids=text[None], use_cache=False)
+        z = torch.nn.functional.silu(attention.in_proj(seen["x"]))[:, :8]
+        q, k = (z * scale + offset for scale, offset in zip(attention.qk_scale, attention.qk_offset, strict=True))
+    handle.remove()
+    most, mean, oldest = [], [], []
+    for column in range(34, 100, 5):
+        if seen["active"][column]:
+            keys = seen["active"][: column + 1].nonzero()[:, 0][-9:]
+            weights = (k[keys] @ q[column] * attention.scale).softmax(0)
+            most.append(float(column - keys[weights.argmax()]))
+            mean.append(float(weights @ (column - keys).float()))
+            oldest.append(float(column - keys[0]))
+    assert 3 < len(most) < 14 and found[1]["samples"] == len(most)
+    assert found[1]["activation_rate"] == pytest.approx(float(seen["active"].float().mean()))
+    for name, values in (("most_weighed", most), ("mean", mean), ("oldest", oldest)):
+        values = torch.tensor(values, dtype=torch.float64)
+        expected = [float(values.quantile(q)) for q in (0.5, 0.9, 1.0)]
+        assert found[1][name] == pytest.approx(expected, rel=1e-3), name
+    assert json.loads((tmp_path / "spans.json").read_text())["layers"] == found
+    assert f"{max(oldest):,.0f} |" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="have 100 bytes, length 101 asks for more"):
+        measure_spans.main([*arguments, "--length", "101", "--every", "5", "--warm", "30"])
 
 
 def test_spans_are_missing_where_no_layer_attends(train):

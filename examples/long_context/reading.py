@@ -42,28 +42,34 @@ class Reading:
 
 
 class SpanWatch:
-    """Notes, while a SeqBoat decodes token by token, how far back the key lies that each layer's attention weighs
-    most.
+    """Notes, while a SeqBoat decodes token by token, how far back each layer's attention looks.
 
     Only where positions enter through queries and keys (`position_embedding_type` rotary or none); `spans` stays empty
     for other models. Use it as a context manager.
 
     Attributes:
         noting: whether the next token counts.
-        spans: one list a layer of (B,) float64, NaN in rows that do not attend.
+        spans: one list a layer of (B,) float64: tokens back to the key that is weighed most; NaN in rows that do not
+            attend.
+        means: the same of the distances' mean, by the attention's weights.
+        reaches: the same of the oldest key that the memory holds.
     """
 
     def __init__(self, model: nn.Module):
         self.spans: list[list[Tensor]] = []
+        self.means: list[list[Tensor]] = []
+        self.reaches: list[list[Tensor]] = []
         self.noting = False
         self._handles = []
         if isinstance(model, SeqBoatForCausalLM) and model.config.position_embedding_type in ("rotary", "none"):
             for layer in model.model.layers:
-                self.spans.append([])
+                lists = [], [], []
+                for kept, new in zip((self.spans, self.means, self.reaches), lists, strict=True):
+                    kept.append(new)
                 # Before the layer's attention runs, its memory does not hold the token yet.
-                self._handles.append(layer.attention.register_forward_pre_hook(self._look(self.spans[-1])))
+                self._handles.append(layer.attention.register_forward_pre_hook(self._look(*lists)))
 
-    def _look(self, spans: list[Tensor]):
+    def _look(self, spans: list[Tensor], means: list[Tensor], reaches: list[Tensor]):
         def look(attention: nn.Module, arguments: tuple) -> None:
             if not self.noting:
                 return
@@ -81,10 +87,18 @@ class SpanWatch:
             visible = (slots < cache.activated_count[rows, None].clamp_max(size)) | (slots == size)
             weights = attention_weights(scores, visible, config.attention_activation)
             here = context.positions[rows, :1]
-            places = torch.cat([cache.positions[rows], here], dim=1)
-            span = torch.full((len(x),), torch.nan, dtype=torch.float64, device=x.device)
-            span[rows] = (here - places.gather(1, weights.argmax(1, keepdim=True)))[:, 0].double()
-            spans.append(span.cpu())
+            distances = here - torch.cat([cache.positions[rows], here], dim=1)
+            # Weights of squared ReLU need not sum to one, and may all be zero.
+            total = weights.sum(1).clamp_min(torch.finfo(weights.dtype).tiny)
+            found = (
+                distances.gather(1, weights.argmax(1, keepdim=True))[:, 0].double(),
+                (weights * distances).sum(1).double() / total,
+                distances.masked_fill(~visible, 0).amax(1).double(),
+            )
+            for kept, values in zip((spans, means, reaches), found, strict=True):
+                all_rows = torch.full((len(x),), torch.nan, dtype=torch.float64, device=x.device)
+                all_rows[rows] = values
+                kept.append(all_rows.cpu())
 
         return look
 
