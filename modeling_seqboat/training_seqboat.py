@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
-from .graphed_step_seqboat import GraphedStep
+from .graphed_step_seqboat import GraphedStep, GraphedUpdate
 
 logger = logging.get_logger(__name__)
 
@@ -398,6 +398,36 @@ class _BudgetCallback(TrainerCallback):
             self._budget = None
 
 
+class _OptimizerSteps(GraphedUpdate):
+    """Stands in the place of an optimizer's `step`, which a Trainer calls, and replays it where it can."""
+
+    # A scheduler warns where its mark is missing from `step`.
+    _wrapped_by_lr_sched = True
+
+    def __init__(self, optimizer: torch.optim.Optimizer):
+        super().__init__(optimizer)
+        self._step = optimizer.step
+
+    @classmethod
+    def install(cls, optimizer: torch.optim.Optimizer) -> None:
+        """Does nothing for an optimizer whose steps cannot be captured, or that has hooks."""
+        groups = optimizer.param_groups
+        able = "capturable" in optimizer.defaults and all(
+            group["capturable"] or group.get("fused") or group.get("muon") for group in groups
+        )
+        hooked = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
+        if able and not hooked and not isinstance(optimizer.step, cls):
+            optimizer.step = cls(optimizer)
+
+    def __call__(self, closure=None):
+        if closure is not None:
+            return self._step(closure)
+        return super().__call__()
+
+    def _run(self) -> None:
+        self._step()
+
+
 def refuse_other_parallelism(config: Any) -> None:
     """Raises ValueError where Accelerate's `ParallelismConfig` asks for what it cannot do to a SeqBoat."""
     asked = [] if config is None else config.non_dp_dim_names
@@ -416,8 +446,9 @@ class SeqBoatTrainerMixin:
     one of `compute_loss_func`, label smoothing), the pull to `router_target_rate` is added to it.
 
     Args:
-        cuda_graphs: run forward and backward of a batch as one CUDA graph (`GraphedStep`): with one GPU a process, in
-            float32 or bf16, where batches are of one shape. True: or raise ValueError; the loss is then the model's
+        cuda_graphs: run forward and backward of a batch as one CUDA graph (`GraphedStep`), and the optimizer as
+            another where it is fused, capturable or `MuonAdamW`: with one GPU a process, in float32 or bf16, where
+            batches are of one shape. True: or raise ValueError; the loss is then the model's
             own, whatever `compute_loss` is. "auto": where this can be had and gives what the Trainer would compute,
             else op by op, with one warning that says why; on a CPU silently so.
         router_gain: hold the routers to the config's `router_target_rate` by a `RouterBudget` of this gain.
@@ -531,6 +562,8 @@ class SeqBoatTrainerMixin:
             self._graphed, self._graphed_scale, self._graphed_calls = GraphedStep(model, 1 / scale), scale, 0
         loss = self._graphed(**batch) * scale
         self._graphed_calls += 1
+        # After its first step, in which `MuonAdamW` finds out whether it can be fused.
+        _OptimizerSteps.install(getattr(self.optimizer, "optimizer", self.optimizer))
         # A capture costs as much as many steps. Those behind an overflow come to an end by themselves.
         changes = self._graphed.captures - self._graphed.overflows
         if self._graphs_are_optional and 50 * changes > 200 + self._graphed_calls:

@@ -241,6 +241,48 @@ def emulated(monkeypatch):
     return small_lm(num_hidden_layers=1, kernel_backend="triton").train()
 
 
+def test_the_trainer_replays_the_optimizer(emulated, tmp_path, monkeypatch, recwarn):
+    """With rates that fall and clipping; a second training goes on with the same one."""
+
+    class Steps(EmulatedUpdate, training_seqboat._OptimizerSteps):
+        pass
+
+    monkeypatch.setattr(training_seqboat, "GraphedStep", EmulatedGraph)
+    monkeypatch.setattr(training_seqboat, "_OptimizerSteps", Steps)
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=4, per_device_train_batch_size=1, use_cpu=True, report_to="none", save_strategy="no",
+        disable_tqdm=True, max_grad_norm=0.1,
+    )  # fmt: skip
+    data = [{"input_ids": row, "labels": row} for row in random_ids(4, 6)]
+    weights = []
+    for graphs in (False, True):
+        model = copy.deepcopy(emulated)
+        optimizer = MuonAdamW(parameter_groups(model, 0.1, muon_learning_rate=1e-2), lr=1e-3, fused=True)
+        for turn in range(2):
+            run = SeqBoatTrainer(model=model, args=arguments, train_dataset=data, optimizers=(optimizer, None))
+            run.cuda_graphs = graphs
+            run.train()
+            if graphs:
+                # One step as usual each time, since a new graph has other gradients.
+                assert optimizer.step.captures == turn + 1 and optimizer.step.replays >= 2 * (turn + 1)
+        weights.append(model.state_dict())
+    torch.testing.assert_close(weights[0], weights[1], atol=1e-5, rtol=1e-4)
+    assert not [w for w in recwarn if "lr_scheduler" in str(w.message)]
+
+
+def test_the_trainer_leaves_optimizers_alone_that_cannot_be_captured(emulated):
+    for optimizer in (
+        torch.optim.AdamW(emulated.parameters()), torch.optim.SGD(emulated.parameters(), lr=0.1),
+    ):  # fmt: skip
+        step = optimizer.step
+        training_seqboat._OptimizerSteps.install(optimizer)
+        assert optimizer.step == step
+    watched = torch.optim.AdamW(emulated.parameters(), capturable=True)
+    watched.register_step_post_hook(lambda *args: None)
+    training_seqboat._OptimizerSteps.install(watched)
+    assert not isinstance(watched.step, GraphedUpdate)
+
+
 def test_gradients_are_those_of_plain_steps_however_they_are_cleared(emulated):
     model, divisor = emulated, 2
     step = EmulatedGraph(model, divisor)
