@@ -9,8 +9,10 @@ import pytest
 import torch
 import yaml
 from example_scripts import EXAMPLES, imported
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from modeling_seqboat import SeqBoatConfig, SeqBoatForCausalLM
+from modeling_seqboat.generation_seqboat import CACHE_NAME
 
 MODULES = (
     "recall_tasks", "mixed_stream", "recall_models", "reading", "curriculum", "routing", "evaluate_recall", "recipes",
@@ -290,6 +292,96 @@ def test_models_that_are_compared_are_of_one_size(train, kind):
         assert counts[1] == pytest.approx(counts[0], rel=0.02)
 
 
+@pytest.fixture
+def fla(monkeypatch):
+    """In the place of flash-linear-attention, which need not be installed and computes on GPUs alone: its names, with
+    a Llama for each model."""
+
+    def config(kind):
+        def make(num_heads, head_dim=None, expand_k=None, expand_v=None, **shape):
+            heads = {"num_attention_heads": num_heads, "num_key_value_heads": num_heads}
+            made = LlamaConfig(**shape, **heads, head_dim=shape["hidden_size"] // num_heads)
+            # Of the object alone: the class stays a Llama's.
+            made.model_type, made.widths = kind, (num_heads, head_dim, expand_k, expand_v)
+            return made
+
+        return make
+
+    models = SimpleNamespace(
+        GLAForCausalLM=LlamaForCausalLM, GLAConfig=config("gla"), GatedDeltaNetForCausalLM=LlamaForCausalLM,
+        GatedDeltaNetConfig=config("gated_deltanet"),
+    )  # fmt: skip
+    utils = SimpleNamespace(Cache=DynamicCache)
+    for name, module in (("fla", SimpleNamespace(models=models)), ("fla.models", models), ("fla.models.utils", utils)):
+        monkeypatch.setitem(sys.modules, name, module)
+    return utils
+
+
+@pytest.mark.parametrize("kind", ["gated_deltanet", "gla"])
+def test_linear_recurrences_get_as_many_parameters(train, fla, kind):
+    m = modules(train).models
+    for width, heads in ((64, 1), (256, 2)):
+        models = [m.build_model(m.ModelArguments(model=k, hidden_size=width), 264) for k in ("routed", kind)]
+        assert m.parameter_count(models[1]) == pytest.approx(m.parameter_count(models[0]), rel=0.02)
+        # Keys of half the width, values of the whole, at most 64 and 128 channels a head.
+        widths = (heads, None, 0.5, 1.0) if kind == "gla" else (heads, width // 2 // heads, None, 2.0)
+        assert models[1].config.widths == widths
+    for width in (16, 96, 192):
+        with pytest.raises(ValueError, match=f"must be 32, 64 or a multiple of 128 .* of {kind}, got {width}"):
+            m.build_model(m.ModelArguments(model=kind, hidden_size=width), 264)
+
+
+@pytest.mark.parametrize("kind", ["gated_deltanet", "gla"])
+def test_linear_recurrences_need_a_package_and_a_gpu(train, tmp_path, monkeypatch, request, kind):
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps({"model_type": kind}))
+    arguments = [*TINY, "--model", kind, "--hidden_size", "64", "--output_dir", str(tmp_path / "run")]
+    evaluation = ["--models", str(model), "--output_dir", str(tmp_path / "results"), "--cpu", "True"]
+    monkeypatch.setitem(sys.modules, "fla", None)
+    missing = pytest.raises(ModuleNotFoundError, match=f"{kind} needs flash-linear-attention .pip install flash")
+    with missing:
+        train.main(arguments)
+    with missing:
+        modules(train).evaluate.main(evaluation)
+    request.getfixturevalue("fla")
+    for run, given in ((train.main, arguments), (modules(train).evaluate.main, evaluation)):
+        with pytest.raises(ValueError, match=f"model {kind} needs a CUDA device, got cpu"):
+            run(given)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_linear_recurrence_is_read_through_its_packages_cache(train, fla, monkeypatch):
+    m, caches, calls = modules(train), [], []
+    monkeypatch.setattr(fla, "Cache", lambda: caches.append(DynamicCache()) or caches[-1])
+    model = m.models.build_model(m.models.ModelArguments(model="gla", hidden_size=32), 264)
+    forward = model.forward
+
+    def watch(past_key_values, **given):
+        calls.append((past_key_values, given["input_ids"].shape[1]))
+        return forward(**{CACHE_NAME: past_key_values}, **given)
+
+    # The package's models ignore a cache of another name.
+    monkeypatch.setattr(model, "forward", watch)
+    task = m.tasks.RecallTask(pairs=2, queries=2)
+    batch = m.tasks.batch_of(lambda number: m.tasks.example_of(task, 60, 0, number), range(2))
+    reading = m.reading.read_texts(model, batch, len(task.kinds), chunk_size=16)
+    assert len(caches) == 1 and all(cache is caches[0] for cache, _ in calls)
+    assert [size for _, size in calls[:2]] == [16, 16] and calls[-1][1] == 1
+    assert caches[0].get_seq_length() == batch.tokens.shape[1] - 1
+    whole = m.reading.read_texts(model, batch, len(task.kinds), chunk_size=1000)
+    assert torch.allclose(reading.bits, whole.bits, atol=1e-4)
+
+
+def test_bytes_of_a_state_with_a_convolution(train):
+    state = {
+        "recurrent_state": torch.zeros(2, 1, 4, 8), "attn_state": None, "ffn_state": None,
+        "conv_state": (torch.zeros(2, 4, 4, dtype=torch.bfloat16), None),
+    }  # fmt: skip
+    cache = SimpleNamespace(layers=[SimpleNamespace(state=state)] * 3)
+    assert modules(train).models.cache_bytes(cache) == 3 * (64 * 4 + 32 * 2)
+
+
 EASY = [*TINY, "--start_length", "20", "--stop_length", "30", "--batch_size", "4", "--good", "0.01", "--bad", "0.0",
         "--window", "1", "--eval_texts", "2", "--logging_steps", "4", "--eval_steps", "10", "--save_steps",
         "4"]  # fmt: skip
@@ -346,7 +438,7 @@ def test_a_model_trains_on_mixed_streams(train, tmp_path):
 
 def test_runs_that_cannot_be_are_refused_before_they_start(train, tmp_path):
     for arguments, message in (
-        (["--model", "mamba"], "model must be one of routed, always, never, mistral, llama, got 'mamba'"),
+        (["--model", "rwkv"], "must be one of routed, always, never, mistral, llama, gated_deltanet, gla, got 'rwkv'"),
         (["--task", "sums"], "task must be one of recall, copy, needle, mixed, got 'sums'"),
         (["--task", "mixed"], "task mixed needs data"),
         (["--router_type", "tempered_softmax"], "credit 1.0 is for routers that draw"),

@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 import numpy as np
 import torch
 from reading import Reading, read_texts
-from recall_models import TaskArguments, build_task
+from recall_models import TaskArguments, build_task, check_kernels, chosen_device
 from recall_tasks import batch_of, example_of
 from recipes import check_model_folder, parse_arguments
 from run_folder import open_log
@@ -244,7 +244,7 @@ def write_picture(results: list[dict], path: Path) -> None:
 
 
 def check_arguments(a: EvaluateArguments) -> None:
-    """Raises ValueError or FileNotFoundError for what cannot be evaluated, naming it."""
+    """Raises ValueError, FileNotFoundError or ModuleNotFoundError for what cannot be evaluated, naming it."""
     for name in ("texts", "batch_size", "chunk_size"):
         if getattr(a, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(a, name)}")
@@ -252,6 +252,9 @@ def check_arguments(a: EvaluateArguments) -> None:
         raise ValueError(f"dtype must be float32 or bfloat16, got {a.dtype!r}")
     for folder in a.models:
         check_model_folder(folder)
+        config = Path(folder) / "config.json"
+        if config.is_file():
+            check_kernels(read_json_object(config).get("model_type", ""), chosen_device(a.cpu))
         for length in a.lengths:
             for pairs in a.pairs or [task_of(a, folder).pairs]:
                 task = build_task(replace(task_of(a, folder), pairs=pairs), a.split)
@@ -270,7 +273,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     if path.is_file():
         results = [_expect_result(line, f"line {number} of {str(path)!r}") for number, line in _whole_lines(path)]
     done = {_identity(r) for r in results}
-    device = torch.device("cuda" if torch.cuda.is_available() and not a.cpu else "cpu")
+    device = chosen_device(a.cpu)
     progress = tqdm(desc="texts", total=len(a.models) * len(a.lengths) * max(1, len(a.pairs)) * a.texts)
     for folder in a.models:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, a.dtype)).to(device)

@@ -10,12 +10,11 @@ Letters: B texts, L tokens, Q questions, A tokens of an answer, n layers, W memo
 from dataclasses import dataclass
 
 import torch
-from recall_models import cache_bytes, new_cache
+from recall_models import cache_argument, cache_bytes, new_cache
 from recall_tasks import Batch
 from torch import Tensor, nn
 
 from modeling_seqboat import SeqBoatForCausalLM
-from modeling_seqboat.generation_seqboat import CACHE_NAME
 from modeling_seqboat.ops_attention_seqboat import apply_rotary, attention_weights
 
 
@@ -134,13 +133,13 @@ def read_texts(model: nn.Module, batch: Batch, kinds: int, chunk_size: int = 819
     watches_routers = isinstance(model, SeqBoatForCausalLM)
     layers = model.config.num_hidden_layers if watches_routers else 0
     activated, predicted = torch.zeros(layers, kinds, dtype=torch.long), []
-    wanted = {"output_router_probs": True} if watches_routers else {}
+    wanted = {cache_argument(model): cache} | ({"output_router_probs": True} if watches_routers else {})
     answering = {int(column) - 1 for column in answers[:, :, 0].flatten()}
     with SpanWatch(model) as watch:
         for first, end in zip(borders[:-1], borders[1:], strict=True):
             watch.noting = first in answering and end == first + 1
             chunk = tokens[:, first:end].to(device)
-            output = model(input_ids=chunk, use_cache=True, logits_to_keep=1, **{CACHE_NAME: cache}, **wanted)
+            output = model(input_ids=chunk, use_cache=True, logits_to_keep=1, **wanted)
             if first >= tail:
                 predicted.append(output.logits[:, 0].float().cpu())
             for layer, probs in enumerate(output.router_probs if watches_routers else ()):

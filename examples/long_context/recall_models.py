@@ -7,6 +7,7 @@ Letters: W memory size, which is the window of the transformer with one.
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -16,13 +17,18 @@ from torch import nn
 from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from modeling_seqboat import SeqBoatCache, SeqBoatConfig, SeqBoatForCausalLM
+from modeling_seqboat.generation_seqboat import CACHE_NAME
 
 # The examples share this module, which lies one folder up.
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 from text_data import read_text_file  # noqa: E402
 
 SEQBOAT_KINDS = ("routed", "always", "never")
-MODEL_KINDS = (*SEQBOAT_KINDS, "mistral", "llama")
+# Linear recurrences of flash-linear-attention, which calls them so in `config.json` too. Its Mamba-2 is not among
+# them: without the binaries of mamba_ssm and causal_conv1d it runs a path without kernels, and it cannot go on from a
+# state by more than one token.
+FLA_KINDS = ("gated_deltanet", "gla")
+MODEL_KINDS = (*SEQBOAT_KINDS, "mistral", "llama", *FLA_KINDS)
 TASKS = ("recall", "copy", "needle", "mixed")
 EXCERPT = Path(__file__).resolve().parent.parent / "data" / "enwik8_excerpt.txt"
 
@@ -49,7 +55,7 @@ class TaskArguments:
 class ModelArguments:
     """The shape of a model; `build_model` reads it."""
 
-    model: str = field(default="routed", metadata={"help": "routed, always, never, mistral or llama"})
+    model: str = field(default="routed", metadata={"help": ", ".join(MODEL_KINDS)})
     hidden_size: int = field(default=64)
     layers: int = field(default=2)
     memory_size: int = field(default=64, metadata={"help": "activated tokens remembered; the window of mistral"})
@@ -88,31 +94,81 @@ def _text_of_split(path: str, split: str) -> np.ndarray:
 def build_model(a: ModelArguments, vocabulary: int) -> nn.Module:
     """A model with random weights, for training.
 
-    A transformer has as many layers as SeqBoat, four heads, and a feed-forward block that brings it to SeqBoat's
-    number of parameters, as far as whole channels do.
+    The others have as many layers as SeqBoat, and a feed-forward block that brings them to SeqBoat's number of
+    parameters as far as whole channels do: at the shapes of the recipes to within 0.7 %.
 
-    Raises ValueError for a kind that does not exist.
+    A transformer has four heads. A linear recurrence has keys of half the hidden size and values of the whole, as
+    SeqBoat has, in heads of at most 64 and 128 channels: the wider a head, the more its state holds. Else it is as
+    flash-linear-attention configures it.
+
+    Raises:
+        ValueError: for a kind that does not exist, and a hidden size that its heads do not divide.
+        ModuleNotFoundError: if the kind needs flash-linear-attention and that is not installed.
     """
     if a.model not in MODEL_KINDS:
         raise ValueError(f"model must be one of {', '.join(MODEL_KINDS)}, got {a.model!r}")
     if a.model in SEQBOAT_KINDS:
         return SeqBoatForCausalLM(seqboat_config(a, vocabulary))
-    if a.hidden_size % 8:
-        raise ValueError(f"hidden_size must be a multiple of 8 for the four heads of {a.model}, got {a.hidden_size}")
+    kind, config, heads = (_fla_parts if a.model in FLA_KINDS else _transformer_parts)(a)
     shape = dict(
-        vocab_size=vocabulary, hidden_size=a.hidden_size, num_hidden_layers=a.layers, num_attention_heads=4,
-        num_key_value_heads=4, intermediate_size=a.hidden_size, max_position_embeddings=1 << 20,
-        tie_word_embeddings=True, pad_token_id=None, bos_token_id=None, eos_token_id=None,
+        vocab_size=vocabulary, hidden_size=a.hidden_size, num_hidden_layers=a.layers, intermediate_size=a.hidden_size,
+        tie_word_embeddings=True, pad_token_id=None, bos_token_id=None, eos_token_id=None, **heads,
     )  # fmt: skip
-    if a.model == "mistral":
-        shape["sliding_window"] = a.memory_size
-    kind, config = (MistralForCausalLM, MistralConfig) if a.model == "mistral" else (LlamaForCausalLM, LlamaConfig)
     with torch.device("meta"):
         goal = parameter_count(SeqBoatForCausalLM(seqboat_config(a, vocabulary)))
         missing = goal - parameter_count(kind(config(**shape)))
     # Three matrices of hidden_size a channel and layer.
     shape["intermediate_size"] = max(8, a.hidden_size + round(missing / (3 * a.hidden_size * a.layers)))
     return kind(config(**shape))
+
+
+def _transformer_parts(a: ModelArguments) -> tuple[type, type, dict[str, int]]:
+    """Model, configuration, and the arguments of its heads."""
+    if a.hidden_size % 8:
+        raise ValueError(f"hidden_size must be a multiple of 8 for the four heads of {a.model}, got {a.hidden_size}")
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 1 << 20}
+    if a.model == "llama":
+        return LlamaForCausalLM, LlamaConfig, heads
+    return MistralForCausalLM, MistralConfig, {**heads, "sliding_window": a.memory_size}
+
+
+def _fla_parts(a: ModelArguments) -> tuple[type, type, dict[str, float]]:
+    """As `_transformer_parts`. The kernels take keys of 16 channels a head or more."""
+    if a.hidden_size not in (32, 64) and (a.hidden_size % 128 or a.hidden_size < 128):
+        raise ValueError(
+            f"hidden_size must be 32, 64 or a multiple of 128 for the heads of {a.model}, got {a.hidden_size}"
+        )
+    models, heads = fla_models(a.model), max(1, a.hidden_size // 128)
+    if a.model == "gla":
+        return models.GLAForCausalLM, models.GLAConfig, {"num_heads": heads, "expand_k": 0.5, "expand_v": 1.0}
+    width = {"num_heads": heads, "head_dim": a.hidden_size // 2 // heads, "expand_v": 2.0}
+    return models.GatedDeltaNetForCausalLM, models.GatedDeltaNetConfig, width
+
+
+def fla_models(kind: str) -> ModuleType:
+    """`fla.models`, whose import makes its architectures known to transformers.
+
+    Raises ModuleNotFoundError where it is missing.
+    """
+    try:
+        from fla import models
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            f"model {kind} needs flash-linear-attention (pip install flash-linear-attention): {error}"
+        ) from error
+    return models
+
+
+def chosen_device(cpu: bool) -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() and not cpu else "cpu")
+
+
+def check_kernels(kind: str, device: torch.device) -> None:
+    """Raises ModuleNotFoundError or ValueError if a model of this kind cannot run on this device."""
+    if kind in FLA_KINDS:
+        fla_models(kind)
+        if device.type != "cuda":
+            raise ValueError(f"model {kind} needs a CUDA device, got {device.type}: its kernels run on nothing else")
 
 
 def seqboat_config(a: ModelArguments, vocabulary: int) -> SeqBoatConfig:
@@ -130,15 +186,34 @@ def parameter_count(model: nn.Module) -> int:
 
 
 def new_cache(model: nn.Module) -> Cache:
-    """What a model remembers of a text that it is fed in chunks: constant for SeqBoat and behind a sliding window."""
+    """What a model remembers of a text that it is fed in chunks: constant for SeqBoat, a linear recurrence, and behind
+    a sliding window."""
     if isinstance(model, SeqBoatForCausalLM):
         return SeqBoatCache(model.config)
+    if model.config.model_type in FLA_KINDS:
+        from fla.models.utils import Cache as FlaCache
+
+        # Recurrence and convolution of both kinds go on from its state by any number of tokens.
+        return FlaCache()
     return DynamicCache(config=model.config)
+
+
+def cache_argument(model: nn.Module) -> str:
+    """What a model's forward calls its cache. The models of flash-linear-attention ignore other names without an
+    error."""
+    return "past_key_values" if model.config.model_type in FLA_KINDS else CACHE_NAME
 
 
 def cache_bytes(cache: Cache) -> int:
     """Bytes of a cache's buffers."""
-    tensors = []
-    for layer in cache.layers:
-        tensors += layer.tensors().values() if hasattr(layer, "tensors") else [layer.keys, layer.values]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
+    tensors = [tensor for layer in cache.layers for tensor in _layer_tensors(layer) if tensor is not None]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _layer_tensors(layer) -> list[torch.Tensor | None]:
+    if hasattr(layer, "tensors"):
+        return list(layer.tensors().values())
+    if hasattr(layer, "state"):
+        # Of flash-linear-attention: a tensor, a tuple of them or None by what they are for.
+        return [t for part in layer.state.values() for t in (part if isinstance(part, tuple) else (part,))]
+    return [layer.keys, layer.values]

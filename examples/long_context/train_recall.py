@@ -32,7 +32,15 @@ import torch
 from curriculum import DENSE, Curriculum, CurriculumArguments
 from evaluate_recall import RECALL_FILE, distance_bucket, summary
 from reading import read_texts
-from recall_models import ModelArguments, TaskArguments, build_model, build_task, parameter_count
+from recall_models import (
+    ModelArguments,
+    TaskArguments,
+    build_model,
+    build_task,
+    check_kernels,
+    chosen_device,
+    parameter_count,
+)
 from recall_tasks import Batch, batch_of, example_of
 from recipes import parse_arguments
 from routing import RouterWatch, open_routers, release_routers
@@ -172,17 +180,23 @@ class Training:
     """A run: model, optimizer, curriculum and where it has got to."""
 
     def __init__(self, a: TrainArguments):
-        self.a, self.task = a, build_task(a, "train")
+        self.a, self.device = a, chosen_device(a.cpu)
+        check_kernels(a.model, self.device)
+        self.task = build_task(a, "train")
         self.validation = build_task(a, "validation")
         set_seed(a.seed)
-        self.device = torch.device("cuda" if torch.cuda.is_available() and not a.cpu else "cpu")
         self.model = build_model(a, self.task.vocabulary).to(self.device)
         self.watch = RouterWatch(self.model)
         self.curriculum = Curriculum(a, self.watch.learned, a.memory_size, self.task.needed / a.layers)
         if self.watch.learned:
             open_routers(self.model, a.router_start)
-        # A transformer's parameters decay as a whole; SeqBoat's by the library's rule.
-        groups = [{"params": list(self.model.parameters()), "weight_decay": a.weight_decay}]
+        # A transformer's parameters decay as a whole; SeqBoat's by the library's rule. flash-linear-attention marks
+        # what does not decay.
+        parameters, marked = list(self.model.parameters()), "_no_weight_decay"
+        groups = [
+            {"params": [p for p in parameters if not getattr(p, marked, False)], "weight_decay": a.weight_decay},
+            {"params": [p for p in parameters if getattr(p, marked, False)], "weight_decay": 0.0},
+        ]
         if isinstance(self.model, SeqBoatForCausalLM):
             rate = a.router_learning_rate if self.watch.learned else None
             groups = parameter_groups(self.model, a.weight_decay, router_learning_rate=rate)
