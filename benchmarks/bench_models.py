@@ -4,9 +4,10 @@
 
 Measures whole steps, the training step without an optimiser, decoding, forwards without a cache and prefill in chunks
 with one: SeqBoat launched op by op ("eager"), as a CUDA graph and compiled, a Llama, a Mistral with a sliding window,
-and Mamba-2 and GLA where `mamba_ssm` and `fla` are installed. On a GPU at the enwik8 shape (39.1 M parameters), under
-bfloat16 autocast for training and forwards and in bfloat16 for prefill and decoding; without a GPU at a small shape in
-float32. Tokens are random; router biases are set so that the stated share of tokens is activated in every layer.
+Mamba-2 where `mamba_ssm` is installed, and GLA, KDA and GatedDeltaNet where `flash-linear-attention` is. On a GPU at
+the enwik8 shape (39.1 M parameters), under bfloat16 autocast for training and forwards and in bfloat16 for prefill and
+decoding; without a GPU at a small shape in float32. Tokens are random; router biases are set so that the stated share
+of tokens is activated in every layer.
 
 Parts, in order of importance, with the time that each is expected to take on an H200 behind a slow host (10 to 20 µs a
 launch, 25 s to compile a model, empty Triton cache):
@@ -22,6 +23,17 @@ launch, 25 s to compile a model, empty Triton cache):
 Rows that a target depends on come first, whatever their part. `--minutes` bounds the whole: a row that would start
 later is skipped, and named in the results. A row that runs out of memory or fails is recorded as such. Every row is in
 the CSV as soon as it is measured, so that an interrupted run keeps what it has; `--from-csv` draws tables and plots of
+it.
+
+`--models seqboat,gla` measures these alone. The kernels of the four recurrent models take minutes to compile and tune
+when a process first meets them, so that each gets a process of its own, with SeqBoat beside it on the same card:
+
+    for model in gla kda gated_deltanet; do
+        timeout 420 python benchmarks/bench_models.py --output outputs/benchmark-$model --parts step,forward \
+            --models seqboat,$model --minutes 6
+    done
+
+The backward pass of GatedDeltaNet refuses Hopper GPUs with a Triton from 3.4 to 3.7.0, which makes wrong gradients of
 it.
 
 Times are medians with the device synchronised, so they include waiting for the host. Peak memory is what torch has
@@ -40,10 +52,12 @@ import platform
 import shlex
 import sys
 import time
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 import transformers
+from competitors import MODELS
 from measuring import release_memory
 from result_files import CsvFile, read_rows, write_report
 from workloads import CPU, GPU, PARTS, TOY, Row, Scale, Workbench, plan
@@ -53,16 +67,19 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for the results")
     parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated, of %(default)s")
+    parser.add_argument("--models", default=",".join(MODELS), help="comma-separated, of %(default)s")
     parser.add_argument(
         "--minutes", type=float, help="start no row this long after the imports; by default all are measured"
     )
     parser.add_argument("--from-csv", type=Path, help="draw tables and plots of these results instead of measuring")
     parser.add_argument("--toy", action="store_true", help="tiny models on the CPU, to try the benchmark itself")
     arguments = parser.parse_args(argv)
-    arguments.parts = arguments.parts.split(",")
-    unknown = [part for part in arguments.parts if part not in PARTS]
-    if unknown:
-        parser.error(f"--parts must be of {', '.join(PARTS)}, got {', '.join(unknown)}")
+    for name, known in (("parts", PARTS), ("models", MODELS)):
+        given = getattr(arguments, name).split(",")
+        setattr(arguments, name, given)
+        unknown = [part for part in given if part not in known]
+        if unknown:
+            parser.error(f"--{name} must be of {', '.join(known)}, got {', '.join(unknown)}")
     if arguments.minutes is not None and arguments.minutes <= 0:
         parser.error(f"--minutes must be above 0, got {arguments.minutes}")
     if arguments.from_csv is not None and not arguments.from_csv.is_file():
@@ -72,6 +89,13 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 def scale_of(device: torch.device, arguments: argparse.Namespace) -> Scale:
     return TOY if arguments.toy else GPU if device.type == "cuda" else CPU
+
+
+def installed(package: str) -> bool:
+    try:
+        return bool(version(package))
+    except PackageNotFoundError:
+        return False
 
 
 def describe(device: torch.device, arguments: argparse.Namespace, argv: list[str]) -> dict[str, str]:
@@ -90,6 +114,7 @@ def describe(device: torch.device, arguments: argparse.Namespace, argv: list[str
         "torch": torch.__version__,
         "triton": triton_version,
         "transformers": transformers.__version__,
+        **{name: version(name) for name in ("flash-linear-attention", "mamba-ssm") if installed(name)},
         "command": f"python benchmarks/bench_models.py {shlex.join(shown)}",
     }
 
@@ -112,7 +137,7 @@ def measure_all(arguments: argparse.Namespace, device: torch.device, file: CsvFi
     bench = Workbench(device, scale)
     # What is there by now stays: the collections between rows need not look at it.
     gc.freeze()
-    for row in plan(scale, arguments.parts):
+    for row in plan(scale, arguments.parts, arguments.models):
         begun = time.perf_counter()
         late = arguments.minutes is not None and begun - started > 60 * arguments.minutes
         found = {"status": "skipped", "note": f"after {arguments.minutes:g} minutes"} if late else attempt(bench, row)

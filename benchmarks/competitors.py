@@ -1,9 +1,10 @@
 """The models that are compared, all of about the same number of parameters, with random weights.
 
-Sizes: `enwik8` is the published SeqBoat shape (39.1 M parameters; the others have 36 to 38 M), `small` is for CPUs,
-    `toy`
-for tests. Mamba-2 and GLA are compared where the packages with their kernels are installed; without them transformers
-would run a slow path that nobody uses.
+Sizes: `enwik8` is the published SeqBoat shape (39.1 M parameters; the others have 36 to 40 M), `small` is for CPUs,
+    `toy` for tests.
+
+Mamba-2 is compared where mamba_ssm is installed, and GLA, KDA and GatedDeltaNet where flash-linear-attention is.
+Without mamba_ssm Mamba-2 would run a slow path that nobody uses, in transformers as in flash-linear-attention.
 """
 
 import importlib.util
@@ -27,7 +28,8 @@ from modeling_seqboat import SeqBoatConfig, SeqBoatForCausalLM
 
 VOCAB = 264
 # Package that brings the kernels of a model.
-PACKAGES = {"mamba2": "mamba_ssm", "gla": "fla"}
+PACKAGES = {"mamba2": "mamba_ssm", "gla": "fla", "kda": "fla", "gated_deltanet": "fla"}
+MODELS = ("seqboat", "seqboat-torch", "llama", "mistral", *PACKAGES)
 # SDPA's causal flag in place of a mask: transformers builds one where it sees a stream being captured, which would
 # keep a graph from the flash kernel that the same model takes outside of it.
 UNMASKED = "unmasked_sdpa"
@@ -82,7 +84,7 @@ def _transformer_shape(size: Size) -> dict[str, int | bool]:
 
 
 def build(name: str, device: torch.device, size: str | None = None) -> nn.Module:
-    """A model by its name: seqboat, seqboat-torch (without kernels), llama, mistral, mamba2 or gla.
+    """A model by its name, of MODELS; seqboat-torch is SeqBoat without kernels.
 
     Raises:
         ValueError: for another name.
@@ -114,8 +116,28 @@ def build(name: str, device: torch.device, size: str | None = None) -> nn.Module
                 intermediate_size=shape.intermediate, tie_word_embeddings=True,
             )
         )  # fmt: skip
+    elif name == "kda":
+        from fla.models import KDAConfig, KDAForCausalLM
+
+        model = KDAForCausalLM(
+            KDAConfig(
+                vocab_size=VOCAB, hidden_size=shape.hidden, num_hidden_layers=shape.layers, num_heads=shape.heads,
+                head_dim=shape.hidden // shape.heads, intermediate_size=shape.intermediate, tie_word_embeddings=True,
+            )
+        )  # fmt: skip
+    elif name == "gated_deltanet":
+        from fla.models import GatedDeltaNetConfig, GatedDeltaNetForCausalLM
+
+        # Keys and values as wide as the GLA's: its own default has heads of 256 and six matrices of hidden².
+        model = GatedDeltaNetForCausalLM(
+            GatedDeltaNetConfig(
+                vocab_size=VOCAB, hidden_size=shape.hidden, num_hidden_layers=shape.layers, num_heads=4,
+                head_dim=shape.hidden // 8, expand_v=2.0, intermediate_size=shape.intermediate,
+                tie_word_embeddings=True,
+            )
+        )  # fmt: skip
     else:
-        raise ValueError(f"no model {name!r}: known are seqboat, seqboat-torch, llama, mistral, mamba2 and gla")
+        raise ValueError(f"no model {name!r}: known are {', '.join(MODELS)}")
     return model.to(device)
 
 

@@ -22,12 +22,13 @@ COLUMNS = (
 )  # fmt: skip
 WHOLE = ("batch", "length", "repeats")
 COLORS = {
-    "seqboat": "tab:blue", "llama": "tab:orange", "mistral": "tab:green", "mamba2": "tab:red", "gla": "tab:purple"
+    "seqboat": "tab:blue", "llama": "tab:orange", "mistral": "tab:green", "mamba2": "tab:red", "gla": "tab:purple",
+    "kda": "tab:pink", "gated_deltanet": "tab:brown",
 }  # fmt: skip
 # In pictures.
 SHOWN = {
     "seqboat": "SeqBoat", "llama": "Llama", "mistral": "Mistral", "mamba2": "Mamba-2", "gla": "GLA",
-    "eager": "op by op",
+    "kda": "KDA", "gated_deltanet": "GatedDeltaNet", "eager": "op by op",
 }  # fmt: skip
 TITLES = {
     "step": "Whole step (forward, backward, clipping, AdamW)",

@@ -309,7 +309,7 @@ def fla(monkeypatch):
 
     models = SimpleNamespace(
         GLAForCausalLM=LlamaForCausalLM, GLAConfig=config("gla"), GatedDeltaNetForCausalLM=LlamaForCausalLM,
-        GatedDeltaNetConfig=config("gated_deltanet"),
+        GatedDeltaNetConfig=config("gated_deltanet"), KDAForCausalLM=LlamaForCausalLM, KDAConfig=config("kda"),
     )  # fmt: skip
     utils = SimpleNamespace(Cache=DynamicCache)
     for name, module in (("fla", SimpleNamespace(models=models)), ("fla.models", models), ("fla.models.utils", utils)):
@@ -317,21 +317,22 @@ def fla(monkeypatch):
     return utils
 
 
-@pytest.mark.parametrize("kind", ["gated_deltanet", "gla"])
+@pytest.mark.parametrize("kind", ["gated_deltanet", "gla", "kda"])
 def test_linear_recurrences_get_as_many_parameters(train, fla, kind):
     m = modules(train).models
     for width, heads in ((64, 1), (256, 2)):
         models = [m.build_model(m.ModelArguments(model=k, hidden_size=width), 264) for k in ("routed", kind)]
         assert m.parameter_count(models[1]) == pytest.approx(m.parameter_count(models[0]), rel=0.02)
-        # Keys of half the width, values of the whole, at most 64 and 128 channels a head.
-        widths = (heads, None, 0.5, 1.0) if kind == "gla" else (heads, width // 2 // heads, None, 2.0)
+        # Keys of half the width, in heads of at most 64 channels; values of the whole, or of half for kda.
+        head_dim, values = width // 2 // heads, 1.0 if kind == "kda" else 2.0
+        widths = (heads, None, 0.5, 1.0) if kind == "gla" else (heads, head_dim, None, values)
         assert models[1].config.widths == widths
     for width in (16, 96, 192):
         with pytest.raises(ValueError, match=f"must be 32, 64 or a multiple of 128 .* of {kind}, got {width}"):
             m.build_model(m.ModelArguments(model=kind, hidden_size=width), 264)
 
 
-@pytest.mark.parametrize("kind", ["gated_deltanet", "gla"])
+@pytest.mark.parametrize("kind", ["gated_deltanet", "gla", "kda"])
 def test_linear_recurrences_need_a_package_and_a_gpu(train, tmp_path, monkeypatch, request, kind):
     model = tmp_path / "model"
     model.mkdir()
@@ -438,7 +439,7 @@ def test_a_model_trains_on_mixed_streams(train, tmp_path):
 
 def test_runs_that_cannot_be_are_refused_before_they_start(train, tmp_path):
     for arguments, message in (
-        (["--model", "rwkv"], "must be one of routed, always, never, mistral, llama, gated_deltanet, gla, got 'rwkv'"),
+        (["--model", "rwkv"], "one of routed, always, never, mistral, llama, gated_deltanet, gla, kda, got 'rwkv'"),
         (["--task", "sums"], "task must be one of recall, copy, needle, mixed, got 'sums'"),
         (["--task", "mixed"], "task mixed needs data"),
         (["--router_type", "tempered_softmax"], "credit 1.0 is for routers that draw"),

@@ -26,8 +26,9 @@ from text_data import read_text_file  # noqa: E402
 SEQBOAT_KINDS = ("routed", "always", "never")
 # Linear recurrences of flash-linear-attention, which calls them so in `config.json` too. Its Mamba-2 is not among
 # them: without the binaries of mamba_ssm and causal_conv1d it runs a path without kernels, and it cannot go on from a
-# state by more than one token.
-FLA_KINDS = ("gated_deltanet", "gla")
+# state by more than one token. The backward pass of GatedDeltaNet refuses Hopper GPUs with a Triton from 3.4 to 3.7.0,
+# whose compiler makes wrong gradients of it; GLA and KDA have kernels of their own.
+FLA_KINDS = ("gated_deltanet", "gla", "kda")
 MODEL_KINDS = (*SEQBOAT_KINDS, "mistral", "llama", *FLA_KINDS)
 TASKS = ("recall", "copy", "needle", "mixed")
 EXCERPT = Path(__file__).resolve().parent.parent / "data" / "enwik8_excerpt.txt"
@@ -99,7 +100,8 @@ def build_model(a: ModelArguments, vocabulary: int) -> nn.Module:
 
     A transformer has four heads. A linear recurrence has keys of half the hidden size and values of the whole, as
     SeqBoat has, in heads of at most 64 and 128 channels: the wider a head, the more its state holds. Else it is as
-    flash-linear-attention configures it.
+    flash-linear-attention configures it. KDA has values of half the hidden size too, for its gates have the parameters
+    that wider ones would take.
 
     Raises:
         ValueError: for a kind that does not exist, and a hidden size that its heads do not divide.
@@ -141,8 +143,10 @@ def _fla_parts(a: ModelArguments) -> tuple[type, type, dict[str, float]]:
     models, heads = fla_models(a.model), max(1, a.hidden_size // 128)
     if a.model == "gla":
         return models.GLAForCausalLM, models.GLAConfig, {"num_heads": heads, "expand_k": 0.5, "expand_v": 1.0}
-    width = {"num_heads": heads, "head_dim": a.hidden_size // 2 // heads, "expand_v": 2.0}
-    return models.GatedDeltaNetForCausalLM, models.GatedDeltaNetConfig, width
+    width = {"num_heads": heads, "head_dim": a.hidden_size // 2 // heads}
+    if a.model == "kda":
+        return models.KDAForCausalLM, models.KDAConfig, {**width, "expand_v": 1.0}
+    return models.GatedDeltaNetForCausalLM, models.GatedDeltaNetConfig, {**width, "expand_v": 2.0}
 
 
 def fla_models(kind: str) -> ModuleType:
@@ -193,7 +197,7 @@ def new_cache(model: nn.Module) -> Cache:
     if model.config.model_type in FLA_KINDS:
         from fla.models.utils import Cache as FlaCache
 
-        # Recurrence and convolution of both kinds go on from its state by any number of tokens.
+        # Recurrence and convolution of all kinds go on from its state by any number of tokens.
         return FlaCache()
     return DynamicCache(config=model.config)
 
