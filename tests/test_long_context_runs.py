@@ -416,6 +416,43 @@ def test_a_run_logs_what_is_asked_of_it_and_its_model_is_evaluated(train, tmp_pa
     assert (tmp_path / "results" / "results.jsonl").read_text() == before
 
 
+def test_models_are_compared_over_their_seeds(monkeypatch, tmp_path, capsys):
+    monkeypatch.delitem(sys.modules, "compare", raising=False)
+    import compare
+
+    def result(model, length, accuracy, pairs=6):
+        return {
+            "model": f"somewhere/{model}/final", "length": length, "pairs": pairs, "seed": 0, "task": {},
+            "chance": 0.1, "accuracy": accuracy, "answers": 20, "by_distance": {"64": [accuracy, 20]},
+            "by_group": {"recall": accuracy}, "activation_rates": [0.1, 0.0], "rates_by_kind": {"noise": [0.02, 0.0]},
+            "cache_bytes": 1, "memory_size": 8,
+            "spans": [{"median": length / 2, "upper": 1.0, "longest": float(length)}, None],
+        }  # fmt: skip
+
+    results = [
+        result("recall-routed-0", 64, 1.0), result("recall-routed-1", 64, 0.5), result("recall-routed-0", 4096, 1.0),
+        result("recall-llama-0", 64, 0.25), result("copy-routed-0", 64, 0.75),
+        result("recall-routed-0", 4096, 0.125, pairs=12),
+    ]  # fmt: skip
+    for number in range(2):
+        lines = "".join(json.dumps(r) + "\n" for r in results[number::2])
+        (tmp_path / f"{number}.jsonl").write_text(lines)
+    files = [str(tmp_path / f"{number}.jsonl") for number in range(2)]
+    compare.main(["--results", *files, "--output_dir", str(tmp_path / "out")])
+    page = (tmp_path / "out" / "comparison.md").read_text()
+    assert page.strip() == capsys.readouterr().out.strip()
+    recall, copy = page[page.index("## recall") :], page[page.index("## copy") :]
+    assert "| routed | 2 | 75.0 (50.0 to 100.0) | 100.0 |" in recall and "| llama | 1 | 25.0 |  |" in recall
+    # One model was read with other numbers of pairs, at one length.
+    assert "## recall: by number of pairs, at 4,096 tokens" in recall and "| routed | 1 | 100.0 | 12.5 |" in recall
+    assert "| routed, seed 0 | 4,096 | 2.00 0.00 | 2,048, 4,096; – | 8 |" in recall
+    assert "| routed | 1 | 75.0 |" in copy
+    assert (tmp_path / "out" / "accuracy.png").stat().st_size > 1000
+    (tmp_path / "0.jsonl").write_text(json.dumps(result("other", 64, 1.0)) + "\n")
+    with pytest.raises(ValueError, match="other/final' must lie in a folder named TASK-KIND-SEED"):
+        compare.main(["--results", *files, "--output_dir", str(tmp_path / "out")])
+
+
 def test_an_interrupted_run_ends_as_one_that_was_not(train, tmp_path):
     whole = train.main([*EASY, "--max_steps", "12", "--output_dir", str(tmp_path / "whole")])
     part = ["--output_dir", str(tmp_path / "part"), "--resume", "True"]

@@ -167,10 +167,10 @@ def results_page(results: list[dict]) -> str:
     """A Markdown page of tables: accuracy by length, by distance, activation by kind of token, and spans."""
     lengths = sorted({r["length"] for r in results})
     lines = ["# Recall over distance", "", "Accuracy in percent; in brackets the number of answers.", ""]
-    lines += _table(["model", "pairs", *(f"{n:,}" for n in lengths)], _by_length(results, lengths))
+    lines += table(["model", "pairs", *(f"{n:,}" for n in lengths)], _by_length(results, lengths))
     buckets = sorted({int(key) for r in results for key in r["by_distance"]})
     lines += ["", "By distance, all lengths together: answers from at least so many tokens before.", ""]
-    lines += _table(["model", *(f"{n:,}" for n in buckets)], _by_distance(results, buckets))
+    lines += table(["model", *(f"{n:,}" for n in buckets)], _by_distance(results, buckets))
     kinds = list(dict.fromkeys(name for r in results for name in r["rates_by_kind"]))
     lines += ["", "Activated tokens by layer and kind, in percent, and the distance in tokens from where an answer is"]
     lines += ["predicted to the activated key that is weighed most (median, longest), by layer.", ""]
@@ -179,11 +179,11 @@ def results_page(results: list[dict]) -> str:
         rates = [" ".join(f"{100 * x:.2f}" for x in r["rates_by_kind"].get(kind, [])) for kind in kinds]
         spans = "; ".join("–" if s is None else f"{s['median']:,.0f}, {s['longest']:,.0f}" for s in r["spans"])
         rows.append([r["model"], f"{r['length']:,}", f"{r['pairs']}", *rates, spans, f"{r['cache_bytes']:,}"])
-    lines += _table(["model", "length", "pairs", *kinds, "span", "cache (bytes)"], rows)
+    lines += table(["model", "length", "pairs", *kinds, "span", "cache (bytes)"], rows)
     return "\n".join(lines) + "\n"
 
 
-def _table(head: list[str], rows: list[list[str]]) -> list[str]:
+def table(head: list[str], rows: list[list[str]]) -> list[str]:
     lines = ["| " + " | ".join(row) + " |" for row in (head, *rows)]
     return [lines[0], "|" + " --- |" * len(head), *lines[1:]]
 
@@ -269,9 +269,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     output = Path(a.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     path, stop = output / RESULTS, time.monotonic() + 60 * a.max_minutes
-    results = []
-    if path.is_file():
-        results = [_expect_result(line, f"line {number} of {str(path)!r}") for number, line in _whole_lines(path)]
+    results = read_results(path) if path.is_file() else []
     done = {_identity(r) for r in results}
     device = chosen_device(a.cpu)
     progress = tqdm(desc="texts", total=len(a.models) * len(a.lengths) * max(1, len(a.pairs)) * a.texts)
@@ -300,10 +298,12 @@ def main(argv: list[str] | None = None) -> list[dict]:
     return results
 
 
-def _whole_lines(path: Path) -> list[tuple[int, dict]]:
-    """What a killed evaluation has left of its last line counts as not there."""
+def read_results(path: Path) -> list[dict]:
+    """The results of a file; what a killed evaluation has left of its last line counts as not there. Raises ValueError
+    for lines that are none."""
     data = path.read_bytes()
-    return json_lines(data[: data.rfind(b"\n") + 1], str(path))
+    lines = json_lines(data[: data.rfind(b"\n") + 1], str(path))
+    return [_expect_result(line, f"line {number} of {str(path)!r}") for number, line in lines]
 
 
 def _expect_result(result: dict, where: str) -> dict:
