@@ -4,8 +4,8 @@ r"""Tables and a picture of several models' results, seeds together: accuracy by
         --output_dir docs/long_context
 
 The runs of a plan are named TASK-KIND-SEED, as recall-routed-0; runs that differ in their seed alone are one row, with
-the mean over the seeds and, in brackets, the lowest and the highest of them where they differ. Lengths that a model was
-not read at are left empty. Writes `comparison.md` and `accuracy.png`.
+the mean over the seeds and, in brackets, the lowest and the highest of them where they differ. Lengths that a model
+was not read at are left empty. Writes `comparison.md` and `accuracy.png`.
 """
 
 import sys
