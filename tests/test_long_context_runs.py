@@ -11,7 +11,7 @@ import yaml
 from example_scripts import EXAMPLES, imported
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from modeling_seqboat import SeqBoatConfig, SeqBoatForCausalLM
+from modeling_seqboat import SeqBoatCache, SeqBoatConfig, SeqBoatForCausalLM
 from modeling_seqboat.generation_seqboat import CACHE_NAME
 
 MODULES = (
@@ -265,7 +265,7 @@ def test_constant_memory_whatever_the_length(train):
     assert sizes[0] == sizes[1]
 
 
-def test_the_trained_model_answers_from_a_hundred_thousand_tokens_back(train):
+def test_the_trained_model_answers_from_a_hundred_thousand_tokens_back(train, tmp_path):
     m, folder = modules(train), EXAMPLES / "long_context" / "pretrained" / "recall-toy"
     assert sum(path.stat().st_size for path in folder.iterdir()) < 2e6
     model = SeqBoatForCausalLM.from_pretrained(folder)
@@ -279,6 +279,15 @@ def test_the_trained_model_answers_from_a_hundred_thousand_tokens_back(train):
     # Nothing but what is asked for is kept, and attention reaches back to it.
     assert reading.activated[:, m.tasks.NOISE].sum() < 64
     assert reading.spans.nan_to_num().max(0).values.median() > 85_000
+
+    # By generate(), and by one that goes on from the cache of the first, saved and read again.
+    tokens, answers = torch.from_numpy(batch.tokens), batch.answers[0, :, 0]
+    asked = {"max_new_tokens": 1, "do_sample": False, "return_dict_in_generate": True, "prefill_chunk_size": 16_384}
+    first = model.generate(tokens[:, : answers[0]], **asked)
+    first.past_key_values.save(tmp_path / "cache.safetensors")
+    cache = SeqBoatCache.load(tmp_path / "cache.safetensors", model.config)
+    second = model.generate(tokens[:, : answers[1]], past_key_values=cache, **asked)
+    assert [int(o.sequences[0, -1]) for o in (first, second)] == tokens[0, answers[:2]].tolist()
 
 
 @pytest.mark.parametrize("kind", ["always", "never", "mistral", "llama"])
