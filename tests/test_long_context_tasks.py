@@ -165,6 +165,28 @@ def test_a_stream_holds_whole_pieces_and_asks_for_them(stream, tmp_path):
         assert set(text) <= set(pieces.text)
 
 
+def test_a_short_stream_has_fewer_pieces_and_all_of_one_length_as_many_questions(stream, tmp_path):
+    pieces = stream.load_pieces(write_data(tmp_path / "data"), "train", decimation=2)
+    task = stream.MixedTask(pieces, facts=2, clips=2, pictures=3, queries=2)
+    found = []
+    for length in range(28, 140):
+        examples = [task.example(length, np.random.default_rng(seed)) for seed in range(3)]
+        assert all(len(e.tokens) == length for e in examples)
+        counts = {tuple(np.bincount(e.groups, minlength=3)) for e in examples}
+        marks = {(e.tokens == mark).sum() for e in examples for mark in (stream.AUDIO, stream.PICTURE)}
+        assert len(counts) == 1 and max(marks) <= 5
+        found.append(counts.pop())
+    # By turns, a picture first; questions are of at most two of a kind.
+    assert list(dict.fromkeys(found)) == [(2, 0, 0), (2, 0, 1), (2, 1, 1), (2, 1, 2), (2, 2, 2)]
+    shortest = found.index((2, 0, 1)) + 28
+    e = task.example(shortest, np.random.default_rng(0))
+    assert not (e.kinds == stream.KINDS.index("text")).any(), "every place is taken"
+    with pytest.raises(ValueError, match="of 27 tokens is too short for its pieces, it needs at least 28"):
+        task.example(27, np.random.default_rng(0))
+    with pytest.raises(ValueError, match="needs at least 15"):
+        stream.MixedTask(pieces, facts=0, clips=0, pictures=3).example(14, np.random.default_rng(0))
+
+
 def test_data_that_streams_cannot_be_made_of_is_refused_by_name(stream, tmp_path):
     with pytest.raises(FileNotFoundError, match="no data folder"):
         stream.load_pieces(tmp_path / "none")
@@ -177,8 +199,8 @@ def test_data_that_streams_cannot_be_made_of_is_refused_by_name(stream, tmp_path
     pieces = stream.load_pieces(folder, "validation")
     with pytest.raises(ValueError, match="clips is 1, but the data has none"):
         stream.MixedTask(pieces, clips=1)
-    with pytest.raises(ValueError, match="too short for"):
-        stream.MixedTask(pieces, clips=0).example(60, np.random.default_rng(0))
+    with pytest.raises(ValueError, match="too short for its pieces, it needs at least 42"):
+        stream.MixedTask(pieces, clips=0).example(40, np.random.default_rng(0))
     np.save(folder / "cifar10_labels.npy", np.arange(24))
     with pytest.raises(ValueError, match=r"labels must lie in 0..9, got 0..23"):
         stream.load_pieces(folder)

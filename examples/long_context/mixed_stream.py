@@ -161,7 +161,8 @@ class MixedTask:
 
     Attributes:
         pieces: of one split.
-        facts, clips, pictures: how many of each lie in a stream.
+        facts, clips, pictures: how many of each lie in a stream. One that is too short for all has fewer: all facts,
+            and by turns a picture and a clip, as many as fit. So a model can begin with short streams, of facts alone.
         queries: how many of each are asked for, at most.
     """
 
@@ -194,8 +195,9 @@ class MixedTask:
             )
 
     def example(self, length: int, generator: np.random.Generator) -> Example:
-        """A stream of exactly `length` tokens. Raises ValueError where it is too short for what it must hold."""
-        blocks = self._blocks(generator)
+        """A stream of exactly `length` tokens. Raises ValueError where it is too short for its facts, or for a single
+        clip or picture where there are none."""
+        blocks = self._blocks(generator, *self._fitting(length))
         asked = []
         for group in range(len(GROUPS)):
             own = [block for block in blocks if block.group == group]
@@ -203,12 +205,7 @@ class MixedTask:
         asked = [asked[i] for i in generator.permutation(len(asked))]
         # Answers of a stream are of one width: a class or a word is one token, and what follows it an END.
         tail = sum(len(block.question) + self.digits for block in asked)
-        used = sum(len(block.tokens) for block in blocks)
-        room = length - tail - used
-        if room < 0:
-            raise ValueError(
-                f"a stream of {length} tokens is too short for {used + tail} of clips, pictures and facts"
-            )
+        room = length - tail - sum(len(block.tokens) for block in blocks)
         order = generator.permutation(len(blocks))
         cuts = spread(generator, len(blocks), 0, room)
         first = int(generator.integers(0, len(self.pieces.text)))
@@ -236,7 +233,32 @@ class MixedTask:
             np.concatenate(tokens), np.concatenate(kinds), np.stack(answers), np.array(distances), np.array(groups)
         )
 
-    def _blocks(self, generator: np.random.Generator) -> list["_Block"]:
+    def _fitting(self, length: int) -> tuple[int, int]:
+        """How many clips and pictures a stream of this length has."""
+        counts, most = [0, 0], (self.clips, self.pictures)
+        sizes = [rows.shape[1] + 5 for rows in (self.pieces.clips, self.pieces.pictures)]
+
+        def needed(clips: int, pictures: int) -> int:
+            asked = [min(count, self.queries) for count in (self.facts, clips, pictures)]
+            questions = asked[0] * (2 + self.name_size) + (asked[1] + asked[2]) * 4 + sum(asked) * self.digits
+            facts = self.facts * (2 + self.name_size + self.digits)
+            return facts + clips * sizes[0] + pictures * sizes[1] + questions
+
+        turn = 1
+        for _ in range(sum(most)):
+            # A kind that has all of its pieces leaves its turn to the other.
+            turn = turn if counts[turn] < most[turn] else 1 - turn
+            more = [count + (place == turn) for place, count in enumerate(counts)]
+            if needed(*more) > length:
+                break
+            counts, turn = more, 1 - turn
+        if needed(*counts) > length or not (self.facts or sum(counts)):
+            ones = [needed(*one) for one, count in zip(((1, 0), (0, 1)), most, strict=True) if count]
+            least = needed(0, 0) if self.facts else min(ones)
+            raise ValueError(f"a stream of {length} tokens is too short for its pieces, it needs at least {least}")
+        return counts[0], counts[1]
+
+    def _blocks(self, generator: np.random.Generator, clips: int, pictures: int) -> list["_Block"]:
         blocks, pieces = [], self.pieces
         names = generator.choice(26**self.name_size, self.facts, replace=False) if self.facts else []
         for name in names:
@@ -246,8 +268,8 @@ class MixedTask:
             question = np.concatenate([[QUESTION, FACT_START], letters])
             blocks.append(_Block(len(blocks), 0, tokens, np.full(len(tokens), _FACT), question, number))
         for group, mark, kind, rows, labels, count, zero in (
-            (1, AUDIO, _AUDIO, pieces.clips, pieces.words, self.clips, ord("A")),
-            (2, PICTURE, _PICTURE, pieces.pictures, pieces.classes, self.pictures, ord("0")),
+            (1, AUDIO, _AUDIO, pieces.clips, pieces.words, clips, ord("A")),
+            (2, PICTURE, _PICTURE, pieces.pictures, pieces.classes, pictures, ord("0")),
         ):
             for number, row in enumerate(generator.integers(0, len(rows), count) if count else []):
                 digits = ord("0") + np.array([number // 10, number % 10])
