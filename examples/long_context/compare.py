@@ -142,21 +142,28 @@ def write_picture(results: list[dict], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    tasks = list(dict.fromkeys(run_of(r["model"]).task for r in results))
-    figure, panels = pyplot.subplots(1, len(tasks), figsize=(4.5 * len(tasks), 4), sharey=True, squeeze=False)
-    for axes, task in zip(panels[0], tasks, strict=True):
+    runs = [run_of(r["model"]) for r in results]
+    tasks, kinds = (list(dict.fromkeys(getattr(run, name) for run in runs)) for name in ("task", "kind"))
+    rows, columns = -(-len(tasks) // 3), min(3, len(tasks))
+    figure, panels = pyplot.subplots(
+        rows, columns, figsize=(4.5 * columns, 3.6 * rows), sharey=True, squeeze=False, layout="constrained"
+    )
+    for axes in panels.flat[len(tasks) :]:
+        axes.set_visible(False)
+    for axes, task in zip(panels.flat, tasks, strict=False):
         own = [r for r in results if run_of(r["model"]).task == task]
         for kind, cells in collect([r for r in own if r["pairs"] == trained_pairs(own)], "length").items():
-            lengths = sorted(cells)
+            lengths, color = sorted(cells), f"C{kinds.index(kind)}"
             values = [cells[n][0] for n in lengths]
-            axes.plot(lengths, [sum(v) / len(v) for v in values], "o-", label=kind, markersize=4)
-            axes.fill_between(lengths, [min(v) for v in values], [max(v) for v in values], alpha=0.2)
+            means = [sum(v) / len(v) for v in values]
+            axes.plot(lengths, means, "o-", label=kind, markersize=4, color=color)
+            axes.fill_between(lengths, [min(v) for v in values], [max(v) for v in values], alpha=0.2, color=color)
         axes.axhline(own[0]["chance"], color="gray", linestyle=":")
         axes.set_xscale("log", base=2)
         axes.set(title=task, xlabel="length of the text (tokens)", ylim=(-0.02, 1.04))
         axes.legend(fontsize=7)
-    panels[0][0].set_ylabel("accuracy")
-    figure.tight_layout()
+    for axes in panels[:, 0]:
+        axes.set_ylabel("accuracy")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
