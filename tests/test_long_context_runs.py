@@ -455,6 +455,8 @@ def test_models_are_compared_over_their_seeds(monkeypatch, tmp_path, capsys):
     # One model was read with other numbers of pairs, at one length.
     assert "## recall: by number of pairs, at 4,096 tokens" in recall and "| routed | 1 | 100.0 | 12.5 |" in recall
     assert "| routed, seed 0 | 4,096 | 2.00 0.00 | 2,048, 4,096; – | 8 |" in recall
+    # All answers of the stand-ins lie 64 tokens back.
+    assert "| model | from 64 |" in recall and "| routed | 83.3 (60) |" in recall and "| llama | 25.0 (20) |" in recall
     assert "| routed | 1 | 75.0 |" in copy
     assert (tmp_path / "out" / "accuracy.png").stat().st_size > 1000
     (tmp_path / "0.jsonl").write_text(json.dumps(result("other", 64, 1.0)) + "\n")

@@ -1,4 +1,4 @@
-r"""Tables and a picture of several models' results, seeds together: accuracy by length, pairs and kind of question.
+r"""Tables and a picture of several models' results, seeds together: by length, distance, pairs and kind of question.
 
     python examples/long_context/compare.py --results outputs/recall/eval/*/results.jsonl \
         --output_dir docs/long_context
@@ -83,6 +83,22 @@ def accuracy_table(results: list[dict], column: str) -> list[str]:
     return table(["model", "seeds", *(f"{key:,}" for key in columns)], [*rows, answers])
 
 
+def distance_table(results: list[dict]) -> list[str]:
+    """Accuracy by distance in tokens to what is asked for, answers of all lengths and seeds together."""
+    found: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(lambda: [0.0, 0]))
+    for result in results:
+        for distance, (share, count) in result["by_distance"].items():
+            # Fourfold steps: with two a table is twice as wide.
+            place = found[run_of(result["model"]).kind][4 ** ((int(distance).bit_length() - 1) // 2)]
+            place[0], place[1] = place[0] + share * count, place[1] + count
+    columns = sorted({key for cells in found.values() for key in cells})
+    rows = [
+        [kind, *(f"{100 * cells[n][0] / cells[n][1]:.1f} ({cells[n][1]})" if n in cells else "" for n in columns)]
+        for kind, cells in found.items()
+    ]
+    return table(["model", *(f"from {n:,}" for n in columns)], rows)
+
+
 def question_table(results: list[dict]) -> list[str]:
     """Accuracy by kind of question, where a task has several."""
     groups = list(dict.fromkeys(name for r in results for name in r["by_group"]))
@@ -123,6 +139,7 @@ def page(results: list[dict]) -> str:
         trained = [r for r in own if r["pairs"] == pairs]
         lines += ["", f"## {task}: by length, {pairs} pairs, chance {100 * own[0]['chance']:.1f} %", ""]
         lines += accuracy_table(trained, "length")
+        lines += ["", f"## {task}: by distance; in brackets the number of answers", "", *distance_table(trained)]
         if len({name for r in own for name in r["by_group"]}) > 1:
             lines += ["", f"## {task}: by question", "", *question_table(trained)]
         if len(own) > len(trained):
