@@ -80,6 +80,14 @@ def test_the_budget_falls_and_texts_grow_on_accuracy_alone(train):
     assert [c.record(1.0, 10, 0.1) for _ in range(10)].count("lower") == 2 and c.done
 
 
+def test_routers_take_over_at_a_length_of_their_own(train):
+    c = curriculum(train, open_length=70)
+    changes = [c.record(1.0, c.length, 1.0) for _ in range(6)]
+    assert changes == [None, "grow", None, "open", None, "lower"] and c.length == 70, "70 tokens do not fit"
+    with pytest.raises(ValueError, match="open_length 101 must be 0, or from start_length 40 to stop_length 100"):
+        modules(train).curriculum.CurriculumArguments(start_length=40, stop_length=100, open_length=101).check()
+
+
 def test_a_model_without_routers_only_has_longer_texts(train):
     c = curriculum(train, routed=False)
     assert [c.record(1.0, 40, 1.0) for _ in range(6)] == [None, "grow", None, "grow", None, "done"]

@@ -14,6 +14,9 @@ class CurriculumArguments:
     start_length: int = field(
         default=40, metadata={"help": "of the first texts; at most memory_size for attention to see all"}
     )
+    open_length: int = field(
+        default=0, metadata={"help": "routed: texts grow to this length before the routers take over; 0: start_length"}
+    )
     stop_length: int = field(default=4096, metadata={"help": "texts grow up to this"})
     good: float = field(default=0.97, metadata={"help": "accuracy at which texts grow or the budget falls"})
     bad: float = field(default=0.8, metadata={"help": "accuracy below which the budget rises again"})
@@ -34,6 +37,11 @@ class CurriculumArguments:
         """Raises ValueError for values that no run can use."""
         if not 2 <= self.start_length <= self.stop_length:
             raise ValueError(f"start_length {self.start_length} must be from 2 to stop_length {self.stop_length}")
+        if self.open_length and not self.start_length <= self.open_length <= self.stop_length:
+            raise ValueError(
+                f"open_length {self.open_length} must be 0, or from start_length {self.start_length} to stop_length "
+                f"{self.stop_length}"
+            )
         if not 0 <= self.bad < self.good <= 1:
             raise ValueError(f"bad {self.bad} must be below good {self.good}, both in [0, 1]")
         if self.window < 1 or self.grow <= 1 or not 0 < self.shrink < 1 or self.fill <= 0 or self.spare <= 0:
@@ -46,10 +54,11 @@ class CurriculumArguments:
 class Curriculum:
     """The length of the next texts and the share of their tokens that all layers together may activate.
 
-    A routed model begins with all tokens activated, whatever its routers say. When it answers right the routers take
-    over and the budget falls, step by step, each time that the accuracy over a whole window is `good`. Once what a
-    layer keeps fills no more than `fill` of its memory, texts grow instead, until it does. Below `bad` the budget
-    rises by a step. A model without learned routers has longer texts each time that its accuracy is `good`.
+    A routed model begins with all tokens activated, whatever its routers say. When it answers texts of `open_length`
+    right, the routers take over and the budget falls, step by step, each time that the accuracy over a whole window is
+    `good`. Once what a layer keeps fills no more than `fill` of its memory, texts grow instead, until it does. Below
+    `bad` the budget rises by a step. A model without learned routers has longer texts each time that its accuracy is
+    `good`.
 
     Args:
         memory_size: W; needed: tokens of a text that are worth keeping, as an average over layers, for the last
@@ -89,12 +98,13 @@ class Curriculum:
     def _next(self, kept: float, rate: float) -> str | None:
         a = self.a
         if self.routed and self.phase == DENSE:
+            if self.length < a.open_length:
+                return self._grow(a.open_length)
             self.phase = ROUTED
             return "open"
         fits = not self.routed or kept <= a.fill * self.memory_size
         if fits and self.length < a.stop_length:
-            self.length = min(a.stop_length, max(self.length + 1, int(self.length * a.grow)))
-            return "grow"
+            return self._grow(a.stop_length)
         if self.routed and (not fits or self.budget * self.length > a.spare * self.needed):
             if rate > a.follow * self.budget:
                 # The routers have not followed yet.
@@ -103,6 +113,10 @@ class Curriculum:
             return "lower"
         self.done = True
         return "done"
+
+    def _grow(self, most: int) -> str:
+        self.length = min(most, max(self.length + 1, int(self.length * self.a.grow)))
+        return "grow"
 
     def state_dict(self) -> dict:
         names = ("length", "budget", "phase", "done")
