@@ -12,7 +12,12 @@ from safe_files import parse_json
 class TrainArguments:
     output_dir: str = field(metadata={"help": "must be new or empty, unless resuming"})
     model_type: str = field(default="seqboat", metadata={"help": "seqboat, or llama for comparison"})
-    preset: str = field(default="small", metadata={"help": "a preset of configuration/; not used for llama"})
+    preset: str = field(
+        default="small", metadata={"help": "a preset of configuration/; not used for llama, nor with init_from"}
+    )
+    init_from: str | None = field(
+        default=None, metadata={"help": "a model's folder or name on the Hub, to start from its weights and config"}
+    )
     config_overrides: str | None = field(
         default=None, metadata={"help": "JSON of config fields to change; for llama: the fields of a LlamaConfig"}
     )

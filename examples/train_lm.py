@@ -13,6 +13,9 @@ written.
 `--average_decay` keeps an average of the weights beside them, scores it at each validation and writes it to
 `averaged/`. A layer whose router stops choosing is an entry `router/collapse` of `metrics.jsonl`.
 
+`--init_from FOLDER` starts from a trained model, with a new optimizer and schedule; a run that was interrupted goes on
+by `--resume_from_checkpoint`.
+
 `--max_minutes` ends the run after that much training time: the clock stops during validation and saving, a resumed run
 goes on with the time already used, and the learning rate falls by the share of time or of steps that is used,
 whichever is larger. `--model_type llama` trains a LlamaForCausalLM in the same way, for comparison.
@@ -37,16 +40,16 @@ from lm_arguments import TrainArguments, check_arguments, check_graphs, check_pa
 from lm_checkpoints import Clock, Progress, Saver, resume
 from lm_data import HeldOut, StreamPlaces, build_loader, load_data
 from lm_parts import Parts
-from recipes import check_launch, check_output_folder, find_checkpoint, parse_arguments
+from recipes import check_launch, check_model_folder, check_output_folder, find_checkpoint, parse_arguments
 from run_folder import RunFolder, open_log, take_folder_once
 from run_record import hardware, published_command, write_record
 from text_data import StreamedBlocks, load_tokenizer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 
 from modeling_seqboat import SeqBoatConfig, SeqBoatForCausalLM
 from modeling_seqboat.graphed_step_seqboat import GraphedStep, GraphedUpdate
@@ -63,6 +66,8 @@ from modeling_seqboat.training_seqboat import (
 def build_config(a: TrainArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
     """The config of the model to train. Raises ValueError for fields that a LlamaConfig does not have."""
     overrides = json_object(a.config_overrides, "config_overrides")
+    if a.init_from is not None:
+        return config_to_start_from(a, overrides, len(tokenizer))
     ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     if a.model_type == "seqboat":
         if a.tokenizer != "byte":
@@ -73,6 +78,34 @@ def build_config(a: TrainArguments, tokenizer: PreTrainedTokenizerBase) -> PreTr
         raise ValueError(f"config_overrides: {', '.join(unknown)} is no field of LlamaConfig")
     fields = {"vocab_size": len(tokenizer), "max_position_embeddings": a.sequence_length, **ids, **overrides}
     return LlamaConfig(**fields)
+
+
+def config_to_start_from(a: TrainArguments, overrides: dict, ids: int) -> PreTrainedConfig:
+    """The config of the model `init_from`, changed by `overrides`. Raises ValueError and FileNotFoundError where the
+    run cannot start from it."""
+    check_model_folder(a.init_from)
+    config = AutoConfig.from_pretrained(a.init_from)
+    if config.model_type != a.model_type:
+        raise ValueError(
+            f"init_from {a.init_from!r} is a {config.model_type!r} model, this run trains a {a.model_type!r}"
+        )
+    if ids > config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {ids} ids, the model {a.init_from!r} {config.vocab_size}: they do not belong together"
+        )
+    for name, value in overrides.items():
+        if name not in type(config).__dataclass_fields__:
+            raise ValueError(f"config_overrides: {name} is no field of {type(config).__name__}")
+        setattr(config, name, value)
+    return config
+
+
+def build_model(a: TrainArguments, config: PreTrainedConfig, fresh: bool) -> nn.Module:
+    """The model to train; `fresh`: a run at its start, with the weights of `init_from` if that is given."""
+    kind = SeqBoatForCausalLM if a.model_type == "seqboat" else LlamaForCausalLM
+    if a.init_from is None or not fresh:
+        return kind(config)
+    return kind.from_pretrained(a.init_from, config=config, dtype=torch.float32)
 
 
 def rate_factor(a: TrainArguments, step: int, time_share: float = 0.0) -> float:
@@ -228,7 +261,7 @@ def train(
 ) -> dict:
     """Builds the model, trains it and keeps it in `folder`."""
     set_seed(a.seed)
-    model = SeqBoatForCausalLM(config) if a.model_type == "seqboat" else LlamaForCausalLM(config)
+    model = build_model(a, config, fresh=checkpoint is None)
     parameters, averaged = model.num_parameters(), None
     if a.average_decay is not None:
         # Before anything is hooked to the model: the copy is not to run it.

@@ -20,7 +20,7 @@ from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedType
 from example_scripts import imported
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from modeling_seqboat import SeqBoatConfig
 
@@ -189,6 +189,26 @@ def test_interrupt_saves_a_checkpoint_that_latest_finds(tmp_path, examples, monk
     monkeypatch.setattr(examples, "rate_factor", usual)
     assert run(examples, output, save_steps=100, resume_from_checkpoint="latest")["step"] == 6
     assert (output / "final").is_dir()
+
+
+def test_a_run_starts_from_the_weights_of_another(tmp_path, examples):
+    """At a rate of 0 it ends with them."""
+    run(examples, tmp_path / "first", steps=3)
+    first = tmp_path / "first" / "final"
+    start = {"init_from": first, "preset": None, "learning_rate": 0, "weight_decay": 0}
+    run(examples, tmp_path / "second", steps=3, config_overrides='{"hidden_dropout": 0.5}', **start)
+    found = tmp_path / "second" / "final"
+    assert AutoConfig.from_pretrained(found).hidden_dropout == 0.5
+    expected = load_file(first / "model.safetensors")
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in load_file(found / "model.safetensors").items())
+    for flags, message in (
+        ({"config_overrides": '{"hiden": 1}'}, "hiden is no field of SeqBoatConfig"),
+        ({"model_type": "llama"}, "is a 'seqboat' model, this run trains a 'llama'"),
+        ({"init_from": tmp_path / "second"}, "it has no config.json"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            run(examples, tmp_path / "third", steps=3, **(start | flags))
+    assert not (tmp_path / "third").exists()
 
 
 @pytest.fixture
