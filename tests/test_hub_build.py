@@ -5,10 +5,11 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import strangers
 import torch
 from helpers import verify_once
 from huggingface_hub import ModelCard
@@ -42,11 +43,6 @@ EVALUATION = {
 FAKE_TOKEN = "hf_" + "A1b2C3d4E5" * 4
 
 
-def stranger(folder):
-    """Environment of a process that shares no cache and no token with this one."""
-    return {**os.environ, "HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1", "HF_TOKEN": ""}
-
-
 def byte_model(seed=0, **overrides):
     special = {"vocab_size": 264, "pad_token_id": 256, "bos_token_id": 257, "eos_token_id": 258}
     return small_lm(seed, **{**special, **overrides})
@@ -68,6 +64,13 @@ def built(saved, tmp_path_factory):
     folder = tmp_path_factory.mktemp("built") / "hub"
     build_folder(saved, folder, card=CardOptions(repo_id="ann/boat"))
     return folder
+
+
+@pytest.fixture(autouse=True)
+def forked_strangers(monkeypatch):
+    """`verify_folder` forks its processes from one that has the libraries."""
+    forked = SimpleNamespace(DEVNULL=subprocess.DEVNULL, PIPE=subprocess.PIPE, Popen=strangers.Popen)
+    monkeypatch.setattr("hub_upload.verify.subprocess", forked)
 
 
 @pytest.fixture
@@ -513,8 +516,14 @@ def test_a_finished_card_is_used_as_it_is(copied, tmp_path):
     assert (tmp_path / "out" / "README.md").read_text() == card.read_text()
 
 
-def test_a_built_folder_verifies_where_the_package_is_not(built):
+def test_a_built_folder_verifies_where_the_package_is_not(built, monkeypatch):
     """A Hub folder loads in a fresh process without this package, generates, fine-tunes, saves again and reloads."""
+
+    def start(command, **options):
+        # One process of this file's starts anew, as all do where it counts.
+        return (subprocess if command[-1] == "first" else strangers).Popen(command, **options)
+
+    monkeypatch.setattr("hub_upload.verify.subprocess.Popen", start)
     seen = []
     checks = verify_folder(built, on_check=seen.append)
     assert seen == checks
@@ -581,15 +590,8 @@ def tuned(built, tmp_path_factory):
     return folder / "tuned", float(result.stdout.split()[-1])
 
 
-def in_a_stranger_s_process(folder, *arguments):
-    result = subprocess.run(
-        [sys.executable, "-I", *map(str, arguments)],
-        env=stranger(folder),
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+def in_a_stranger_s_process(folder, *command):
+    result = strangers.run(folder, *command)
     assert result.returncode == 0, result.stderr
     return result
 

@@ -1,0 +1,113 @@
+"""Processes of somebody who has the libraries and nothing of this project, as `python -I SCRIPT ...` starts them.
+
+Most of the time of such a process goes into importing the libraries. Here one process, which is this file run as a
+script, imports them once, and each stranger is a fork of it."""
+
+import functools
+import json
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from subprocess import CompletedProcess
+
+
+@functools.cache
+def _libraries() -> socket.socket:
+    """Starts the process that has imported the libraries. It ends with this one, which holds the socket."""
+    here, there = socket.socketpair()
+    # The Hub's client reads this at import.
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_TOKEN": ""}
+    subprocess.Popen([sys.executable, "-I", __file__], stdin=there, stdout=subprocess.DEVNULL, env=environment)
+    there.close()
+    return here
+
+
+class Popen:
+    """`subprocess.Popen` of such a process: its stdout is a pipe of text, its stderr an open file."""
+
+    def __init__(self, command: list[str], *, env: dict[str, str], cwd: str | Path, stderr, **_):
+        assert command[:2] == [sys.executable, "-I"], command
+        output, output_end = os.pipe()
+        status, status_end = os.pipe()
+        with tempfile.TemporaryFile("w+", encoding="utf-8") as request:
+            json.dump([command[2:], env, str(cwd)], request)
+            request.seek(0)
+            socket.send_fds(_libraries(), [b"."], [request.fileno(), output_end, stderr.fileno(), status_end])
+        os.close(output_end)
+        os.close(status_end)
+        self.stdout, self._status = (open(end, encoding="utf-8") for end in (output, status))
+        self._pid, self.returncode = int(self._status.readline()), None
+
+    def kill(self) -> None:
+        os.kill(self._pid, signal.SIGKILL)
+
+    def poll(self) -> int:
+        return self.wait()
+
+    def wait(self) -> int:
+        if self.returncode is None:
+            self.returncode = int(self._status.readline())
+        return self.returncode
+
+
+def run(folder: Path, *command) -> CompletedProcess:
+    """Runs a script in a folder, offline, with a Hub cache of its own and no token."""
+    environment = {**os.environ, "HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1", "HF_TOKEN": ""}
+    with (folder / "errors.txt").open("w+", encoding="utf-8") as errors:
+        process = Popen([sys.executable, "-I", *map(str, command)], env=environment, cwd=folder, stderr=errors)
+        output, status = process.stdout.read(), process.wait()
+        errors.seek(0)
+        return CompletedProcess(command, status, output, errors.read())
+
+
+def _serve() -> list[str]:
+    """Forks a stranger for each request; returns its command in the stranger."""
+    requests = socket.socket(fileno=os.dup(0))
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    while True:
+        _, files, *_ = socket.recv_fds(requests, 1, 4)
+        if not files:
+            sys.exit()
+        if os.fork():
+            for file in files:
+                os.close(file)
+            continue
+        # Between the two stands a process that waits for the stranger.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        requests.close()
+        request, *outputs, status = files
+        stranger = os.fork()
+        if stranger:
+            for file in (0, request, *outputs):
+                os.close(file)
+            os.write(status, f"{stranger}\n".encode())
+            code = os.waitstatus_to_exitcode(os.waitpid(stranger, 0)[1])
+            os.write(status, f"{code}\n".encode())
+            os._exit(0)
+        os.close(status)
+        with open(request, encoding="utf-8") as file:
+            command, environment, folder = json.load(file)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        for number, output in enumerate(outputs, start=1):
+            os.dup2(output, number)
+            os.close(output)
+        os.environ.clear()
+        os.environ.update(environment)
+        os.chdir(folder)
+        return command
+
+
+if __name__ == "__main__":
+    import peft  # noqa: F401
+    import torch  # noqa: F401
+    from transformers import dynamic_module_utils, pipelines  # noqa: F401
+
+    sys.argv = _serve()
+    # Read from the environment when it was imported; the code of each folder is loaded from that folder.
+    dynamic_module_utils.HF_MODULES_CACHE = os.environ.get("HF_MODULES_CACHE", os.environ["HF_HOME"] + "/modules")
+    runpy.run_path(sys.argv[0], run_name="__main__")
