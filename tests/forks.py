@@ -9,7 +9,7 @@ import sys
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
-from subprocess import CompletedProcess, TimeoutExpired
+from subprocess import PIPE, CompletedProcess, TimeoutExpired
 
 import torch
 from torch.distributed import run as elastic
@@ -30,9 +30,14 @@ def run_script(path: str, *flags: str) -> None:
     runpy.run_path(str(path), run_name="__main__")
 
 
-def _child(function, arguments: tuple, cwd: str, environment: dict[str, str], output: str, errors: str) -> None:
+def _child(
+    function, arguments: tuple, cwd: str, environment: dict[str, str], output: str, errors: str, questions: str = ""
+) -> None:
     for number, path in ((1, output), (2, errors)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
+    if questions:
+        os.dup2(os.open(questions, os.O_RDONLY), 0)
+        sys.stdin = open(0, encoding="utf-8", closefd=False)
     sys.stdout, sys.stderr = (open(number, "w", encoding="utf-8", closefd=False) for number in (1, 2))
     os.environ.update(environment)
     os.chdir(cwd)
@@ -53,14 +58,28 @@ def _child(function, arguments: tuple, cwd: str, environment: dict[str, str], ou
 
 
 class Command:
-    """What `subprocess.Popen([python, SCRIPT, *FLAGS])` starts. `stdout` is an open file, which takes errors too, or
-    None for nowhere."""
+    """What `subprocess.Popen([python, SCRIPT, *FLAGS])` starts. `stdout` is an open file, PIPE, or None for nowhere;
+    errors go there too, or to a file of their own. Pipes are of text, and need processes that are forked."""
 
-    def __init__(self, command: list[str], stdout=None, stderr=None, env: dict[str, str] | None = None):
-        said = os.devnull if stdout is None else stdout.name
-        arguments = (run_script, tuple(command[1:]), os.getcwd(), env or {}, said, said)
+    def __init__(self, command: list[str], stdin=None, stdout=None, stderr=None, text=True, env=None):
+        self.stdin = self.stdout = None
+        output, questions, ends = os.devnull, "", []
+        if stdout is PIPE:
+            read, write = os.pipe()
+            self.stdout, output = open(read, encoding="utf-8"), f"/dev/fd/{write}"
+            ends.append(write)
+        elif stdout is not None:
+            output = stdout.name
+        if stdin is PIPE:
+            read, write = os.pipe()
+            self.stdin, questions = open(write, "w", encoding="utf-8"), f"/dev/fd/{read}"
+            ends.append(read)
+        errors = stderr.name if hasattr(stderr, "name") else output
+        arguments = (run_script, tuple(command[1:]), os.getcwd(), env or {}, output, errors, questions)
         self.process = CONTEXT.Process(target=_child, args=arguments)
         self.process.start()
+        for end in ends:
+            os.close(end)
         self.terminate, self.kill = self.process.terminate, self.process.kill
 
     def send_signal(self, number: int) -> None:

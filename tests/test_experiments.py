@@ -5,6 +5,7 @@ import json
 import sys
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 from torch import nn
@@ -292,8 +293,10 @@ def test_pages_come_from_a_results_file_alone(finished, tmp_path):
     assert (tmp_path / "scale.md").read_text("utf-8") == (finished / "scale.md").read_text("utf-8")
 
 
-def test_two_processes_share_a_plan(tmp_path):
+def test_two_processes_share_a_plan(tmp_path, monkeypatch):
     driver, plan, run_data = module("driver"), module("plan"), module("run_data")
+    if forks.METHOD == "fork":
+        monkeypatch.setattr(driver.subprocess, "Popen", forks.Command)
     base = toy().lm
     planned = [plan.Planned({"seed": seed}, base.changed(seed=seed)) for seed in (0, 1)]
     planned.append(plan.Planned({}, base.changed(router_type="random"), rate_like=base))
@@ -360,11 +363,12 @@ def test_the_plan_names_experiments_recipes_and_arguments_that_exist(tmp_path):
         assert arguments.data_path and arguments.max_minutes == run.minutes and arguments.task in run.name
 
 
-def test_a_queue_goes_on_with_a_classification(tmp_path):
+def test_a_queue_goes_on_with_a_classification(tmp_path, monkeypatch):
     import yaml
     from classification_tasks import ROOT, TINY, run, write_reviews
 
     queue = module("run_queue")
+    monkeypatch.setattr(queue.subprocess, "Popen", forks.Command)
     recipe = ROOT / "configuration/recipes/classification/half-hour/lra-text.yaml"
     overrides = TINY | {"router_target_rate": 0.5}
     settings = {"max_steps": 2, "eval_steps": 1, "batch_size": 4, "validation_size": 4, "warmup_steps": 1,

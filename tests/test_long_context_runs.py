@@ -5,6 +5,7 @@ import shutil
 import sys
 from types import SimpleNamespace
 
+import forks
 import pytest
 import torch
 import yaml
@@ -534,7 +535,8 @@ def write_plan(folder, entries):
     return str(folder / "plan.yaml")
 
 
-def test_a_queue_runs_what_is_not_there_yet_and_goes_on_after_a_failure(queue, tmp_path):
+def test_a_queue_runs_what_is_not_there_yet_and_goes_on_after_a_failure(queue, tmp_path, monkeypatch):
+    monkeypatch.setattr(queue.subprocess, "Popen", forks.Command)
     plan = write_plan(
         tmp_path,
         [

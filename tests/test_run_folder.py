@@ -365,20 +365,20 @@ def test_a_payload_does_not_run_in_fine_tuning(tuned, model, tmp_path, folders, 
 def test_a_signal_saves_a_checkpoint_of_fine_tuning(model, tmp_path):
     output = tmp_path / "run"
     changes = {"script": "finetune_trainer", "settings": INSTRUCTIONS, "model": model, "save_steps": 100_000}
-    process = subprocess.Popen(
-        command(output, max_steps=100_000, **changes), env=ENVIRONMENT, stdout=subprocess.PIPE, text=True
-    )
+    said = tmp_path / "said.txt"
+    with said.open("w", encoding="utf-8") as file:
+        process = forks.Command(command(output, max_steps=100_000, **changes), env=ENVIRONMENT, stdout=file)
     try:
         # The first loss that is logged.
-        assert any("'loss'" in line for line in process.stdout)
+        wait_for(lambda: "'loss'" in said.read_text("utf-8"), process)
         process.terminate()
-        rest = process.communicate(timeout=60)[0]
-        assert process.returncode == 0
+        assert process.wait(60) == 0
     finally:
         process.kill()
     (checkpoint,) = output.glob("checkpoint-*")
     step = int(checkpoint.name.split("-")[1])
-    assert f"stopped after step {step}; {checkpoint.name} is saved" in rest and not (output / "final").exists()
+    assert f"stopped after step {step}; {checkpoint.name} is saved" in said.read_text("utf-8")
+    assert not (output / "final").exists()
     run(output, **changes, max_steps=step + 1, resume_from_checkpoint="latest")
     assert json.loads((output / "report.json").read_text("utf-8"))["steps"] == step + 1
 
