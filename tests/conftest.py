@@ -10,14 +10,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # What reaches a kernel is checked here, see also below, and not in a user's process.
 os.environ.setdefault("SEQBOAT_CHECK_KERNELS", "1")
 
-if importlib.util.find_spec("triton") is None:
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+if not HAS_TRITON:
     collect_ignore_glob = ["test_triton_*.py", "test_kernels.py"]
-else:
-    # Kernels are made for the interpreter or for a GPU when they are defined, so this comes before all test modules.
-    import kernel_checks
-    import triton_interpreter  # noqa: F401
-
-    kernel_checks.install()
 
 # Files that take long, the longest first: one of them at the end would keep all processes but one waiting. Of the
 # first two all tests are slow ones.
@@ -36,6 +31,15 @@ SLOWEST = {
 
 
 def pytest_configure(config):
+    # The process that hands tests to others runs none: they would wait while it imports torch.
+    hands_out = getattr(config.option, "dist", "no") != "no" and not hasattr(config, "workerinput")
+    if HAS_TRITON and not hands_out:
+        # Kernels are made for the interpreter or for a GPU when they are defined, so this comes before all test
+        # modules.
+        import kernel_checks
+        import triton_interpreter  # noqa: F401
+
+        kernel_checks.install()
     if hasattr(config.option, "loadscopereorder"):
         # Else xdist begins with the files that have the most tests; these have few.
         config.option.loadscopereorder = False
