@@ -139,6 +139,16 @@ def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
+def average(model: nn.Module, group) -> None:
+    """What DDP does with gradients, in one message."""
+    found = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    whole = torch.cat([gradient.flatten() for gradient in found])
+    dist.all_reduce(whole, group=group)
+    whole /= group.size()
+    for gradient, mean in zip(found, whole.split([gradient.numel() for gradient in found]), strict=True):
+        gradient.copy_(mean.view_as(gradient))
+
+
 def error(found: torch.Tensor, expected: torch.Tensor) -> float:
     """The largest difference, in units of the largest entry where that is above 1; infinite for NaN."""
     if found.shape != expected.shape:
@@ -164,9 +174,7 @@ def compare(
     with context_parallel(model, group):
         found = model(**part, output_router_probs=True)
     found.loss.backward()
-    for parameter in model.parameters():
-        dist.all_reduce(parameter.grad, group=group)
-        parameter.grad /= group.size()
+    average(model, group)
     first = sum(cuts[: group.rank()])
     here = slice(first, first + cuts[group.rank()])
     mask = batch.get("attention_mask", torch.ones(whole.logits.shape[:2]))[:, here].bool()
@@ -273,11 +281,9 @@ def base_model_case(group) -> dict[str, float]:
     part = sequence_part({"inputs_embeds": embeds}, group)["inputs_embeds"].clone().requires_grad_()
     with context_parallel(model, group):
         (model(inputs_embeds=part).last_hidden_state.square().sum() * group.size()).backward()
-    errors = []
-    for name, parameter in model.named_parameters():
-        if name in expected:
-            dist.all_reduce(parameter.grad, group=group)
-            errors.append(error(parameter.grad / group.size(), expected[name]))
+    average(model, group)
+    found = gradients_of_used(model)
+    errors = [error(found[name], gradient) for name, gradient in expected.items()]
     here = sequence_part({"inputs_embeds": whole.grad}, group)["inputs_embeds"]
     return {"base model": max(errors), "inputs_embeds": error(part.grad / group.size(), here)}
 
@@ -426,10 +432,11 @@ def run(rank: int, path: str, rounds: int, store: str) -> None:
         cases |= {"generate": (generate_case, group), "base": (base_model_case, group)}
         cases |= {"data": (with_data_case, mesh), "sharded": (sharded_case, mesh)}
         for name, (function, *arguments) in cases.items():
-            for what, value in function(*arguments).items():
-                worst = torch.tensor(value, dtype=torch.float64)
-                dist.all_reduce(worst, dist.ReduceOp.MAX)
-                report["errors"][f"{size} processes, {name}: {what}"] = float(worst)
+            errors = function(*arguments)
+            worst = torch.tensor(list(errors.values()), dtype=torch.float64)
+            dist.all_reduce(worst, dist.ReduceOp.MAX)
+            for what, value in zip(errors, worst.tolist(), strict=True):
+                report["errors"][f"{size} processes, {name}: {what}"] = value
         report["refusals"][size] = refusals(group)
     if rank == 0:
         with open(path, "w", encoding="utf-8") as file:
