@@ -108,6 +108,12 @@ def altered(value, rng: random.Random):
     return value
 
 
+def anew(path: Path) -> Path:
+    """A file that is not there: to write over another one waits for the disk."""
+    path.unlink(missing_ok=True)
+    return path
+
+
 def test_saved_caches(tmp_path):
     rng = random.Random(0)
     torch.manual_seed(0)
@@ -123,7 +129,7 @@ def test_saved_caches(tmp_path):
     data, expected = path.read_bytes(), dict(cache.tensors())
     loaded = 0
     for _ in range(COUNT):
-        path.write_bytes(damaged(data, rng))
+        anew(path).write_bytes(damaged(data, rng))
         try:
             found = SeqBoatCache.load(path, config)
         except ValueError:
@@ -152,7 +158,7 @@ def test_saved_caches(tmp_path):
             )
         )  # fmt: skip
         save_file(
-            changed, path, {**meta, rng.choice(sorted(meta)): rng.choice(("", "x", "1", "[]", "9" * 30, "True"))}
+            changed, anew(path), {**meta, rng.choice(sorted(meta)): rng.choice(("", "x", "1", "[]", "9" * 30, "True"))}
         )
         try:
             found = SeqBoatCache.load(path, config)
@@ -189,7 +195,7 @@ def test_published_checkpoints(tmp_path):
     for number in range(COUNT):
         kind = number % 3
         if kind == 0:
-            checkpoint.write_bytes(damaged(buffer.getvalue(), rng))
+            anew(checkpoint).write_bytes(damaged(buffer.getvalue(), rng))
         else:
             options, model = dict(args), dict(weights)
             for _ in range(rng.choice((1, 1, 2))):
@@ -202,7 +208,7 @@ def test_published_checkpoints(tmp_path):
                     )
                 elif isinstance(model[name], torch.Tensor):
                     model[name] = tensor_like(model[name])
-            torch.save({"args": Namespace(**options), "model": model}, checkpoint)
+            torch.save({"args": Namespace(**options), "model": model}, anew(checkpoint))
         try:
             convert_checkpoint(checkpoint, output)
         except HubUploadError:
@@ -230,9 +236,9 @@ def test_configs(tmp_path):
     data = json.dumps(values).encode()
     for number in range(COUNT):
         if number % 2:
-            path.write_bytes(damaged(data, rng))
+            anew(path).write_bytes(damaged(data, rng))
         else:
-            path.write_text(json.dumps(altered(json.loads(data), rng)), "utf-8")
+            anew(path).write_text(json.dumps(altered(json.loads(data), rng)), "utf-8")
         try:
             SeqBoatConfig.from_pretrained(tmp_path)
         except (ValueError, OSError):
@@ -268,7 +274,7 @@ def test_checkpoints(tmp_path, examples):
     for _ in range(COUNT):
         file = rng.choice(files)
         data = damaged(contents[file], rng)
-        file.write_bytes(data)
+        anew(file).write_bytes(data)
         try:
             assert recipes.find_checkpoint("latest", str(tmp_path), config) == checkpoint
             # Whoever can write a checkpoint can write its manifest too; what was written is found again all the same.
@@ -276,12 +282,12 @@ def test_checkpoints(tmp_path, examples):
             found += 1
         except ValueError as error:
             assert file.name in str(error) or file.name == "run.json"
-        file.write_bytes(contents[file])
+        anew(file).write_bytes(contents[file])
     assert found < COUNT / 4
     # A manifest that fits whatever was put there.
     for _ in range(COUNT // 4):
         for name, value in (("config.json", config.to_diff_dict()), ("trainer_state.json", state)):
-            (checkpoint / name).write_text(json.dumps(altered(value, rng)), "utf-8")
+            anew(checkpoint / name).write_text(json.dumps(altered(value, rng)), "utf-8")
         folders.write_manifest(checkpoint, values)
         try:
             recipes.find_checkpoint("latest", str(tmp_path), config)
@@ -316,7 +322,7 @@ def test_json_lines_and_recipes(tmp_path, examples):
 
     for number in range(COUNT):
         data = lines(rows if number % 2 else mutated(rows))
-        jsonl.write_bytes(damaged(data, rng) if number % 2 else data)
+        anew(jsonl).write_bytes(damaged(data, rng) if number % 2 else data)
         try:
             for conversation in instructions.read_instructions(str(jsonl), "prompt", "completion"):
                 assert all(isinstance(message["content"], str) for message in conversation)
@@ -324,13 +330,13 @@ def test_json_lines_and_recipes(tmp_path, examples):
             assert "a.jsonl" in str(error)
         entries = [{**entry, "step": step} for step in (1, 2, 3)]
         data = lines(entries if number % 2 else mutated(entries))
-        log.write_bytes((damaged(data, rng) if number % 2 else data) + b"\n")
+        anew(log).write_bytes((damaged(data, rng) if number % 2 else data) + b"\n")
         try:
             run = plots.read_run(f"a={log}")
             plots.table([run])
         except ValueError as error:
             assert "metrics.jsonl" in str(error)
-        yaml_file.write_bytes(damaged(recipe, rng))
+        anew(yaml_file).write_bytes(damaged(recipe, rng))
         try:
             lm.check_arguments(recipes.parse_arguments(lm.TrainArguments, [str(yaml_file)]))
         except (ValueError, SystemExit):
@@ -356,7 +362,7 @@ def test_sources_of_a_card(tmp_path):
     for number in range(COUNT):
         for name, value in named.items():
             text = json.dumps(altered(value, rng)).encode("utf-8", "replace")
-            (tmp_path / name).write_bytes(text if number % 2 else damaged(json.dumps(value).encode(), rng))
+            anew(tmp_path / name).write_bytes(text if number % 2 else damaged(json.dumps(value).encode(), rng))
         try:
             read_sources(tmp_path, 2)
         except HubUploadError as error:
