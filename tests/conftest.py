@@ -17,10 +17,10 @@ if not HAS_TRITON:
 # Files that take long, the longest first: one of them at the end would keep all processes but one waiting. Of the
 # first two all tests are slow ones.
 LONGEST = (
-    "fuzz", "long_context", "export", "hub_build", "context_parallel", "run_folder", "train_lm", "generation",
-    "distributed", "pretrained", "compile", "experiments", "classification_runs", "kernels", "robustness",
-    "router_budget", "graphed_step", "router_types", "classification_examples", "benchmarks", "batches", "triton_ema",
-    "cache", "triton_attention", "long_context_runs",
+    "fuzz", "long_context", "export", "classification_runs", "generation", "hub_build", "compile", "train_lm",
+    "context_parallel", "robustness", "experiments", "router_types", "batches", "router_budget", "pretrained",
+    "distributed", "classification_examples", "graphed_step", "run_folder", "kernels", "benchmarks", "cache",
+    "ssm_types", "packaging", "truncation", "triton_launch", "heads", "hub_push", "triton_ema", "triton_attention",
 )  # fmt: skip
 # Of the slow tests those that take longest, by their place in the order: each process is given two tests at first.
 SLOWEST = {

@@ -3,13 +3,12 @@ rows."""
 
 import csv
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from forks import torchrun
 
 ROOT = Path(__file__).resolve().parent.parent
 PNGS = ("time_against_length.png", "memory_against_length.png")
@@ -449,30 +448,24 @@ def test_kernels_are_tuned_before_memory_and_time_are_taken(bench, monkeypatch, 
     assert peaks == [0, 1]
 
 
-def rows_of_two_processes(script: str, output: Path, lengths: str) -> list[dict]:
+def rows_of_two_processes(script: str, output: Path, lengths: str, capfd) -> list[dict]:
     """What a benchmark of several processes writes at toy sizes; its table must be what it prints."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-               str(ROOT / "benchmarks" / script), "--toy", "--output", str(output)]  # fmt: skip
-    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(
-        [*command, "--lengths", lengths, "--repeats", "1"], env={**os.environ, "PYTHONPATH": paths}, cwd=ROOT,
-        capture_output=True, text=True, timeout=200,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert (output / "results.md").read_text("utf-8") in done.stdout
+    flags = ("--toy", "--output", str(output), "--lengths", lengths, "--repeats", "1")
+    torchrun(2, ROOT / "benchmarks" / script, *flags)
+    assert (output / "results.md").read_text("utf-8") in capfd.readouterr().out
     return json.loads((output / "results.json").read_text("utf-8"))["rows"]
 
 
 @pytest.mark.slow
-def test_a_row_in_parts_is_timed_beside_one_process(tmp_path):
-    rows = rows_of_two_processes("bench_context_parallel.py", tmp_path, "64,100")
+def test_a_row_in_parts_is_timed_beside_one_process(tmp_path, capfd):
+    rows = rows_of_two_processes("bench_context_parallel.py", tmp_path, "64,100", capfd)
     assert [(row["length"], row["processes"]) for row in rows] == [(64, 1), (64, 2), (100, 1), (100, 2)]
     assert all(row["seconds"] > 0 for row in rows)
 
 
 @pytest.mark.slow
-def test_steps_over_processes_are_timed(tmp_path):
-    rows = rows_of_two_processes("bench_scaling.py", tmp_path, "16")
+def test_steps_over_processes_are_timed(tmp_path, capfd):
+    rows = rows_of_two_processes("bench_scaling.py", tmp_path, "16", capfd)
     assert [(row["model"], row["processes"]) for row in rows] == [
         ("seqboat-enwik8", 1), ("seqboat-enwik8", 2), ("seqboat-toy", 2), ("llama-toy", 2)
     ]  # fmt: skip
