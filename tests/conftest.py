@@ -33,7 +33,7 @@ SLOWEST = {
 def pytest_configure(config):
     # The process that hands tests to others runs none: they would wait while it imports torch.
     hands_out = getattr(config.option, "dist", "no") != "no" and not hasattr(config, "workerinput")
-    if HAS_TRITON and not hands_out:
+    if HAS_TRITON and (config.option.collectonly or not hands_out):
         # Kernels are made for the interpreter or for a GPU when they are defined, so this comes before all test
         # modules.
         import kernel_checks

@@ -46,8 +46,8 @@ class Popen:
     def kill(self) -> None:
         os.kill(self._pid, signal.SIGKILL)
 
-    def poll(self) -> int:
-        return self.wait()
+    def poll(self) -> int | None:
+        return self.returncode
 
     def wait(self) -> int:
         if self.returncode is None:

@@ -74,7 +74,7 @@ def test_the_decode_step_is_one_graph_that_never_recompiles(options, masked):
 
 def test_the_decode_step_traces_through_autograd_and_functionalisation():
     """aot_eager sees the in-place updates as a real backend does."""
-    model, steps = small_lm(ssm_truncation=5), random_ids(2, 8, seed=4)
+    model, steps = small_lm(num_hidden_layers=1, ssm_truncation=5), random_ids(2, 8, seed=4)
     caches = [SeqBoatCache(model.config, static=True) for _ in range(2)]
     for cache in caches:
         model(random_ids(2, 9), past_key_values=cache)
@@ -89,7 +89,7 @@ def test_the_decode_step_traces_through_autograd_and_functionalisation():
 
 
 def test_the_step_of_a_dynamic_cache_compiles_too():
-    model, steps = small_lm(), random_ids(2, 12, seed=4)
+    model, steps = small_lm(num_hidden_layers=1), random_ids(2, 12, seed=4)
     caches = [SeqBoatCache(model.config) for _ in range(2)]
     for cache in caches:
         model(random_ids(2, 9), past_key_values=cache)
@@ -139,7 +139,7 @@ def test_a_step_by_kernels_is_the_step_in_torch(options, compiles, monkeypatch):
 def test_a_compiler_is_not_taken_for_an_export(monkeypatch):
     """torch 2.11 has `torch.compiler.is_exporting` True under `torch.compile`; a step would leave the kernels out."""
     monkeypatch.setenv("SEQBOAT_KERNEL_BACKEND", "triton")
-    seen, model = [], small_lm().eval().to(DEVICE)
+    seen, model = [], small_lm(num_hidden_layers=1).eval().to(DEVICE)
 
     def backend(graph, inputs):
         seen.extend(str(node.target) for node in graph.graph.nodes)
