@@ -462,6 +462,9 @@ class Training:
             ids = batch["input_ids"].to(accelerator.device, non_blocking=True)
             with accelerator.accumulate(model):
                 if self.graphed is not None:
+                    if self.graphed_update is not None and not self.graphed.captured:
+                        # Its gradients lie in the memory of the graph before, which the next one needs.
+                        self.graphed_update.forget()
                     loss = self.graphed(input_ids=ids, labels=ids)
                 else:
                     with self.parts.running(model):

@@ -129,6 +129,11 @@ class GraphedStep:
         self._other: tuple | None = None
         self._forget()
 
+    @property
+    def captured(self) -> bool:
+        """Whether there is a graph. If not, the next call may capture one."""
+        return self._graph is not None
+
     def _forget(self) -> None:
         self._graph = self._form = self._inputs = self._loss = self._counts = None
         self._parameters: list[nn.Parameter] = []
@@ -432,6 +437,11 @@ class GraphedUpdate:
             self.captures += 1
         self._send_rates()
         self._graph.replay()
+
+    def forget(self) -> None:
+        """Gives up the graph, and with it gradients, which keep a `GraphedStep`'s memory after its graph is gone."""
+        self._graph = self._seen = None
+        self._held = ()
 
     def _settings(self) -> tuple:
         skipped = ("params", "lr", "initial_lr")

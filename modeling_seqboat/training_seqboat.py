@@ -12,10 +12,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
 from .graphed_step_seqboat import GraphedStep, GraphedUpdate
+from .optimizer_seqboat import MuonAdamW
 
 logger = logging.get_logger(__name__)
 
@@ -411,21 +413,46 @@ class _OptimizerSteps(GraphedUpdate):
     @classmethod
     def install(cls, optimizer: torch.optim.Optimizer) -> None:
         """Does nothing for an optimizer whose steps cannot be captured, or that has hooks."""
-        groups = optimizer.param_groups
-        able = "capturable" in optimizer.defaults and all(
-            group["capturable"] or group.get("fused") or group.get("muon") for group in groups
-        )
-        hooked = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
-        if able and not hooked and not isinstance(optimizer.step, cls):
+        if isinstance(optimizer.step, cls):
+            return
+        own = vars(optimizer).get("step")
+        # A step that others have written may do more than a graph holds, such as count on the host.
+        known = type(optimizer) is MuonAdamW or type(optimizer).__module__.startswith("torch.optim.")
+        if known and (own is None or hasattr(own, "_wrapped_by_lr_sched")) and _can_be_captured(optimizer):
             optimizer.step = cls(optimizer)
 
+    @classmethod
+    def remove(cls, optimizer: torch.optim.Optimizer | None) -> None:
+        """Gives an optimizer its own `step` back; graph and gradients are freed with this one."""
+        if isinstance(getattr(optimizer, "step", None), cls):
+            before = optimizer.step._step
+            del optimizer.step
+            if optimizer.step != before:
+                # As a scheduler has wrapped it.
+                optimizer.step = before
+
     def __call__(self, closure=None):
-        if closure is not None:
+        # Hooks may have come, and a checkpoint may have brought other settings.
+        if closure is not None or not _can_be_captured(self.optimizer):
+            self.forget()
             return self._step(closure)
         return super().__call__()
 
     def _run(self) -> None:
         self._step()
+
+
+def _can_be_captured(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a graph of an optimizer's step does what its step does: it waits for nothing, and no hook runs."""
+    hooks = (
+        optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks, _global_optimizer_pre_hooks,
+        _global_optimizer_post_hooks,
+    )  # fmt: skip
+    return (
+        "capturable" in optimizer.defaults
+        and all(g["capturable"] or g.get("fused") or g.get("muon") for g in optimizer.param_groups)
+        and not any(hooks)
+    )
 
 
 def refuse_other_parallelism(config: Any) -> None:
@@ -495,8 +522,21 @@ class SeqBoatTrainerMixin:
 
     def _run_op_by_op(self, reason: str) -> None:
         self.cuda_graphs, self._graphed = False, None
+        # It would keep the gradients of a step until the next has computed its own.
+        _OptimizerSteps.remove(self._plain_optimizer())
         if self.args.device.type == "cuda":
             logger.warning_once(f"training steps run op by op, not as CUDA graphs: {reason}")
+
+    def _plain_optimizer(self) -> torch.optim.Optimizer | None:
+        """The optimizer that Accelerate has wrapped."""
+        return getattr(self.optimizer, "optimizer", self.optimizer)
+
+    def train(self, *args, **kwargs):
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            # An optimizer may live longer than its Trainer, and go on elsewhere.
+            _OptimizerSteps.remove(self._plain_optimizer())
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         return decay_parameter_names(model)
@@ -560,10 +600,14 @@ class SeqBoatTrainerMixin:
             scale = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1.0
         if self._graphed is None or self._graphed.given is not model or self._graphed_scale != scale:
             self._graphed, self._graphed_scale, self._graphed_calls = GraphedStep(model, 1 / scale), scale, 0
+        optimizer = self._plain_optimizer()
+        if not self._graphed.captured and isinstance(optimizer.step, _OptimizerSteps):
+            # Its gradients lie in the memory of the graph before, which the next one needs.
+            optimizer.step.forget()
         loss = self._graphed(**batch) * scale
         self._graphed_calls += 1
-        # After its first step, in which `MuonAdamW` finds out whether it can be fused.
-        _OptimizerSteps.install(getattr(self.optimizer, "optimizer", self.optimizer))
+        # In each step: `MuonAdamW` finds out in its first one whether it can be fused.
+        _OptimizerSteps.install(optimizer)
         # A capture costs as much as many steps. Those behind an overflow come to an end by themselves.
         changes = self._graphed.captures - self._graphed.overflows
         if self._graphs_are_optional and 50 * changes > 200 + self._graphed_calls:

@@ -14,7 +14,8 @@ from graphed_steps import (
     set_rates,
 )
 from small_models import random_ids, small_lm
-from transformers import TrainingArguments
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from transformers import TrainerCallback, TrainingArguments
 from triton_interpreter import DEVICE  # before anything imports triton
 
 from modeling_seqboat import (
@@ -139,6 +140,7 @@ class Stub:
     """A graphed step that is not one."""
 
     captures = overflows = 0
+    captured = True
 
     def __init__(self, model, divisor=1.0):
         self.given = self.model = model
@@ -254,33 +256,109 @@ def test_the_trainer_replays_the_optimizer(emulated, tmp_path, monkeypatch, recw
         disable_tqdm=True, max_grad_norm=0.1,
     )  # fmt: skip
     data = [{"input_ids": row, "labels": row} for row in random_ids(4, 6)]
-    weights = []
+    weights, seen = [], []
+
+    class Watch(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            seen.append(None)
+
+        def on_step_end(self, args, state, control, optimizer, **kwargs):
+            seen[-1] = optimizer.optimizer.step
+
     for graphs in (False, True):
         model = copy.deepcopy(emulated)
         optimizer = MuonAdamW(parameter_groups(model, 0.1, muon_learning_rate=1e-2), lr=1e-3, fused=True)
-        for turn in range(2):
-            run = SeqBoatTrainer(model=model, args=arguments, train_dataset=data, optimizers=(optimizer, None))
+        for _ in range(2):
+            run = SeqBoatTrainer(
+                model=model, args=arguments, train_dataset=data, optimizers=(optimizer, None), callbacks=[Watch()]
+            )
             run.cuda_graphs = graphs
             run.train()
-            if graphs:
-                # One step as usual each time, since a new graph has other gradients.
-                assert optimizer.step.captures == turn + 1 and optimizer.step.replays >= 2 * (turn + 1)
+            # Nothing of a graph stays with what lives longer than the Trainer.
+            assert isinstance(seen[-1], Steps) == graphs and not isinstance(optimizer.step, GraphedUpdate)
         weights.append(model.state_dict())
+    # One step as usual each time, since a new graph has other gradients.
+    assert all(steps.captures == 1 and steps.replays >= 2 for steps in seen[2:])
     torch.testing.assert_close(weights[0], weights[1], atol=1e-5, rtol=1e-4)
     assert not [w for w in recwarn if "lr_scheduler" in str(w.message)]
 
 
+class Counting(torch.optim.AdamW):
+    """Of somebody else, who does more in a step than a graph holds."""
+
+
+class Wrapper(torch.optim.Optimizer):
+    """Has nothing of a torch optimizer but its groups, as wrappers do that others write."""
+
+    def __init__(self, inner):
+        self.param_groups, self.inner = inner.param_groups, inner
+
+    def step(self, closure=None):
+        return self.inner.step(closure)
+
+
 def test_the_trainer_leaves_optimizers_alone_that_cannot_be_captured(emulated):
+    parameters = list(emulated.parameters())
+    patched = torch.optim.AdamW(parameters, capturable=True)
+    patched.step = lambda closure=None: None
     for optimizer in (
-        torch.optim.AdamW(emulated.parameters()), torch.optim.SGD(emulated.parameters(), lr=0.1),
+        torch.optim.AdamW(parameters), torch.optim.SGD(parameters, lr=0.1), Counting(parameters, capturable=True),
+        Wrapper(torch.optim.AdamW(parameters, capturable=True)), patched,
     ):  # fmt: skip
         step = optimizer.step
         training_seqboat._OptimizerSteps.install(optimizer)
         assert optimizer.step == step
-    watched = torch.optim.AdamW(emulated.parameters(), capturable=True)
+    watched = torch.optim.AdamW(parameters, capturable=True)
     watched.register_step_post_hook(lambda *args: None)
     training_seqboat._OptimizerSteps.install(watched)
     assert not isinstance(watched.step, GraphedUpdate)
+
+
+@pytest.mark.parametrize("change", ["hook", "hook of all", "settings"])
+def test_a_replayed_optimizer_steps_as_usual_after_a_change(emulated, change):
+    """A hook that a replay would not run; a checkpoint of an optimizer that was not fused."""
+
+    class Steps(EmulatedUpdate, training_seqboat._OptimizerSteps):
+        pass
+
+    parameters = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    optimizer = torch.optim.AdamW(parameters[:1], lr=0.1, fused=True)
+    plain = torch.optim.AdamW(parameters[1:], lr=0.1, fused=True)
+    Steps.install(optimizer)
+    for parameter in parameters:
+        parameter.grad = torch.ones(3)
+    runs, handles = [], []
+
+    def hook(stepped, args, kwargs):
+        runs.append(stepped is optimizer)
+
+    for step in range(6):
+        if step == 3 and change == "settings":
+            for one in (optimizer, plain):
+                one.param_groups[0]["fused"] = None
+        elif step == 3:
+            register = optimizer.register_step_post_hook if change == "hook" else register_optimizer_step_post_hook
+            handles.append(register(hook))
+        optimizer.step()
+        plain.step()
+    for handle in handles:
+        handle.remove()
+    assert optimizer.step.replays == 2 and sum(runs) == (0 if change == "settings" else 3)
+    torch.testing.assert_close(parameters[0], parameters[1])
+    # A graph that is not replayed keeps no gradients.
+    assert not optimizer.step._held
+
+
+def test_a_trainer_that_leaves_its_graphs_frees_their_gradients(emulated, tmp_path):
+    run = SeqBoatTrainer(
+        model=emulated, args=TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"),
+        optimizers=(torch.optim.AdamW(emulated.parameters(), capturable=True), None),
+    )  # fmt: skip
+    step = run.optimizer.step
+    training_seqboat._OptimizerSteps.install(run.optimizer)
+    assert isinstance(run.optimizer.step, GraphedUpdate)
+    run._run_op_by_op("batches change their shape")
+    assert run.optimizer.step == step
 
 
 def test_gradients_are_those_of_plain_steps_however_they_are_cleared(emulated):
