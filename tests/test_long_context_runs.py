@@ -252,6 +252,9 @@ def test_how_far_attention_looks_in_a_text(train, monkeypatch, tmp_path, capsys)
         assert found[1][name] == pytest.approx(expected, rel=1e-3), name
     assert json.loads((tmp_path / "spans.json").read_text())["layers"] == found
     assert f"{max(oldest):,.0f} |" in capsys.readouterr().out
+    # One token in two, not each, though all are read alone.
+    found = measure_spans.main([*arguments, "--length", "100", "--every", "2", "--warm", "30"])
+    assert found[1]["samples"] == int(seen["active"][31::2].sum())
     with pytest.raises(ValueError, match="have 100 bytes, length 101 asks for more"):
         measure_spans.main([*arguments, "--length", "101", "--every", "5", "--warm", "30"])
 

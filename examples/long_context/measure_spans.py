@@ -79,7 +79,7 @@ def measure(model: SeqBoatForCausalLM, tokens: torch.Tensor, every: int, warm: i
             for begin, stop in ((first, end - 1), (end - 1, end)):
                 if begin == stop:
                     continue
-                watch.noting = stop - begin == 1 and begin >= warm
+                watch.noting = begin == end - 1 and begin >= warm
                 output = model(
                     input_ids=tokens[:, begin:stop], use_cache=True, logits_to_keep=1, output_router_probs=True,
                     **{CACHE_NAME: cache},

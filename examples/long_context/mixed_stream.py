@@ -195,8 +195,8 @@ class MixedTask:
             )
 
     def example(self, length: int, generator: np.random.Generator) -> Example:
-        """A stream of exactly `length` tokens. Raises ValueError where it is too short for its facts, or for a single
-        clip or picture where there are none."""
+        """A stream of exactly `length` tokens. Raises ValueError where it is too short for its facts or, where it has
+        none, for its first picture (without pictures, its first clip)."""
         blocks = self._blocks(generator, *self._fitting(length))
         asked = []
         for group in range(len(GROUPS)):
@@ -253,8 +253,8 @@ class MixedTask:
                 break
             counts, turn = more, 1 - turn
         if needed(*counts) > length or not (self.facts or sum(counts)):
-            ones = [needed(*one) for one, count in zip(((1, 0), (0, 1)), most, strict=True) if count]
-            least = needed(0, 0) if self.facts else min(ones)
+            # Without facts the first piece must fit: a picture, where there are any.
+            least = needed(0, 0) if self.facts else needed(*((0, 1) if self.pictures else (1, 0)))
             raise ValueError(f"a stream of {length} tokens is too short for its pieces, it needs at least {least}")
         return counts[0], counts[1]
 
