@@ -87,6 +87,10 @@ class MuonAdamW(torch.optim.Optimizer):
         self._adamw = torch.optim.AdamW([stand_in], lr, betas, eps, weight_decay, fused=fused)
         super().__init__(groups, {**self._adamw.defaults, "momentum": momentum, "ns_steps": ns_steps, "muon": False})
 
+    def __getstate__(self) -> dict:
+        # torch's has groups, state and defaults alone: a copy could not step.
+        return {**super().__getstate__(), "_fused": self._fused, "_adamw": self._adamw}
+
     def add_param_group(self, group: dict) -> None:
         if group.get("muon"):
             group["params"] = list(group["params"])

@@ -115,6 +115,23 @@ def test_a_resumed_training_equals_an_uninterrupted_one(tmp_path):
     torch.testing.assert_close(resumed.state_dict(), whole.state_dict(), rtol=0, atol=0)
 
 
+def test_a_copy_steps_as_the_optimizer_does():
+    matrix, vector = torch.nn.Parameter(torch.eye(3)), torch.nn.Parameter(torch.ones(3))
+    groups = [{"params": [matrix], "muon": True}, {"params": [vector]}]
+    optimizer = MuonAdamW(groups, lr=0.1)
+    found = []
+    for _ in range(2):
+        for one in (optimizer, *found[:1]):
+            for group in one.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = torch.ones_like(parameter)
+            one.step()
+        found = found or [copy.deepcopy(optimizer)]
+    copies = [group["params"][0] for group in found[0].param_groups]
+    assert copies[0] is not matrix
+    torch.testing.assert_close(copies, [matrix, vector])
+
+
 def test_accelerate_accumulates_and_clips_as_a_plain_loop_does():
     plain = tiny_lm().train()
     wrapped = copy.deepcopy(plain)
