@@ -474,8 +474,8 @@ class SeqBoatTrainerMixin:
 
     Args:
         cuda_graphs: run forward and backward of a batch as one CUDA graph (`GraphedStep`), and the optimizer as
-            another where it is fused, capturable or `MuonAdamW`: with one GPU a process, in float32 or bf16, where
-            batches are of one shape. True: or raise ValueError; the loss is then the model's
+            another where it is `MuonAdamW` or one of torch's own, fused or capturable: with one GPU a process, in
+            float32 or bf16, where batches are of one shape. True: or raise ValueError; the loss is then the model's
             own, whatever `compute_loss` is. "auto": where this can be had and gives what the Trainer would compute,
             else op by op, with one warning that says why; on a CPU silently so.
         router_gain: hold the routers to the config's `router_target_rate` by a `RouterBudget` of this gain.

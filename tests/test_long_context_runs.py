@@ -255,6 +255,10 @@ def test_how_far_attention_looks_in_a_text(train, monkeypatch, tmp_path, capsys)
     # One token in two, not each, though all are read alone.
     found = measure_spans.main([*arguments, "--length", "100", "--every", "2", "--warm", "30"])
     assert found[1]["samples"] == int(seen["active"][31::2].sum())
+    LlamaConfig(vocab_size=264).save_pretrained(tmp_path / "llama")
+    with pytest.raises(ValueError, match="llama' is a 'llama' with 264 ids"):
+        measure_spans.main([*arguments, "--model", str(tmp_path / "llama"), "--length", "90", "--every", "5",
+                            "--warm", "30"])  # fmt: skip
     with pytest.raises(ValueError, match="have 100 bytes, length 101 asks for more"):
         measure_spans.main([*arguments, "--length", "101", "--every", "5", "--warm", "30"])
 
@@ -459,7 +463,8 @@ def test_models_are_compared_over_their_seeds(monkeypatch, tmp_path, capsys):
         lines = "".join(json.dumps(r) + "\n" for r in results[number::2])
         (tmp_path / f"{number}.jsonl").write_text(lines)
     files = [str(tmp_path / f"{number}.jsonl") for number in range(2)]
-    compare.main(["--results", *files, "--output_dir", str(tmp_path / "out")])
+    # A file that is named twice counts once.
+    compare.main(["--results", *files, files[0], "--output_dir", str(tmp_path / "out")])
     page = (tmp_path / "out" / "comparison.md").read_text()
     assert page.strip() == capsys.readouterr().out.strip()
     recall, copy = page[page.index("## recall") :], page[page.index("## copy") :]

@@ -20,7 +20,7 @@ import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
-from evaluate_recall import read_results, table
+from evaluate_recall import identity, read_results, table
 from recipes import parse_arguments
 from safe_files import replacing, write_text
 
@@ -187,7 +187,8 @@ def write_picture(results: list[dict], path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> str:
     a = parse_arguments(CompareArguments, argv)
-    results = [result for path in a.results for result in read_results(Path(path))]
+    # One that two files hold counts once.
+    results = list({identity(result): result for path in a.results for result in read_results(Path(path))}.values())
     if not results:
         raise ValueError(f"there are no results in {', '.join(a.results)}")
     text, output = page(results), Path(a.output_dir)

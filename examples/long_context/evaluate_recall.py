@@ -270,7 +270,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     output.mkdir(parents=True, exist_ok=True)
     path, stop = output / RESULTS, time.monotonic() + 60 * a.max_minutes
     results = read_results(path) if path.is_file() else []
-    done = {_identity(r) for r in results}
+    done = {identity(r) for r in results}
     device = chosen_device(a.cpu)
     progress = tqdm(desc="texts", total=len(a.models) * len(a.lengths) * max(1, len(a.pairs)) * a.texts)
     for folder in a.models:
@@ -281,7 +281,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
                     "model": folder, "length": length, "pairs": pairs, "seed": a.seed,
                     "task": asdict(replace(task_of(a, folder), pairs=pairs)),
                 }  # fmt: skip
-                if _identity(wanted) not in done:
+                if identity(wanted) not in done:
                     found = evaluate(a, folder, model, length, pairs, stop)
                     if found is None:
                         continue
@@ -308,14 +308,15 @@ def read_results(path: Path) -> list[dict]:
 
 def _expect_result(result: dict, where: str) -> dict:
     try:
-        _identity(result)
+        identity(result)
         results_page([result])
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise ValueError(f"{where} is no result of an evaluation: {type(error).__name__}: {error}") from error
     return result
 
 
-def _identity(result: dict) -> str:
+def identity(result: dict) -> str:
+    """What an evaluation is known by: it is not made twice."""
     return json.dumps([result[name] for name in IDENTITY], sort_keys=True)
 
 

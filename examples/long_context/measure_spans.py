@@ -26,9 +26,9 @@ from recipes import check_model_folder, parse_arguments
 from safe_files import write_json
 from text_data import read_text_file
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from modeling_seqboat import SeqBoatForCausalLM
+from modeling_seqboat import SeqBoatConfig, SeqBoatForCausalLM
 from modeling_seqboat.generation_seqboat import CACHE_NAME
 
 QUANTILES = (0.5, 0.9, 1.0)
@@ -130,6 +130,11 @@ def main(argv: list[str] | None = None) -> list[dict]:
     if len(text) < a.length:
         raise ValueError(f"the last 5 % of {a.data!r} have {len(text)} bytes, length {a.length} asks for more")
     device = torch.device("cuda" if torch.cuda.is_available() and not a.cpu else "cpu")
+    config = AutoConfig.from_pretrained(a.model)
+    if config.model_type != SeqBoatConfig.model_type or config.vocab_size not in range(256, 512):
+        raise ValueError(
+            f"model must be a byte-level SeqBoat, {a.model!r} is a {config.model_type!r} with {config.vocab_size} ids"
+        )
     model = AutoModelForCausalLM.from_pretrained(a.model, dtype=getattr(torch, a.dtype)).to(device).eval()
     tokens = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()[None].to(device)
     layers = measure(model, tokens, a.every, a.warm)
