@@ -444,14 +444,11 @@ class _OptimizerSteps(GraphedUpdate):
 
 def _can_be_captured(optimizer: torch.optim.Optimizer) -> bool:
     """Whether a graph of an optimizer's step does what its step does: it waits for nothing, and no hook runs."""
-    hooks = (
-        optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks, _global_optimizer_pre_hooks,
-        _global_optimizer_post_hooks,
-    )  # fmt: skip
+    own_hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
     return (
         "capturable" in optimizer.defaults
         and all(g["capturable"] or g.get("fused") or g.get("muon") for g in optimizer.param_groups)
-        and not any(hooks)
+        and not (own_hooks or _global_optimizer_pre_hooks or _global_optimizer_post_hooks)
     )
 
 
