@@ -384,11 +384,11 @@ def _roofline(scale: Scale) -> list[Row]:
 def _steps(scale: Scale) -> list[Row]:
     kinds = [("seqboat", "eager", 0.5), ("llama", "eager", None)]
     kinds += [("seqboat", GRAPH, 0.5)] if scale.graphs else []
+    repeats = 2 * scale.repeats
     rows = [
-        Row("step", model, mode, *scale.train, measure_step, active, rank=0, repeats=2 * scale.repeats)
+        Row("step", model, mode, *scale.train, measure_step, active, rank=0, repeats=repeats)
         for model, mode, active in kinds
     ]
-    repeats = 2 * scale.repeats
     return rows + [Row("step", name, "eager", *scale.train, measure_step, repeats=repeats) for name in PACKAGES]
 
 

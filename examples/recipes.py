@@ -149,6 +149,11 @@ def check_model(name: str, config: PreTrainedConfig, tokenizer: PreTrainedTokeni
     """Raises ValueError if the model `name` is no SeqBoat, or has fewer ids than the tokenizer may give it."""
     if config.model_type != SeqBoatConfig.model_type:
         raise ValueError(f"model {name!r} is a {config.model_type!r} model, not a SeqBoat")
+    check_vocabulary(config, tokenizer)
+
+
+def check_vocabulary(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises ValueError if a model of this config has fewer ids than the tokenizer may give it."""
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} ids, the model's vocabulary {config.vocab_size}: they do not belong "

@@ -40,7 +40,14 @@ from lm_arguments import TrainArguments, check_arguments, check_graphs, check_pa
 from lm_checkpoints import Clock, Progress, Saver, resume
 from lm_data import HeldOut, StreamPlaces, build_loader, load_data
 from lm_parts import Parts
-from recipes import check_launch, check_model_folder, check_output_folder, find_checkpoint, parse_arguments
+from recipes import (
+    check_launch,
+    check_model_folder,
+    check_output_folder,
+    check_vocabulary,
+    find_checkpoint,
+    parse_arguments,
+)
 from run_folder import RunFolder, open_log, take_folder_once
 from run_record import hardware, published_command, write_record
 from text_data import StreamedBlocks, load_tokenizer
@@ -67,20 +74,25 @@ def build_config(a: TrainArguments, tokenizer: PreTrainedTokenizerBase) -> PreTr
     """The config of the model to train. Raises ValueError for fields that a LlamaConfig does not have."""
     overrides = json_object(a.config_overrides, "config_overrides")
     if a.init_from is not None:
-        return config_to_start_from(a, overrides, len(tokenizer))
+        return config_to_start_from(a, overrides, tokenizer)
     ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     if a.model_type == "seqboat":
         if a.tokenizer != "byte":
             overrides = {"vocab_size": len(tokenizer), **ids, **overrides}
         return SeqBoatConfig.from_preset(a.preset, **overrides)
-    unknown = sorted(set(overrides) - set(LlamaConfig.__dataclass_fields__))
-    if unknown:
-        raise ValueError(f"config_overrides: {', '.join(unknown)} is no field of LlamaConfig")
+    refuse_unknown_fields(overrides, LlamaConfig)
     fields = {"vocab_size": len(tokenizer), "max_position_embeddings": a.sequence_length, **ids, **overrides}
     return LlamaConfig(**fields)
 
 
-def config_to_start_from(a: TrainArguments, overrides: dict, ids: int) -> PreTrainedConfig:
+def refuse_unknown_fields(overrides: dict, kind: type[PreTrainedConfig]) -> None:
+    """Raises ValueError for fields that a config of this kind does not have."""
+    unknown = sorted(set(overrides) - set(kind.__dataclass_fields__))
+    if unknown:
+        raise ValueError(f"config_overrides: {', '.join(unknown)} is no field of {kind.__name__}")
+
+
+def config_to_start_from(a: TrainArguments, overrides: dict, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
     """The config of the model `init_from`, changed by `overrides`. Raises ValueError and FileNotFoundError where the
     run cannot start from it."""
     check_model_folder(a.init_from)
@@ -89,13 +101,9 @@ def config_to_start_from(a: TrainArguments, overrides: dict, ids: int) -> PreTra
         raise ValueError(
             f"init_from {a.init_from!r} is a {config.model_type!r} model, this run trains a {a.model_type!r}"
         )
-    if ids > config.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {ids} ids, the model {a.init_from!r} {config.vocab_size}: they do not belong together"
-        )
+    check_vocabulary(config, tokenizer)
+    refuse_unknown_fields(overrides, type(config))
     for name, value in overrides.items():
-        if name not in type(config).__dataclass_fields__:
-            raise ValueError(f"config_overrides: {name} is no field of {type(config).__name__}")
         setattr(config, name, value)
     return config
 

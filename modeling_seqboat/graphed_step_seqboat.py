@@ -381,6 +381,11 @@ class GraphedStep:
         self._remember(counts)
 
 
+def captures_group(group: dict[str, Any]) -> bool:
+    """Whether the steps of an optimizer's parameter group can be captured."""
+    return bool(group["capturable"] or group.get("fused") or group.get("muon"))
+
+
 class GraphedUpdate:
     """`update()`: clips gradients and steps an optimizer, replayed as a CUDA graph behind a `GraphedStep`.
 
@@ -479,7 +484,7 @@ class GraphedUpdate:
 
     def _capture(self) -> torch.cuda.CUDAGraph:
         for group in self.optimizer.param_groups:
-            if not (group["capturable"] or group.get("fused") or group.get("muon")):
+            if not captures_group(group):
                 raise ValueError(
                     f"GraphedUpdate cannot capture the steps of this {type(self.optimizer).__name__}: make it with "
                     "fused=True or capturable=True"

@@ -16,7 +16,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
-from .graphed_step_seqboat import GraphedStep, GraphedUpdate
+from .graphed_step_seqboat import GraphedStep, GraphedUpdate, captures_group
 from .optimizer_seqboat import MuonAdamW
 
 logger = logging.get_logger(__name__)
@@ -447,7 +447,7 @@ def _can_be_captured(optimizer: torch.optim.Optimizer) -> bool:
     own_hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
     return (
         "capturable" in optimizer.defaults
-        and all(g["capturable"] or g.get("fused") or g.get("muon") for g in optimizer.param_groups)
+        and all(map(captures_group, optimizer.param_groups))
         and not (own_hooks or _global_optimizer_pre_hooks or _global_optimizer_post_hooks)
     )
 

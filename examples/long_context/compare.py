@@ -50,18 +50,16 @@ def run_of(model: str) -> Run:
     return Run(*found.groups())
 
 
-# Accuracies of the seeds, and how many answers they are of.
-Cells = dict[tuple, tuple[list[float], int]]
-
-
-def collect(results: list[dict], column: str) -> dict[str, Cells]:
-    """By kind, and then by the value of `column`: length or pairs."""
-    found: dict[str, dict] = defaultdict(lambda: defaultdict(lambda: ([], 0)))
+def collect(results: list[dict], column: str) -> dict[str, dict[int, list[dict]]]:
+    """The results by kind, and then by the value of `column`: length or pairs."""
+    found: dict[str, dict[int, list[dict]]] = defaultdict(lambda: defaultdict(list))
     for result in results:
-        accuracies, answers = found[run_of(result["model"]).kind][result[column]]
-        accuracies.append(result["accuracy"])
-        found[run_of(result["model"]).kind][result[column]] = accuracies, answers + result["answers"]
+        found[run_of(result["model"]).kind][result[column]].append(result)
     return found
+
+
+def accuracies(results: list[dict]) -> list[float]:
+    return [result["accuracy"] for result in results]
 
 
 def cell(values: list[float]) -> str:
@@ -72,15 +70,14 @@ def cell(values: list[float]) -> str:
 def accuracy_table(results: list[dict], column: str) -> list[str]:
     found = collect(results, column)
     columns = sorted({key for cells in found.values() for key in cells})
-    seeds = {
-        kind: len({run_of(r["model"]).seed for r in results if run_of(r["model"]).kind == kind}) for kind in found
-    }
     rows = []
     for kind, cells in found.items():
-        rows.append([kind, str(seeds[kind]), *(cell(cells[key][0]) if key in cells else "" for key in columns)])
-    answers = ["answers, all seeds of the first row", ""]
-    answers += [str(next(iter(found.values())).get(key, ([], 0))[1] or "") for key in columns]
-    return table(["model", "seeds", *(f"{key:,}" for key in columns)], [*rows, answers])
+        seeds = {run_of(result["model"]).seed for own in cells.values() for result in own}
+        rows.append([kind, str(len(seeds)), *(cell(accuracies(cells[n])) if n in cells else "" for n in columns)])
+    first = next(iter(found.values()))
+    answers = [str(sum(result["answers"] for result in first[n])) if n in first else "" for n in columns]
+    rows.append(["answers, all seeds of the first row", "", *answers])
+    return table(["model", "seeds", *(f"{n:,}" for n in columns)], rows)
 
 
 def distance_table(results: list[dict]) -> list[str]:
@@ -103,11 +100,10 @@ def question_table(results: list[dict]) -> list[str]:
     """Accuracy by kind of question, where a task has several."""
     groups = list(dict.fromkeys(name for r in results for name in r["by_group"]))
     rows = []
-    for kind in dict.fromkeys(run_of(r["model"]).kind for r in results):
-        for length in sorted({r["length"] for r in results}):
-            own = [r["by_group"] for r in results if run_of(r["model"]).kind == kind and r["length"] == length]
-            if own:
-                rows.append([kind, f"{length:,}", *(cell([o[name] for o in own if name in o]) for name in groups)])
+    for kind, cells in collect(results, "length").items():
+        for length in sorted(cells):
+            own = [result["by_group"] for result in cells[length]]
+            rows.append([kind, f"{length:,}", *(cell([o[name] for o in own if name in o]) for name in groups)])
     return table(["model", "length", *groups], rows)
 
 
@@ -171,7 +167,7 @@ def write_picture(results: list[dict], path: Path) -> None:
         own = [r for r in results if run_of(r["model"]).task == task]
         for kind, cells in collect([r for r in own if r["pairs"] == trained_pairs(own)], "length").items():
             lengths, color = sorted(cells), f"C{kinds.index(kind)}"
-            values = [cells[n][0] for n in lengths]
+            values = [accuracies(cells[n]) for n in lengths]
             means = [sum(v) / len(v) for v in values]
             axes.plot(lengths, means, "o-", label=kind, markersize=4, color=color)
             axes.fill_between(lengths, [min(v) for v in values], [max(v) for v in values], alpha=0.2, color=color)

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 
 import torch
 from reading import SpanWatch
-from recall_models import new_cache
+from recall_models import chosen_device, new_cache
 from recipes import check_model_folder, parse_arguments
 from safe_files import write_json
 from text_data import read_text_file
@@ -129,7 +129,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     text = text[len(text) * 95 // 100 :][: a.length]
     if len(text) < a.length:
         raise ValueError(f"the last 5 % of {a.data!r} have {len(text)} bytes, length {a.length} asks for more")
-    device = torch.device("cuda" if torch.cuda.is_available() and not a.cpu else "cpu")
+    device = chosen_device(a.cpu)
     config = AutoConfig.from_pretrained(a.model)
     if config.model_type != SeqBoatConfig.model_type or config.vocab_size not in range(256, 512):
         raise ValueError(
