@@ -2,6 +2,7 @@
 speed."""
 
 import contextlib
+import gc
 import math
 import platform
 import time
@@ -110,6 +111,13 @@ class Run:
                 self.budget.step()
         self.optimizer.zero_grad()
         self.schedule.step()
+
+    def close(self) -> None:
+        """Gives the graphs' memory back, that the next run of the process may have it."""
+        if self.update is not None:
+            self.update.forget()
+        self.graphed = self.update = None
+        gc.collect()
 
     def wait(self) -> float:
         """The time once the device has done what it was given."""
@@ -242,6 +250,7 @@ def execute(
         found |= {"quality": quality, **describe(report), "trained_tokens": recipe.steps * data.tokens_a_step}
         if keep is not None:
             run.model.save_pretrained(keep)
+    run.close()
     memory = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
     return {
         "recipe": recipe.flat(), "parameters": parameters, **found, "seconds": time.perf_counter() - began,
