@@ -37,6 +37,7 @@ RECORD_LABELS = {
     "optimizer": "Optimizer",
     "learning_rate": "Peak learning rate",
     "router_learning_rate": "Peak learning rate of the routers",
+    "muon_learning_rate": "Peak learning rate of Muon",
     "weight_decay": "Weight decay",
     "betas": "Betas",
     "max_grad_norm": "Gradient clipping",

@@ -297,7 +297,7 @@ def draw(learnt: list[Row], timed: list[Row], path: Path) -> None:
                 by_layer.plot(heights, style, marker=".", color=f"C{color}", label=f"{title}, {order} layers")
     by_layer.axhline(0, color="black", linewidth=0.5)
     by_layer.set(xlabel="layer", ylabel="kappa, mean over pairs")
-    by_layer.legend(fontsize="small")
+    by_layer.legend(fontsize="x-small", loc="upper right")
     for labels, record in learnt:
         rates.plot(record["rates"], marker=".", alpha=0.8, label=", ".join(f"{k} {v}" for k, v in labels.items()))
     rates.set(xlabel="layer", ylabel="activation rate", ylim=(-0.03, 1.03))
@@ -310,7 +310,7 @@ def draw(learnt: list[Row], timed: list[Row], path: Path) -> None:
     if excesses(learnt):
         costs.set_yticks(range(len(excesses(learnt))), list(excesses(learnt)), fontsize="small")
         costs.legend(fontsize="small")
-    costs.set(xlabel="bits per byte more than with the model's own choice")
+    costs.set(xlabel="bits per byte more than with its own choice")
     save(figure, path)
 
 

@@ -116,8 +116,8 @@ class Run:
         """Gives the graphs' memory back, that the next run of the process may have it."""
         if self.update is not None:
             self.update.forget()
-        self.graphed = self.update = None
-        gc.collect()
+            self.graphed = self.update = None
+            gc.collect()
 
     def wait(self) -> float:
         """The time once the device has done what it was given."""
