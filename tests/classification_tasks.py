@@ -105,9 +105,9 @@ def draw_little(monkeypatch):
     listops, pathfinder = module("listops"), module("pathfinder")
     monkeypatch.setattr(listops, "LENGTHS", (20, 80))
     monkeypatch.setattr(listops, "BLOCK", 50)
-    monkeypatch.setattr(pathfinder, "BLOCK", 80)
+    monkeypatch.setattr(pathfinder, "BLOCK", 16)
     monkeypatch.setattr(pathfinder.os, "cpu_count", lambda: 1)
-    small = dataclasses.replace(pathfinder.PATHX, size=64, contour_length=5, distractors=1)
+    small = dataclasses.replace(pathfinder.PATHX, size=64, contour_length=5, distractors=0)
     monkeypatch.setattr(pathfinder, "PATHX", small)
 
 

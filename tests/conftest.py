@@ -1,5 +1,6 @@
 """Settings that hold for every test, made before torch and triton are imported."""
 
+import gc
 import importlib.util
 import os
 
@@ -56,3 +57,11 @@ def pytest_collection_modifyitems(config, items):
             found = [item for item in items if item.name == name]
             items[:] = [item for item in items if item.name != name]
             items[index:index] = found
+
+
+def pytest_collection_finish(session):
+    # What the imports have made stays until the end: a collection would go through it each time, which takes a third
+    # of a second, and libraries ask for one after each run. Garbage in cycles is rare, and may wait a little longer.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)

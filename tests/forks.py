@@ -41,6 +41,8 @@ def _child(
     sys.stdout, sys.stderr = (open(number, "w", encoding="utf-8", closefd=False) for number in (1, 2))
     os.environ.update(environment)
     os.chdir(cwd)
+    for number, usual in ((signal.SIGTERM, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
+        signal.signal(number, usual)
     # What earlier tests have left: scripts, which would not run again when they are imported, and the hook of a
     # process group, which puts its rank before errors.
     for name, module in list(sys.modules.items()):

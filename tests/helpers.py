@@ -1,5 +1,9 @@
 """Tiny random models for the tests, with routers that activate a chosen share of the tokens."""
 
+import subprocess
+from types import SimpleNamespace
+
+import strangers
 import torch
 from torch import Tensor
 
@@ -87,6 +91,12 @@ def assert_same_cache(found, expected, tolerance: float = 1e-4) -> None:
         torch.testing.assert_close(
             found[name], tensor, atol=tolerance, rtol=tolerance, msg=lambda text, name=name: f"{name}: {text}"
         )
+
+
+def verify_by_forks(monkeypatch) -> None:
+    """`verify_folder` forks its processes from one that has the libraries."""
+    forked = SimpleNamespace(DEVNULL=subprocess.DEVNULL, PIPE=subprocess.PIPE, Popen=strangers.Popen)
+    monkeypatch.setattr("hub_upload.verify.subprocess", forked)
 
 
 def verify_once(monkeypatch) -> None:

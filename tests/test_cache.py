@@ -2,9 +2,8 @@
 
 import copy
 import os
-import subprocess
-import sys
 
+import forks
 import pytest
 import torch
 from small_models import random_ids, small_lm
@@ -518,16 +517,12 @@ def test_the_umask_decides_who_may_read_a_saved_state(tmp_path, mask):
     assert (tmp_path / "state.safetensors").stat().st_mode & 0o777 == 0o666 & ~mask
 
 
-CHILD = """
-import sys, torch
-from modeling_seqboat import SeqBoatCache, SeqBoatForCausalLM
-folder, state, ids, out = sys.argv[1:]
-model = SeqBoatForCausalLM.from_pretrained(folder)
-cache = SeqBoatCache.load(state, model.config)
-with torch.no_grad():
-    steps = [model(token, past_key_values=cache).logits for token in torch.load(ids).split(1, dim=1)]
-torch.save({"logits": torch.cat(steps, 1), "seen": cache.get_seq_length(), **dict(cache.tensors())}, out)
-"""
+def resume(folder: str, state: str, ids: str, out: str) -> None:
+    model = SeqBoatForCausalLM.from_pretrained(folder)
+    cache = SeqBoatCache.load(state, model.config)
+    with torch.no_grad():
+        steps = [model(token, past_key_values=cache).logits for token in torch.load(ids).split(1, dim=1)]
+    torch.save({"logits": torch.cat(steps, 1), "seen": cache.get_seq_length(), **dict(cache.tensors())}, out)
 
 
 def test_another_process_resumes_bit_for_bit(tmp_path):
@@ -541,7 +536,8 @@ def test_another_process_resumes_bit_for_bit(tmp_path):
     cache.save(tmp_path / "state.safetensors")
     torch.save(more, tmp_path / "ids.pt")
     paths = [str(tmp_path / name) for name in ("model", "state.safetensors", "ids.pt", "out.pt")]
-    subprocess.run([sys.executable, "-c", CHILD, *paths], check=True, timeout=120)
+    done = forks.run(resume, *paths)
+    assert done.returncode == 0, done.stderr
     resumed = torch.load(tmp_path / "out.pt")
     expected = torch.cat([model(token, past_key_values=cache).logits for token in more.split(1, dim=1)], dim=1)
     assert torch.equal(resumed.pop("logits"), expected)

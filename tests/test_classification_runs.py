@@ -36,6 +36,22 @@ from transformers import TrainerControl
 pytestmark = pytest.mark.usefixtures("importable")
 
 KINDS = {"short": 10, "half-hour": 31}
+
+
+@pytest.fixture(autouse=True)
+def _no_pictures(importable, monkeypatch):  # noqa: F811
+    """Runs within this process draw nothing, which would be most of their time: test_classification_examples.py
+    looks at the pictures of each task."""
+    for name in ("write_activations", "write_confusion_matrix"):
+        monkeypatch.setattr(module("train"), name, lambda *drawn: drawn[-1].write_bytes(b"no picture"))
+
+
+@pytest.fixture(scope="module")
+def slices(tmp_path_factory):
+    """A recipe's data, written or generated once for its kinds."""
+    return functools.cache(lambda recipe: WRITERS[recipe](tmp_path_factory.mktemp(recipe)))
+
+
 TIMED = [
     (kind, path.stem)
     for kind in KINDS
@@ -249,11 +265,11 @@ def test_bad_settings_are_refused(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("kind", "recipe"), TIMED)
-def test_every_timed_recipe_runs_on_a_slice(kind, recipe, tmp_path, monkeypatch):
+def test_every_timed_recipe_runs_on_a_slice(kind, recipe, slices, tmp_path, monkeypatch):
     draw_little(monkeypatch)
     easy = 3 if recipe in ("lra-listops", "lra-pathfinder", "lra-pathx") else None
     results = run(
-        f"{kind}/{recipe}", tmp_path / "run", {"router_target_rate": 0.5}, **WRITERS[recipe](tmp_path), num_workers=0,
+        f"{kind}/{recipe}", tmp_path / "run", {"router_target_rate": 0.5}, **slices(recipe), num_workers=0,
         easy_rows=easy, cuda_graphs=False,
     )  # fmt: skip
     assert results["steps"] == 2 and results["arguments"]["max_minutes"] < KINDS[kind]

@@ -21,7 +21,7 @@ KINDS = [
     ("local", "relu2"),
     ("none", "laplace"),
 ]
-NEW = 24
+NEW = 18
 MODES = {
     "sample": {"do_sample": True, "top_k": 0},
     "beams": {"num_beams": 3},

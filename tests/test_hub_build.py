@@ -6,12 +6,11 @@ import os
 import shutil
 import subprocess
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import strangers
 import torch
-from helpers import verify_once
+from helpers import verify_by_forks, verify_once
 from huggingface_hub import ModelCard
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -68,9 +67,7 @@ def built(saved, tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def forked_strangers(monkeypatch):
-    """`verify_folder` forks its processes from one that has the libraries."""
-    forked = SimpleNamespace(DEVNULL=subprocess.DEVNULL, PIPE=subprocess.PIPE, Popen=strangers.Popen)
-    monkeypatch.setattr("hub_upload.verify.subprocess", forked)
+    verify_by_forks(monkeypatch)
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import strangers
 
 import modeling_seqboat
 from hub_upload.model_card import NEWEST_TESTED, OLDEST_TESTED
@@ -31,12 +32,11 @@ def installed(tmp_path_factory):
     return target
 
 
-def run_there(installed, program, cwd):
-    """Run a program in a fresh process that finds the installed package first, from another folder."""
-    start = f"import sys; sys.path.insert(0, {str(installed)!r})\n"
-    done = subprocess.run(
-        [sys.executable, "-I", "-c", start + program], cwd=cwd, capture_output=True, text=True, timeout=240
-    )
+def run_there(installed, program, folder):
+    """Run a program in a stranger's process that finds the installed package first, from another folder."""
+    script = folder / "program.py"
+    script.write_text(f"import sys; sys.path.insert(0, {str(installed)!r})\n{program}", encoding="utf-8")
+    done = strangers.run(folder, script)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import verify_once
+from helpers import verify_by_forks, verify_once
 from huggingface_hub import ModelCard
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -112,6 +112,7 @@ def test_is_a_hub_repo_whose_code_is_the_packages():
 def test_loads_generates_and_trains_where_the_package_is_not(monkeypatch):
     """Offline, from another folder, in a process that cannot import the package, from the folder as it is. What its
     process saves is read again in tests of smaller models."""
+    verify_by_forks(monkeypatch)
     verify_once(monkeypatch)
     names = [check.name for check in verify_folder(FOLDER)]
     assert names[:2] == ["AutoConfig", "AutoModelForCausalLM"] and "generation" in names

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -267,11 +266,7 @@ def wait_for(condition, process, seconds=100):
 def test_a_signal_saves_a_checkpoint_to_go_on_from(whole, tmp_path, number):
     output = tmp_path / "run"
     changes = {"save_steps": 100_000, "max_steps": 100_000, "eval_steps": 100_000}
-    if number == signal.SIGTERM:
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        process = subprocess.Popen(command(output, **changes), env=ENVIRONMENT, **quiet)
-    else:
-        process = forked(output, **changes)
+    process = forked(output, **changes)
     try:
         log = output / "metrics.jsonl"
         wait_for(lambda: log.is_file() and log.read_bytes().count(b"\n") > 2, process)
