@@ -17,7 +17,13 @@ from transformers import AutoModelForSequenceClassification
 from hub_upload.cli import main
 from hub_upload.errors import HubUploadError
 from hub_upload.export import empty_state, export_folder, export_model
-from modeling_seqboat import SeqBoatCache, SeqBoatConfig, SeqBoatForSequenceClassification, build_byte_tokenizer
+from modeling_seqboat import (
+    SeqBoatCache,
+    SeqBoatConfig,
+    SeqBoatForCausalLM,
+    SeqBoatForSequenceClassification,
+    build_byte_tokenizer,
+)
 
 pytestmark = pytest.mark.skipif(
     version.parse(torch.__version__) < version.parse("2.13"), reason="graphs of any length were tried with torch 2.13"
@@ -96,7 +102,7 @@ def expect_equal_steps(model, run, lengths, rows=1):
 
 @pytest.mark.parametrize(
     ("overrides", "rows", "length"),
-    [({}, 1, None), (KINDS[1], 1, None), (KINDS[2], 1, None), (ONE, 2, 40), (KINDS[1], 2, 40)],
+    [({}, 1, None), (KINDS[1], 1, None), (KINDS[2], 1, None), (KINDS[1], 2, 40)],
 )
 def test_prompts_and_steps_hand_the_state_on(overrides, rows, length):
     model = small_lm(**overrides).eval()
@@ -113,20 +119,22 @@ def save(folder, **overrides):
 
 
 def test_a_folder_is_written_and_read(tmp_path, capsys):
+    """And its graphs of fixed sizes, read from the files, hand the state on."""
     saved, output = save(tmp_path / "model", **ONE), tmp_path / "out"
-    assert main(["export", str(saved), "--format", "torch", "--output", str(output), "--length", "16"]) == 0
+    sizes = ["--rows", "2", "--length", "40"]
+    assert main(["export", str(saved), "--format", "torch", "--output", str(output), *sizes]) == 0
     described = json.loads((output / "export.json").read_text("utf-8"))
     assert set(described["graphs"]) == {"prompt", "step"} and (output / "tokenizer.json").is_file()
     inputs = described["graphs"]["prompt"]["inputs"]
-    assert inputs[0] == {"name": "input_ids", "dtype": "int64", "shape": [1, 16]}
+    assert inputs[0] == {"name": "input_ids", "dtype": "int64", "shape": [2, 40]}
     assert inputs[2]["name"] == "layers.0.ssm_state" and inputs[2]["dtype"] == "float32"
     outputs = described["graphs"]["step"]["outputs"]
-    assert outputs[0] == {"name": "logits", "dtype": "float32", "shape": [1, 264]}
+    assert outputs[0] == {"name": "logits", "dtype": "float32", "shape": [2, 264]}
     assert [each["name"] for each in outputs[1:]] == [f"new.{each['name']}" for each in inputs[2:]]
-    program = torch.export.load(output / described["graphs"]["step"]["file"]).module()
-    ids = torch.tensor([[65]])
-    logits = program(ids, torch.ones_like(ids), *empty_state(SeqBoatConfig.from_pretrained(saved)))[0]
-    assert logits.shape == (1, 264)
+    files = {name: output / graph["file"] for name, graph in described["graphs"].items()}
+    modules = {name: torch.export.load(file).module() for name, file in files.items()}
+    model = SeqBoatForCausalLM.from_pretrained(saved).eval()
+    expect_equal_steps(model, lambda name, ids, mask, state: modules[name](ids, mask, *state), [40], 2)
     assert main(["export", str(saved), "--format", "torch", "--output", str(output)]) == 1
     assert "is not empty" in capsys.readouterr().err
 
@@ -180,7 +188,8 @@ def test_a_folder_of_an_encoder_is_one_graph(tmp_path):
     SeqBoatForSequenceClassification(config).save_pretrained(tmp_path / "model")
     export_folder(tmp_path / "model", tmp_path / "out", "torch", length=8)
     AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")
-    assert set(json.loads((tmp_path / "out/export.json").read_text("utf-8"))["graphs"]) == {"model"}
+    graphs = json.loads((tmp_path / "out/export.json").read_text("utf-8"))["graphs"]
+    assert set(graphs) == {"model"} and graphs["model"]["inputs"][0]["shape"] == [1, 8]
 
 
 def test_values_export():
