@@ -18,10 +18,11 @@ if not HAS_TRITON:
 # Files that take long, the longest first: one of them at the end would keep all processes but one waiting. Of the
 # first two all tests are slow ones.
 LONGEST = (
-    "fuzz", "long_context", "export", "classification_runs", "generation", "hub_build", "compile", "train_lm",
-    "context_parallel", "robustness", "experiments", "router_types", "batches", "router_budget", "pretrained",
-    "distributed", "classification_examples", "graphed_step", "run_folder", "kernels", "benchmarks", "cache",
-    "ssm_types", "packaging", "truncation", "triton_launch", "heads", "hub_push", "triton_ema", "triton_attention",
+    "fuzz", "long_context", "export", "hub_build", "train_lm", "generation", "experiments", "classification_runs",
+    "router_types", "graphed_step", "compile", "classification_examples", "robustness", "batches", "router_budget",
+    "context_parallel", "distributed", "benchmarks", "ssm_types", "pretrained", "kernels", "long_context_runs",
+    "hub_push", "quickstart", "packaging", "cache", "truncation", "triton_attention", "triton_ema", "heads",
+    "triton_launch", "train_from_scratch", "training_compile", "training", "finetune_trainer", "run_folder",
 )  # fmt: skip
 # Of the slow tests those that take longest, by their place in the order: each process is given two tests at first.
 SLOWEST = {

@@ -23,14 +23,18 @@ def assert_states_close(found: SeqBoatCache, expected: SeqBoatCache) -> None:
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4, msg=lambda text, n=name: f"{n}: {text}")
 
 
+# A second layer doubles the time of a trace and is run as the first: one of these has two.
 STEPS = {
     "rotary-softmax": {},
+    "rotary-softmax-one": {"num_hidden_layers": 1},
     "simple-relu2-truncated": {
+        "num_hidden_layers": 1,
         "position_embedding_type": "simple",
         "attention_activation": "relu2",
         "ssm_truncation": 5,
     },
     "local-laplace-ffn": {
+        "num_hidden_layers": 1,
         "position_embedding_type": "local",
         "attention_activation": "laplace",
         "intermediate_size": 24,
@@ -41,8 +45,8 @@ STEPS = {
 @pytest.mark.parametrize(
     ("options", "masked"),
     [
-        ("rotary-softmax", False),
         ("rotary-softmax", True),
+        ("rotary-softmax-one", False),
         ("simple-relu2-truncated", True),
         ("local-laplace-ffn", False),
     ],
