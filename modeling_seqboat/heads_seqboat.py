@@ -164,7 +164,7 @@ class SeqBoatPooledClassifier(SeqBoatHead):
         if num_items is not None and self.config.problem_type != "single_label_classification":
             # The losses of regression and of several labels at once are means and know no count: under gradient
             # accumulation each has to be weighted by its share of the labels.
-            loss = loss * labels.numel() / num_items
+            loss = loss * labels.numel() / count_labels(labels, num_items)
         return loss
 
 

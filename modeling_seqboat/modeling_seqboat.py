@@ -172,11 +172,11 @@ def _expect_same_borders(queries: Tensor | None, keys: Tensor | None) -> None:
 
 def count_labels(labels: Tensor, num_items: Tensor | int | None, part: Any = None) -> Tensor | int:
     """What a loss summed over labels is divided by: all batches' number of labels where given, else this batch's, but
-    at least one, so that a batch without any label has the loss 0 and not NaN. `part`: see `SequenceContext`."""
-    if num_items is not None:
-        return num_items
-    count = (labels != -100).sum()
-    return (count if part is None else part.total(count)).clamp_min(1)
+    1 where it is 0, so that batches without any label have the loss 0 and not NaN. `part`: see `SequenceContext`."""
+    if num_items is None:
+        count = (labels != -100).sum()
+        num_items = count if part is None else part.total(count)
+    return num_items + (num_items == 0)
 
 
 def refuse_tracing() -> None:
@@ -283,7 +283,7 @@ class SeqBoatPreTrainedModel(PreTrainedModel):
         share = 1
         if num_items is not None:
             count = (labels != -100).sum()
-            share = (count if part is None else part.total(count)) / num_items
+            share = (count if part is None else part.total(count)) / count_labels(labels, num_items)
         return loss + share * penalty.to(loss.device)
 
     def _output(

@@ -178,9 +178,11 @@ def test_a_negative_number_of_logits_is_refused():
         small_lm()(IDS, logits_to_keep=-1)
 
 
-def test_a_batch_without_labels_costs_nothing():
-    model = small_lm().train()
-    loss = model(IDS, labels=torch.full_like(IDS, -100)).loss
+@pytest.mark.parametrize("count", [None, 0, torch.tensor(0)], ids=["none", "0", "tensor"])
+def test_a_batch_without_labels_costs_nothing(count):
+    """Also where Trainer counts the labels of all batches of a step, and finds none."""
+    model = small_lm(router_target_rate=None if count is None else 0.5).train()
+    loss = model(IDS, labels=torch.full_like(IDS, -100), num_items_in_batch=count).loss
     loss.backward()
     assert loss == 0
     assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
