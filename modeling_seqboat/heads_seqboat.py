@@ -86,14 +86,19 @@ class SeqBoatClassificationHead(nn.Module):
         return self.output(x)
 
 
+def refuse_unknown_of_head(forward: Callable, kwargs: dict) -> None:
+    """Raises ValueError for arguments that no head takes, and for a cache, which none returns."""
+    if kwargs.get("use_cache"):
+        raise ValueError("this head reads a text once and returns no cache: use_cache must be False")
+    refuse_unknown_arguments(forward, kwargs, also=("num_items_in_batch", "use_cache"))
+
+
 def refuse_swallowed(forward: Callable, kwargs: dict) -> None:
     """Raises ValueError for arguments that a head with one answer a row would ignore."""
     packing = [name for name in ("seq_idx", "cu_seq_lens_q", "position_ids") if kwargs.get(name) is not None]
     if packing:
         raise ValueError(f"a head that pools takes one sequence a row, got {', '.join(packing)}: pad instead")
-    if kwargs.get("use_cache"):
-        raise ValueError("this head reads a text once and returns no cache: use_cache must be False")
-    refuse_unknown_arguments(forward, kwargs, also=("num_items_in_batch", "use_cache"))
+    refuse_unknown_of_head(forward, kwargs)
 
 
 def refuse_other_than_values(config: SeqBoatConfig, name: str) -> None:
@@ -155,17 +160,40 @@ class SeqBoatPooledClassifier(SeqBoatHead):
         return self._output(SeqBoatClassifierOutput, outputs, loss, labels, num_items, logits=logits, pooled=pooled)
 
     def _loss(self, logits: Tensor, labels: Tensor, num_items: Tensor | int | None) -> Tensor:
-        counted = {} if num_items is None else {"num_items_in_batch": num_items}
-        classes = self.config.problem_type in (None, "single_label_classification") and self.num_labels > 1
-        if classes and labels.dtype == torch.int64:
-            expect_class_ids("labels", labels, logits.shape[:1], self.num_labels)
-            counted = {"num_items_in_batch": count_labels(labels, num_items)}
+        classes = self._expect_answers(labels, logits.shape)
+        counted = {"num_items_in_batch": count_labels(labels, num_items)} if classes else {}
         loss = self.loss_function(labels=labels, pooled_logits=logits.float(), config=self.config, **counted)
-        if num_items is not None and self.config.problem_type != "single_label_classification":
+        if num_items is not None and not classes:
             # The losses of regression and of several labels at once are means and know no count: under gradient
             # accumulation each has to be weighted by its share of the labels.
             loss = loss * labels.numel() / count_labels(labels, num_items)
         return loss
+
+    def _expect_answers(self, labels: Tensor, shape: tuple[int, int]) -> bool:
+        """Whether the labels are one class a row, by the rules of transformers' loss. Raises ValueError unless shape
+        and dtype fit: the losses of numbers would broadcast other shapes without a word.
+
+        Args:
+            shape: (B, C), of the logits.
+        """
+        problem, numbers = self.config.problem_type, [tuple(shape)]
+        if problem is None:
+            several = labels.is_floating_point() or labels.shape == shape
+            problem = "multi_label_classification" if several else "single_label_classification"
+            problem = "regression" if shape[1] == 1 else problem
+        if problem == "single_label_classification":
+            expect_class_ids("labels", labels, shape[:1], shape[1])
+            return True
+        if problem == "regression" and shape[1] == 1:
+            numbers.insert(0, (shape[0],))
+        if tuple(labels.shape) not in numbers:
+            wanted = " or ".join(map(str, numbers))
+            raise ValueError(f"labels must be of shape {wanted} for {problem}, got {tuple(labels.shape)}")
+        if problem != "regression" and not labels.is_floating_point():
+            raise ValueError(
+                f"labels for several classes a row must be floating point, 0.0 or 1.0 each, got {labels.dtype}"
+            )
+        return False
 
 
 class SeqBoatForSequenceClassification(SeqBoatPooledClassifier):
@@ -200,6 +228,14 @@ class SeqBoatForSequenceClassification(SeqBoatPooledClassifier):
             raise ValueError(
                 f"pair_features is {self.config.pair_features!r}, so pair_input_ids must "
                 + ("be given" if wants_pair else "not be given")
+            )
+        if pair_attention_mask is not None and not wants_pair:
+            raise ValueError("pair_attention_mask must not be given: pair_features is 'none', there is no second text")
+        first = input_ids if inputs_embeds is None else inputs_embeds
+        if wants_pair and first is not None and first.shape[:1] != pair_input_ids.shape[:1]:
+            raise ValueError(
+                f"pair_input_ids must have a row for each of the {first.shape[0]} first texts, got shape "
+                f"{tuple(pair_input_ids.shape)}"
             )
         outputs, features = self._encode(
             kwargs,
@@ -292,6 +328,7 @@ class SeqBoatTokenHead(SeqBoatHead):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
         seq_idx: Tensor | None = None,
         **kwargs,
     ) -> SeqBoatTokenOutput:
@@ -303,7 +340,7 @@ class SeqBoatTokenHead(SeqBoatHead):
 
         The other arguments are those of `SeqBoatModel.forward`; rows may be packed.
         """
-        refuse_unknown_arguments(type(self).forward, kwargs, also=("num_items_in_batch",))
+        refuse_unknown_of_head(type(self).forward, kwargs)
         outputs, real = self._run_model(
             kwargs,
             input_ids=input_ids,
@@ -312,6 +349,7 @@ class SeqBoatTokenHead(SeqBoatHead):
             input_values=input_values,
             inputs_embeds=inputs_embeds,
             cu_seq_lens_q=cu_seq_lens_q,
+            cu_seq_lens_k=cu_seq_lens_k,
             seq_idx=seq_idx,
         )
         logits, options = self._logits(outputs.last_hidden_state)
@@ -342,20 +380,23 @@ class SeqBoatForTokenClassification(SeqBoatTokenHead):
         return self.classifier(hidden), {"config": self.config}
 
 
-def _expect_real(name: str, positions: Tensor, real: Tensor | None, shape: tuple[int, int]) -> None:
-    """Raises ValueError where a column that holds padding is said to be an end of the answer."""
+def _real_columns(name: str, positions: Tensor, real: Tensor | None, shape: tuple[int, int]) -> Tensor:
+    """(B,) or (B, 1) positions as (B,). Raises ValueError where a column that holds padding is said to be an end of
+    the answer."""
     batch, length = shape
     columns = positions.flatten()
     if columns.shape != (batch,):
         raise ValueError(f"{name} must be of shape {(batch,)}, got {tuple(positions.shape)}")
+    if columns.dtype != torch.int64:
+        raise ValueError(f"{name} must be of dtype int64, got {columns.dtype}")
     if must_not_wait(columns.device):
-        return
+        return columns
     if bool((columns < 0).any()):
         raise ValueError(
             f"{name} must be at least 0 ({length} or more: no answer in this row), got {columns.tolist()}"
         )
     if real is None:
-        return
+        return columns
     padding = (columns < length) & ~real.gather(1, columns.clamp_max(length - 1)[:, None])[:, 0]
     if bool(padding.any()):
         row = int(padding.nonzero()[0])
@@ -363,6 +404,7 @@ def _expect_real(name: str, positions: Tensor, real: Tensor | None, shape: tuple
             f"{name} is {int(columns[row])} in row {row}, where attention_mask has padding: positions are columns of "
             "the padded row, so padding on the left moves them"
         )
+    return columns
 
 
 def _answer_loss(logits: Tensor, at: Tensor) -> Tensor:
@@ -421,11 +463,10 @@ class SeqBoatForQuestionAnswering(SeqBoatHead):
         start, end = logits.unbind(-1)
         loss = None
         if start_positions is not None:
-            for name, at in (("start_positions", start_positions), ("end_positions", end_positions)):
-                _expect_real(name, at, real, logits.shape[:2])
+            first = _real_columns("start_positions", start_positions, real, start.shape)
+            last = _real_columns("end_positions", end_positions, real, end.shape)
             # The library's mean over no answer at all would be NaN.
-            parts = [_answer_loss(start.float(), start_positions), _answer_loss(end.float(), end_positions)]
-            loss = (parts[0] + parts[1]) / 2
+            loss = (_answer_loss(start.float(), first) + _answer_loss(end.float(), last)) / 2
         return self._output(
             SeqBoatQuestionAnsweringOutput, outputs, loss, start_positions, None, start_logits=start, end_logits=end
         )

@@ -149,8 +149,13 @@ def test_packed_rows_equal_separate_rows(task):
             {"position_ids": torch.cat([torch.arange(9), torch.arange(14)])[None]},
             {"seq_idx": torch.tensor([[0] * 9 + [1] * 14])},
             {"cu_seq_lens_q": torch.tensor([0, 9, 23])},
-        ):
+            # All that DataCollatorWithFlattening can give.
+            {"cu_seq_lens_q": torch.tensor([0, 9, 23]), "cu_seq_lens_k": torch.tensor([0, 9, 23]),
+             "max_length_q": 14, "max_length_k": 14, "use_cache": False},
+        ):  # fmt: skip
             torch.testing.assert_close(model(packed, **how).logits, want, atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match="cu_seq_lens_k must be given with, and equal, cu_seq_lens_q"):
+        model(packed, cu_seq_lens_q=torch.tensor([0, 9, 23]), cu_seq_lens_k=torch.tensor([0, 8, 23]))
 
 
 @pytest.mark.parametrize("task", ["QuestionAnswering", "ImageClassification", "AudioClassification"])
@@ -169,6 +174,44 @@ def test_pictures_are_read_row_by_row():
         torch.testing.assert_close(picture(pixel_values=pixels).logits, sequence(input_values=rows).logits)
 
 
+def question_loss(positions):
+    return head("QuestionAnswering")(token_ids(2, 5), start_positions=positions, end_positions=positions).loss
+
+
+def test_positions_may_be_a_column():
+    """As nn.DataParallel's and some collators' are."""
+    positions = torch.tensor([1, 2])
+    assert torch.equal(question_loss(positions[:, None]), question_loss(positions))
+
+
+# Labels of three rows that the losses of numbers would broadcast, or fail on somewhere inside; C classes.
+@pytest.mark.parametrize(
+    ("classes", "problem", "labels", "words"),
+    [
+        (1, None, torch.rand(3, 3), r"shape \(3,\) or \(3, 1\) for regression, got \(3, 3\)"),
+        (1, None, torch.rand(1), r"shape \(3,\) or \(3, 1\) for regression, got \(1,\)"),
+        (2, "regression", torch.rand(2), r"shape \(3, 2\) for regression, got \(2,\)"),
+        (2, "regression", torch.rand(1, 2), r"shape \(3, 2\) for regression, got \(1, 2\)"),
+        (4, None, torch.rand(3), r"shape \(3, 4\) for multi_label_classification, got \(3,\)"),
+        (4, None, torch.ones(3, 4, dtype=torch.int64), "floating point, 0.0 or 1.0 each, got torch.int64"),
+        (4, "multi_label_classification", torch.ones(3, 4).bool(), "floating point, 0.0 or 1.0 each, got torch.bool"),
+        (4, None, torch.ones(3, dtype=torch.uint8), "dtype int64, got torch.uint8"),
+        (4, "single_label_classification", torch.ones(3, dtype=torch.int32), "dtype int64, got torch.int32"),
+        (4, "single_label_classification", torch.ones(3, 1, dtype=torch.int64), r"shape \(3,\), got \(3, 1\)"),
+    ],
+)
+def test_labels_that_do_not_fit_their_problem_are_refused(classes, problem, labels, words):
+    model = head("SequenceClassification", num_labels=classes, problem_type=problem)
+    with pytest.raises(ValueError, match=f"labels .*{words}"):
+        model(token_ids(3, 5), labels=labels)
+    assert model.config.problem_type == problem
+
+
+def test_one_number_a_row_may_be_a_column():
+    model, labels = head("SequenceClassification", num_labels=1), torch.rand(3)
+    assert torch.equal(model(token_ids(3, 5), labels=labels[:, None]).loss, model(token_ids(3, 5), labels=labels).loss)
+
+
 @pytest.mark.parametrize(
     ("call", "words"),
     [
@@ -184,6 +227,13 @@ def test_pictures_are_read_row_by_row():
         (lambda: head("QuestionAnswering")(token_ids(1, 5), start_positions=torch.tensor([1])),
          "end_positions is mis"),
         (lambda: head("TokenClassification")(token_ids(1, 5), output_attentions=True), "output_attentions"),
+        (lambda: head("TokenClassification")(token_ids(1, 5), use_cache=True), "use_cache must be False"),
+        (lambda: head("SequenceClassification")(token_ids(1, 5), pair_attention_mask=torch.ones(1, 5)),
+         "pair_attention_mask must not be given: pair_features is 'none'"),
+        (lambda: head("SequenceClassification", pair_features="nli")(token_ids(1, 5), pair_input_ids=token_ids(2, 5)),
+         r"pair_input_ids must have a row for each of the 1 first texts, got shape \(2, 5\)"),
+        (lambda: question_loss(torch.tensor([1.0, 2.0])), "start_positions must be of dtype int64, got torch.float32"),
+        (lambda: question_loss(torch.tensor([1, 2], dtype=torch.int32)), "start_positions must be of dtype int64"),
     ],
 )  # fmt: skip
 def test_wrong_input_is_refused_by_name(call, words):
