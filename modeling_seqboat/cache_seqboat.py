@@ -546,13 +546,13 @@ class SeqBoatCacheLayer(CacheLayerMixin):
                 setattr(self, name, changed)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._map_rows(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+        self._map_rows(lambda tensor: tensor.index_select(0, torch.as_tensor(beam_idx, device=tensor.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self._map_rows(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self._map_rows(lambda tensor: tensor[indices.to(tensor.device)])
+        self._map_rows(lambda tensor: tensor[torch.as_tensor(indices, device=tensor.device)])
 
     def _move(self, device: torch.device | str, non_blocking: bool = False) -> None:
         for name, tensor in self._buffers().items():
@@ -599,6 +599,9 @@ class SeqBoatCache(Cache):
         if not isinstance(config, SeqBoatConfig) and isinstance(config, Iterator):
             self._join(list(config))
             return
+        # Not by class: code that came with a checkpoint has a class object of its own.
+        if getattr(config, "model_type", None) != SeqBoatConfig.model_type:
+            raise ValueError(f"SeqBoatCache is made of a SeqBoatConfig (model.config), got {type(config).__name__}")
         if config.bidirectional:
             raise ValueError("a bidirectional SeqBoat has no cache: bidirectional must be False, got True")
         super().__init__(layers=[SeqBoatCacheLayer(config, static) for _ in range(config.num_hidden_layers)])

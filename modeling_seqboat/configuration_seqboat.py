@@ -34,13 +34,14 @@ def _is_integer(value: Any) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
-def _integer(minimum: int, optional: bool = False) -> Check:
-    expected = f"an integer of at least {minimum}" + (" or None" if optional else "")
+def _integer(minimum: int, optional: bool = False, maximum: int | None = None) -> Check:
+    expected = f"an integer of at least {minimum}" if maximum is None else f"an integer from {minimum} to {maximum}"
+    expected += " or None" if optional else ""
 
     def check(name: str, value: Any) -> int | None:
         if value is None and optional:
             return None
-        if not _is_integer(value) or value < minimum:
+        if not _is_integer(value) or value < minimum or (maximum is not None and value > maximum):
             _refuse(name, value, expected)
         return int(value)
 
@@ -72,12 +73,14 @@ def _boolean(name: str, value: Any) -> bool:
     return bool(value)
 
 
-def _one_of(*allowed: str) -> Check:
-    def check(name: str, value: Any) -> str:
+def _one_of(*allowed: str, optional: bool = False) -> Check:
+    def check(name: str, value: Any) -> str | None:
+        if value is None and optional:
+            return None
         if not isinstance(value, str) or value not in allowed:
             near = difflib.get_close_matches(value, allowed, n=1) if isinstance(value, str) else []
             hint = f" (did you mean {near[0]!r}?)" if near else ""
-            _refuse(name, value, "one of " + ", ".join(map(repr, allowed)) + hint)
+            _refuse(name, value, "one of " + ", ".join(map(repr, allowed)) + " or None" * optional + hint)
         return value
 
     return check
@@ -126,6 +129,12 @@ _COMPANION_KEYS = frozenset(
     "transformers_weights use_bfloat16".split()
 )
 
+
+# Fields of transformers' own that would fail, or do nothing, only where they are used. A name is made for each label.
+_INHERITED_CHECKS: dict[str, Check] = {
+    "num_labels": _integer(0, maximum=_MOST_LABELS),
+    "problem_type": _one_of("regression", "single_label_classification", "multi_label_classification", optional=True),
+}
 
 SPECIAL_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
@@ -319,13 +328,18 @@ class SeqBoatConfig(PreTrainedConfig):
                 f"SeqBoatConfig: per_layer_config={kwargs['per_layer_config']!r} is not supported; "
                 "all SeqBoat layers of a model share one configuration."
             )
+        if kwargs.get("num_labels") is not None:
+            # With names of labels beside it, transformers warns at most.
+            _INHERITED_CHECKS["num_labels"]("num_labels", kwargs["num_labels"])
         # TRL reads it off the config of every class that is none of transformers' own.
         self.auto_map = kwargs.pop("auto_map", None) or {}
         super().__post_init__(**kwargs)
 
     def __setattr__(self, key: str, value: Any) -> None:
         check = FIELD_CHECKS.get(key)
-        if check is None:
+        if key in _INHERITED_CHECKS:
+            value = _INHERITED_CHECKS[key](key, value)
+        elif check is None:
             self._warn_if_unknown(key)
         else:
             value = check(key, self._with_default(key, value))
@@ -418,10 +432,6 @@ class SeqBoatConfig(PreTrainedConfig):
         if not isinstance(config_dict, Mapping):
             raise ValueError(f"SeqBoatConfig: a config is a dictionary of fields, got a {type(config_dict).__name__}")
         overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in FIELD_CHECKS}
-        classes = config_dict.get("num_labels")
-        if classes is not None and not (_is_integer(classes) and 0 <= classes <= _MOST_LABELS):
-            # A name is made for each.
-            _refuse("num_labels", classes, f"an integer from 0 to {_MOST_LABELS}")
         for name in ("dtype", "torch_dtype"):
             # Taken unseen, it would fail only when the config is shown or saved.
             if isinstance(config_dict.get(name), (bool, numbers.Number, list, dict)):

@@ -5,6 +5,7 @@ Letters: B batch, L columns.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from numbers import Integral
 
 import torch
 import transformers
@@ -237,6 +238,8 @@ class SeqBoatGenerationMixin(GenerationMixin):
         by_embeds = embeds is not None and is_first_iteration
         given, first = embeds if by_embeds else input_ids, 0
         size = generation_config.prefill_chunk_size
+        if size is not None and (isinstance(size, bool) or not isinstance(size, Integral) or size < 1):
+            raise ValueError(f"prefill_chunk_size must be an integer of at least 1 or None, got {size!r}")
         if cache is not None:
             # Ids narrower than the mask are the new ones alone. From 5.18 on a mask of ones is left out.
             unmasked = getattr(generation_config, "_mask_length", given.shape[1])
@@ -284,6 +287,11 @@ class SeqBoatGenerationMixin(GenerationMixin):
                 raise ValueError(
                     f"past_key_values must be a SeqBoatCache, got {type(cache).__name__}; use "
                     "SeqBoatCache(model.config)"
+                )
+            if generation_config.use_cache is False:
+                raise ValueError(
+                    "use_cache=False contradicts past_key_values: without a cache every step reads the whole text, "
+                    "which the given one would take for new; leave one of them out"
                 )
             super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
             return

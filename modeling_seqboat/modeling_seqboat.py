@@ -131,10 +131,17 @@ def selected_states(output_hidden_states: bool | int | list[int] | None, count: 
         output_hidden_states: True for all, or one index or several as transformers takes them from 5.23 on: negative
             ones count from the end, those out of range select nothing.
         count: how many there are.
+
+    Raises:
+        ValueError: for anything else.
     """
     if output_hidden_states is None or isinstance(output_hidden_states, bool):
         return set(range(count)) if output_hidden_states else set()
-    chosen = [output_hidden_states] if isinstance(output_hidden_states, int) else list(output_hidden_states)
+    chosen = output_hidden_states if isinstance(output_hidden_states, (list, tuple)) else [output_hidden_states]
+    if not all(isinstance(index, Integral) and not isinstance(index, bool) for index in chosen):
+        raise ValueError(
+            f"output_hidden_states must be True, False, an index or a list of indices, got {output_hidden_states!r}"
+        )
     return {index % count for index in chosen if -count <= index < count}
 
 
@@ -671,8 +678,10 @@ class SeqBoatForCausalLM(SeqBoatPreTrainedModel, SeqBoatGenerationMixin):
         if isinstance(kept, int):
             if kept < 0:
                 raise ValueError(f"logits_to_keep must be at least 0 (0: all columns), got {kept}")
-        elif getattr(kept, "dtype", None) not in (torch.int64, torch.int32):
-            raise ValueError(f"logits_to_keep must be an integer or int64 indices of columns, got {kept!r}")
+        elif getattr(kept, "dtype", None) not in (torch.int64, torch.int32) or kept.ndim != 1:
+            raise ValueError(
+                f"logits_to_keep must be an integer or int64 indices of columns, of shape (n,), got {kept!r}"
+            )
 
     def _loss(
         self, hidden: Tensor, logits: Tensor | None, targets: Tensor, num_items: Tensor | int | None, part: Any

@@ -186,6 +186,9 @@ def test_row_operations_move_everything():
     reordered = copy.deepcopy(cache)
     reordered.reorder_cache(torch.tensor([2, 2, 1]))
     rows([2, 2, 1], reordered)
+    by_list = copy.deepcopy(cache)
+    by_list.batch_select_indices([2, 0])
+    rows([2, 0], by_list)
     repeated = copy.deepcopy(cache)
     repeated.batch_repeat_interleave(2)
     rows([0, 0, 1, 1, 2, 2], repeated)
@@ -397,6 +400,12 @@ def test_caches_of_another_kind_are_refused(make):
         model(ids, past_key_values=foreign)
     with pytest.raises(ValueError, match="SeqBoatCache"):
         model.generate(ids, past_key_values=foreign, max_new_tokens=2)
+
+
+def test_a_cache_is_made_of_a_config():
+    for given in (model_of(), {"hidden_size": 16}, None):
+        with pytest.raises(ValueError, match=f"made of a SeqBoatConfig .*, got {type(given).__name__}"):
+            SeqBoatCache(given)
 
 
 @pytest.mark.parametrize(

@@ -76,6 +76,11 @@ def test_defaults_are_the_enwik8_shape_with_the_byte_vocabulary():
         ("bos_token_id", 1.0),
         ("eos_token_id", []),
         ("num_attention_heads", 0),
+        # Of transformers' own, which takes them.
+        ("num_labels", -1),
+        ("num_labels", "3"),
+        ("num_labels", 10**7),
+        ("problem_type", "classification"),
     ],
 )
 def test_a_wrong_value_is_refused_by_name_and_changes_nothing(field, value):

@@ -379,3 +379,18 @@ def test_a_tokenizer_is_for_strings_to_stop_at():
     stop = tokenizer.decode(text[0, 5:7])
     stopped = model.generate(**prompt, tokenizer=tokenizer, stop_strings=[stop], **options)
     assert stopped.shape[1] < text.shape[1] and torch.equal(stopped, text[:, : stopped.shape[1]])
+
+
+@pytest.mark.parametrize("size", [0, -3, "4", 2.0, True])
+def test_a_chunk_of_a_prefill_has_a_column(size):
+    with pytest.raises(ValueError, match=f"prefill_chunk_size must be an integer of at least 1 or None, got {size!r}"):
+        small_lm().generate(random_ids(1, 6), prefill_chunk_size=size, max_new_tokens=2)
+
+
+def test_a_cache_that_is_not_to_be_used_is_refused():
+    """Each step would feed it the whole text once more."""
+    model, ids = small_lm(), random_ids(1, 6)
+    cache = SeqBoatCache(model.config)
+    with pytest.raises(ValueError, match="use_cache=False contradicts past_key_values"):
+        model.generate(ids, past_key_values=cache, use_cache=False, max_new_tokens=2)
+    assert not cache.is_initialized

@@ -173,9 +173,12 @@ def test_labels_outside_the_vocabulary_are_refused(name, value):
         small_lm()(IDS, **{name: labels})
 
 
-def test_a_negative_number_of_logits_is_refused():
+def test_a_number_of_logits_that_is_none_is_refused():
     with pytest.raises(ValueError, match="logits_to_keep must be at least 0"):
         small_lm()(IDS, logits_to_keep=-1)
+    for shape in ((), (1, 1)):
+        with pytest.raises(ValueError, match=r"indices of columns, of shape \(n,\)"):
+            small_lm()(IDS, logits_to_keep=torch.ones(shape, dtype=torch.long))
 
 
 @pytest.mark.parametrize("count", [None, 0, torch.tensor(0)], ids=["none", "0", "tensor"])
@@ -197,6 +200,12 @@ def test_hidden_states_by_index(chosen):
     assert len(found) == len(every) == 3
     for index, (state, expected) in enumerate(zip(found, every, strict=True)):
         assert torch.equal(state, expected) if index in wanted else state is None
+
+
+@pytest.mark.parametrize("chosen", ["all", 1.5, [True], [0, "1"]])
+def test_hidden_states_by_anything_else_are_refused(chosen):
+    with pytest.raises(ValueError, match="output_hidden_states must be True, False, an index or a list of indices"):
+        small_lm()(IDS, output_hidden_states=chosen)
 
 
 def test_arguments_that_say_nothing_new_may_come_along():
