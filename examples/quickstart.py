@@ -187,6 +187,10 @@ def parse_arguments() -> argparse.Namespace:
         check_model_folder(str(arguments.model.absolute()))
     except FileNotFoundError as error:
         parser.error(f"--model: {error}")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--output {arguments.output} cannot be made: {error}")
     return arguments
 
 
@@ -204,7 +208,6 @@ def main() -> None:
     document = torch.from_numpy(np.frombuffer(text, np.uint8).astype(np.int64))[None]
     continue_document(model, tokenizer, document, amounts)
 
-    arguments.output.mkdir(parents=True, exist_ok=True)
     draw_activations(model, arguments.model, text[-amounts.shown_bytes :], arguments.output)
 
     merged = fine_tune(arguments.model, tokenizer, amounts.fine_tuning, arguments.output)

@@ -128,6 +128,10 @@ def parse_arguments() -> argparse.Namespace:
     # The default folder is this script's own, so that running it again needs no option.
     if output != DEFAULT_OUTPUT and output.is_dir() and any(output.iterdir()) and not arguments.overwrite:
         parser.error(f"--output {arguments.output} is not empty; name another folder or add --overwrite")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--output {arguments.output} cannot be made: {error}")
     return arguments
 
 

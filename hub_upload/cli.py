@@ -3,6 +3,7 @@
 
 import argparse
 import logging
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +26,13 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {message} (--help lists the options)\n")
+
+
+def _size(text: str) -> str:
+    """A size as transformers' `save_pretrained` reads it, checked before any work."""
+    if re.fullmatch(r"0*[1-9][0-9]*(\.[0-9]+)? *[KMGT]B", text.strip(), re.IGNORECASE) is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1 of KB, MB, GB or TB, such as 5GB")
+    return text
 
 
 def build_parser(prog: str = "seqboat") -> argparse.ArgumentParser:
@@ -67,7 +75,9 @@ def build_parser(prog: str = "seqboat") -> argparse.ArgumentParser:
     convert.add_argument("--dict", type=Path, metavar="dict.txt", help="dictionary of a byte corpus")
     convert.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder to write")
     convert.add_argument("--overwrite", action="store_true", help="replace an existing model folder")
-    convert.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest weight file (default: 5GB)")
+    convert.add_argument(
+        "--max-shard-size", type=_size, default="5GB", metavar="SIZE", help="largest weight file (default: 5GB)"
+    )
     convert.set_defaults(run=_convert)
 
     export = commands.add_parser("export", help="write a model as graphs for other runtimes")
@@ -89,7 +99,9 @@ def build_parser(prog: str = "seqboat") -> argparse.ArgumentParser:
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, type=Path, metavar="DIR", help="folder with a saved model")
-    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest weight file (default: 5GB)")
+    parser.add_argument(
+        "--max-shard-size", type=_size, default="5GB", metavar="SIZE", help="largest weight file (default: 5GB)"
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="round the weights to this type")
     card = parser.add_argument_group("model card")
     card.add_argument("--license", default="mit", help="licence of the weights (default: mit)")

@@ -60,6 +60,14 @@ def test_a_wrong_command_line_is_answered_in_one_line(command, tmp_path):
     assert "usage:" not in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("size", ["3XB", "0GB", "-1GB", "GB", "5"])
+def test_a_size_of_weight_files_is_read_before_any_work(size, capsys):
+    for command in (["build", "--model", "m", "--output", "o"], ["convert", "--checkpoint", "c", "--output", "o"]):
+        with pytest.raises(SystemExit) as ended:
+            main([*command, f"--max-shard-size={size}"])
+        assert ended.value.code == 2 and f"{size!r} is not a number" in capsys.readouterr().err
+
+
 def test_a_folder_that_does_not_exist_is_named(tmp_path):
     done = run(["seqboat", "evaluate", "outputs/nothing", "--data", "text.txt"], tmp_path)
     assert done.returncode == 2 and "there is no model in 'outputs/nothing': the folder does not exist" in done.stderr

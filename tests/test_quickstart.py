@@ -109,6 +109,7 @@ def test_refuses_what_it_cannot_use_before_any_work(model, tmp_path, monkeypatch
         for flags, message in (
             (("--model", str(model), "--output", str(tmp_path)), "is not empty"),
             (("--model", str(tmp_path), "--output", str(tmp_path / "out")), "there is no model in"),
+            (("--model", str(model), "--output", str(tmp_path / "notes.txt/out")), "cannot be made"),
         ):
             monkeypatch.setattr(sys, "argv", ["quickstart.py", "--fast", *flags])
             with pytest.raises(SystemExit) as stopped:
