@@ -2,6 +2,7 @@
 it that override it."""
 
 import datetime
+import difflib
 import os
 import sys
 from pathlib import Path
@@ -102,6 +103,14 @@ def find_checkpoint(
     if folder is not None:
         check_same_shape(folder, config)
     return folder
+
+
+def refuse_unknown_fields(overrides: dict, kind: type[PreTrainedConfig]) -> None:
+    """Raises ValueError for fields that a config of this kind does not have, and would keep though they change
+    nothing."""
+    for name in sorted(set(overrides) - set(kind.__dataclass_fields__)):
+        near = difflib.get_close_matches(name, kind.__dataclass_fields__, n=1, cutoff=0.0)[0]
+        raise ValueError(f"config_overrides: {name} is no field of {kind.__name__}; the nearest is {near}")
 
 
 def check_same_shape(folder: Path, config: PreTrainedConfig) -> None:

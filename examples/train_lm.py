@@ -47,6 +47,7 @@ from recipes import (
     check_vocabulary,
     find_checkpoint,
     parse_arguments,
+    refuse_unknown_fields,
 )
 from run_folder import RunFolder, open_log, take_folder_once
 from run_record import hardware, published_command, write_record
@@ -71,25 +72,19 @@ from modeling_seqboat.training_seqboat import (
 
 
 def build_config(a: TrainArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
-    """The config of the model to train. Raises ValueError for fields that a LlamaConfig does not have."""
+    """The config of the model to train. Raises ValueError for fields that its kind does not have."""
     overrides = json_object(a.config_overrides, "config_overrides")
     if a.init_from is not None:
         return config_to_start_from(a, overrides, tokenizer)
     ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     if a.model_type == "seqboat":
+        refuse_unknown_fields(overrides, SeqBoatConfig)
         if a.tokenizer != "byte":
             overrides = {"vocab_size": len(tokenizer), **ids, **overrides}
         return SeqBoatConfig.from_preset(a.preset, **overrides)
     refuse_unknown_fields(overrides, LlamaConfig)
     fields = {"vocab_size": len(tokenizer), "max_position_embeddings": a.sequence_length, **ids, **overrides}
     return LlamaConfig(**fields)
-
-
-def refuse_unknown_fields(overrides: dict, kind: type[PreTrainedConfig]) -> None:
-    """Raises ValueError for fields that a config of this kind does not have."""
-    unknown = sorted(set(overrides) - set(kind.__dataclass_fields__))
-    if unknown:
-        raise ValueError(f"config_overrides: {', '.join(unknown)} is no field of {kind.__name__}")
 
 
 def config_to_start_from(a: TrainArguments, overrides: dict, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:

@@ -311,6 +311,8 @@ def test_a_budget_and_muon_hold_in_a_resumed_run(tmp_path):
     assert biases and any(not torch.equal(whole[name], free[name]) for name in biases)
     with pytest.raises(ValueError, match="router_gain 0.5 needs a rate to hold"):
         run("lra-text", tmp_path / "none", **settings)
+    with pytest.raises(ValueError, match="router_target is no field of SeqBoatConfig; the nearest is router_target_"):
+        run("lra-text", tmp_path / "none", {"router_target": 0.5}, **settings)
     assert not (tmp_path / "none").exists()
 
 

@@ -352,6 +352,8 @@ def test_bad_input_is_refused_before_training(tmp_path, examples):
          dict(sequence_length=9000)),
         (ValueError, "optimizer must be one of adamw, radam, muon, got 'sgd'", dict(optimizer="sgd")),
         (ValueError, "model_type must be one of seqboat, llama, got 'mamba'", dict(model_type="mamba")),
+        (ValueError, "memory_siz is no field of SeqBoatConfig; the nearest is memory_size",
+         dict(config_overrides='{"memory_siz": 3}')),
         (ValueError, "v_head_dim is no field of LlamaConfig",
          dict(model_type="llama", config_overrides='{"v_head_dim": 8}')),
         (ValueError, "max_minutes must be above 0, got 0", dict(max_minutes=0)),

@@ -31,7 +31,13 @@ import transformers
 from budget import TimeBudget
 from pictures import write_activations, write_confusion_matrix
 from ranges import BETA, LARGEST_SEED, MAX_NORM, Range, at_least, check_ranges, from_to
-from recipes import check_output_folder, check_same_shape, checkpoint_folder, parse_arguments
+from recipes import (
+    check_output_folder,
+    check_same_shape,
+    checkpoint_folder,
+    parse_arguments,
+    refuse_unknown_fields,
+)
 from run_folder import RunFolder, take_folder_once
 from safe_files import parse_json, replacing, write_json
 from tasks import DATA_RANGES, DataArguments, EpochOrder, TaskData, load_task
@@ -252,6 +258,7 @@ def build_config(a: ClassificationArguments) -> SeqBoatConfig:
     overrides = parse_json(a.config_overrides or "{}", f"config_overrides {a.config_overrides!r}")
     if not isinstance(overrides, dict):
         raise ValueError(f"config_overrides must be a JSON object, got {a.config_overrides!r}")
+    refuse_unknown_fields(overrides, SeqBoatConfig)
     config = SeqBoatConfig.from_preset(a.preset, **overrides)
     if a.router_gain and config.router_target_rate is None:
         raise ValueError(
