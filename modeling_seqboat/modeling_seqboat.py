@@ -206,8 +206,8 @@ def _warn_of_another_window(config: SeqBoatConfig, name: str | os.PathLike, opti
     trained = saved.get("memory_size", config.memory_size)
     if trained != config.memory_size:
         logger.warning(
-            f"memory_size is {config.memory_size}, but {trained} in {name}: a trained model "
-            "is best with the window that it was trained with, and worse with smaller and larger ones."
+            f"memory_size is {config.memory_size}, but {trained} in {name}: another window than "
+            "a model was saved with mostly makes it worse; measure it on texts of your length."
         )
 
 
