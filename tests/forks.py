@@ -1,13 +1,14 @@
 """Commands of Python in processes that have this one's imports: starting anew costs each of them seven seconds of
 imports. Where CUDA is, or OpenMP's threads, which a fork cannot use again, they start anew all the same."""
 
+import gc
 import multiprocessing
 import os
 import runpy
 import signal
 import sys
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from subprocess import PIPE, CompletedProcess, TimeoutExpired
 
@@ -17,6 +18,27 @@ from torch.distributed import run as elastic
 ROOT = Path(__file__).resolve().parent.parent
 METHOD = "spawn" if torch.cuda.is_available() or torch.get_num_threads() > 1 else "fork"
 CONTEXT = multiprocessing.get_context(METHOD)
+
+
+def leave_no_group() -> None:
+    """Before a fork: gloo shares its device among all groups of a process, so a fork of a process that still has one
+    would wait for ever on a thread that it has not. Groups that are destroyed lie in cycles until they are collected.
+
+    Raises:
+        RuntimeError: a group is still alive.
+    """
+    if METHOD == "fork" and _threads_of_gloo():
+        gc.collect()
+        if left := _threads_of_gloo():
+            raise RuntimeError(f"a process group of this process is alive, its forks would hang: threads {left}")
+
+
+def _threads_of_gloo() -> list[str]:
+    names = []
+    for path in Path("/proc/self/task").glob("*/comm"):
+        with suppress(FileNotFoundError):  # it has just ended
+            names.append(path.read_text("utf-8").strip())
+    return [name for name in names if "gloo" in name]
 
 
 def run_script(path: str, *flags: str) -> None:
@@ -78,6 +100,7 @@ class Command:
             ends.append(read)
         errors = stderr.name if hasattr(stderr, "name") else output
         arguments = (run_script, tuple(command[1:]), os.getcwd(), env or {}, output, errors, questions)
+        leave_no_group()
         self.process = CONTEXT.Process(target=_child, args=arguments)
         self.process.start()
         for end in ends:
@@ -107,6 +130,7 @@ def run(function, *arguments, cwd=ROOT, timeout: float = 280, **environment: str
         files = [Path(folder) / name for name in ("output", "errors")]
         for file in files:
             file.touch()
+        leave_no_group()
         process = CONTEXT.Process(target=_child, args=(function, arguments, str(cwd), environment, *map(str, files)))
         process.start()
         process.join(timeout)
@@ -127,6 +151,7 @@ def forked_workers():
 
     def config_from_args(args):
         config, _, command = usual(args)
+        leave_no_group()
         config.start_method = METHOD
         return config, run_script, command[command.index(args.training_script) :]
 
