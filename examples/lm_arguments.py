@@ -5,7 +5,7 @@ import os
 from dataclasses import dataclass, field
 
 from ranges import BETA, LARGEST_SEED, MAX_NORM, PART, Range, above, at_least, check_ranges, from_to
-from safe_files import parse_json
+from recipes import json_object
 
 
 @dataclass
@@ -118,14 +118,6 @@ RANGES: dict[str, Range] = {
     "beta2": BETA,
     "seed": from_to(0, LARGEST_SEED),
 }
-
-
-def json_object(text: str | None, name: str) -> dict:
-    """The object that an argument holds as JSON, an empty one where it was not given. Raises ValueError by name."""
-    value = parse_json(text, f"{name} {text!r}") if text else {}
-    if not isinstance(value, dict):
-        raise ValueError(f'{name} must be a JSON object such as {{"hidden_size": 64}}, got {text!r}')
-    return value
 
 
 def check_arguments(a: TrainArguments) -> None:

@@ -24,7 +24,7 @@ from activation_page import build_page, write_png
 from recipes import check_model_folder
 from torch import Tensor
 from tqdm import tqdm
-from train_from_scratch import Plan, train, validate
+from train_from_scratch import Plan, make_output, train, validate
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, TextStreamer, set_seed
 
 from modeling_seqboat import SeqBoatCache, SeqBoatForCausalLM
@@ -177,20 +177,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, help="folder for adapter, model and picture")
     parser.add_argument("--overwrite", action="store_true", help="write into an --output that holds files already")
     arguments = parser.parse_args()
-    output = arguments.output.resolve()
-    if output.exists() and not output.is_dir():
-        parser.error(f"--output {arguments.output} is a file; name a folder")
-    # The default folder is this script's own, so that running it again needs no option.
-    if output != DEFAULT_OUTPUT and output.is_dir() and any(output.iterdir()) and not arguments.overwrite:
-        parser.error(f"--output {arguments.output} is not empty; name another folder or add --overwrite")
     try:
         check_model_folder(str(arguments.model.absolute()))
     except FileNotFoundError as error:
         parser.error(f"--model: {error}")
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"--output {arguments.output} cannot be made: {error}")
+    make_output(parser, arguments, DEFAULT_OUTPUT)
     return arguments
 
 

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import yaml
 from run_folder import MANIFEST_FILE, check_free, latest_checkpoint, verify_checkpoint
-from safe_files import read_json_object, read_text
+from safe_files import parse_json, read_json_object, read_text
 from script_start import ArgumentParser
 from transformers import HfArgumentParser, PreTrainedConfig, PreTrainedTokenizerBase
 
@@ -103,6 +103,14 @@ def find_checkpoint(
     if folder is not None:
         check_same_shape(folder, config)
     return folder
+
+
+def json_object(text: str | None, name: str) -> dict:
+    """The object that an argument holds as JSON, an empty one where it was not given. Raises ValueError by name."""
+    value = parse_json(text, f"{name} {text!r}") if text else {}
+    if not isinstance(value, dict):
+        raise ValueError(f'{name} must be a JSON object such as {{"hidden_size": 64}}, got {text!r}')
+    return value
 
 
 def refuse_unknown_fields(overrides: dict, kind: type[PreTrainedConfig]) -> None:

@@ -116,22 +116,30 @@ def decode_speed(model: SeqBoatForCausalLM, prompt: Tensor, steps: int) -> tuple
     return 1 / statistics.median(times), cache.memory_bytes()
 
 
+def make_output(parser: argparse.ArgumentParser, arguments: argparse.Namespace, own: Path) -> None:
+    """Makes the folder `arguments.output`, or ends the script with what is wrong with it.
+
+    Args:
+        own: the script's default folder, into which it may write again without an option.
+    """
+    output = arguments.output.resolve()
+    if output.exists() and not output.is_dir():
+        parser.error(f"--output {arguments.output} is a file; name a folder")
+    if output != own and output.is_dir() and any(output.iterdir()) and not arguments.overwrite:
+        parser.error(f"--output {arguments.output} is not empty; name another folder or add --overwrite")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--output {arguments.output} cannot be made: {error}")
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fast", action="store_true", help="few steps and short measurements, about 20 seconds")
     parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, help="folder for model and tokenizer")
     parser.add_argument("--overwrite", action="store_true", help="write into an --output that holds files already")
     arguments = parser.parse_args()
-    output = arguments.output.resolve()
-    if output.exists() and not output.is_dir():
-        parser.error(f"--output {arguments.output} is a file; name a folder")
-    # The default folder is this script's own, so that running it again needs no option.
-    if output != DEFAULT_OUTPUT and output.is_dir() and any(output.iterdir()) and not arguments.overwrite:
-        parser.error(f"--output {arguments.output} is not empty; name another folder or add --overwrite")
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"--output {arguments.output} cannot be made: {error}")
+    make_output(parser, arguments, DEFAULT_OUTPUT)
     return arguments
 
 

@@ -36,7 +36,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, GradientAccumulationPlugin, set_seed
-from lm_arguments import TrainArguments, check_arguments, check_graphs, check_parts, json_object
+from lm_arguments import TrainArguments, check_arguments, check_graphs, check_parts
 from lm_checkpoints import Clock, Progress, Saver, resume
 from lm_data import HeldOut, StreamPlaces, build_loader, load_data
 from lm_parts import Parts
@@ -46,6 +46,7 @@ from recipes import (
     check_output_folder,
     check_vocabulary,
     find_checkpoint,
+    json_object,
     parse_arguments,
     refuse_unknown_fields,
 )
@@ -74,15 +75,14 @@ from modeling_seqboat.training_seqboat import (
 def build_config(a: TrainArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
     """The config of the model to train. Raises ValueError for fields that its kind does not have."""
     overrides = json_object(a.config_overrides, "config_overrides")
+    refuse_unknown_fields(overrides, SeqBoatConfig if a.model_type == "seqboat" else LlamaConfig)
     if a.init_from is not None:
         return config_to_start_from(a, overrides, tokenizer)
     ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     if a.model_type == "seqboat":
-        refuse_unknown_fields(overrides, SeqBoatConfig)
         if a.tokenizer != "byte":
             overrides = {"vocab_size": len(tokenizer), **ids, **overrides}
         return SeqBoatConfig.from_preset(a.preset, **overrides)
-    refuse_unknown_fields(overrides, LlamaConfig)
     fields = {"vocab_size": len(tokenizer), "max_position_embeddings": a.sequence_length, **ids, **overrides}
     return LlamaConfig(**fields)
 
@@ -97,7 +97,6 @@ def config_to_start_from(a: TrainArguments, overrides: dict, tokenizer: PreTrain
             f"init_from {a.init_from!r} is a {config.model_type!r} model, this run trains a {a.model_type!r}"
         )
     check_vocabulary(config, tokenizer)
-    refuse_unknown_fields(overrides, type(config))
     for name, value in overrides.items():
         setattr(config, name, value)
     return config

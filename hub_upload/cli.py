@@ -75,9 +75,7 @@ def build_parser(prog: str = "seqboat") -> argparse.ArgumentParser:
     convert.add_argument("--dict", type=Path, metavar="dict.txt", help="dictionary of a byte corpus")
     convert.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder to write")
     convert.add_argument("--overwrite", action="store_true", help="replace an existing model folder")
-    convert.add_argument(
-        "--max-shard-size", type=_size, default="5GB", metavar="SIZE", help="largest weight file (default: 5GB)"
-    )
+    _add_shard_size(convert)
     convert.set_defaults(run=_convert)
 
     export = commands.add_parser("export", help="write a model as graphs for other runtimes")
@@ -97,11 +95,15 @@ def build_parser(prog: str = "seqboat") -> argparse.ArgumentParser:
     return parser
 
 
-def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, type=Path, metavar="DIR", help="folder with a saved model")
+def _add_shard_size(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-shard-size", type=_size, default="5GB", metavar="SIZE", help="largest weight file (default: 5GB)"
     )
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, type=Path, metavar="DIR", help="folder with a saved model")
+    _add_shard_size(parser)
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="round the weights to this type")
     card = parser.add_argument_group("model card")
     card.add_argument("--license", default="mit", help="licence of the weights (default: mit)")

@@ -30,7 +30,7 @@ def _refuse(name: str, value: Any, expected: str) -> None:
     raise ValueError(f"SeqBoatConfig: {name}={value!r} is not valid; {name} must be {expected}.")
 
 
-def _is_integer(value: Any) -> bool:
+def is_integer(value: Any) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
@@ -41,7 +41,7 @@ def _integer(minimum: int, optional: bool = False, maximum: int | None = None) -
     def check(name: str, value: Any) -> int | None:
         if value is None and optional:
             return None
-        if not _is_integer(value) or value < minimum or (maximum is not None and value > maximum):
+        if not is_integer(value) or value < minimum or (maximum is not None and value > maximum):
             _refuse(name, value, expected)
         return int(value)
 
@@ -93,7 +93,7 @@ def _token_id(several: bool = False) -> Check:
         if value is None:
             return None
         given = list(value) if several and isinstance(value, (list, tuple)) else [value]
-        if not given or any(not _is_integer(item) or item < 0 for item in given):
+        if not given or any(not is_integer(item) or item < 0 for item in given):
             _refuse(name, value, expected)
         ids = [int(item) for item in given]
         return ids if isinstance(value, (list, tuple)) else ids[0]
@@ -382,7 +382,7 @@ class SeqBoatConfig(PreTrainedConfig):
 
     @num_attention_heads.setter
     def num_attention_heads(self, value: int) -> None:
-        if not _is_integer(value) or value < 1:
+        if not is_integer(value) or value < 1:
             _refuse("num_attention_heads", value, "an integer of at least 1")
         if value != 1:
             # Tools for sharding set it on any config.

@@ -5,7 +5,6 @@ Letters: B batch, L columns.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from numbers import Integral
 
 import torch
 import transformers
@@ -17,6 +16,7 @@ from transformers.utils import logging
 from transformers.utils.logging import tqdm
 
 from .cache_seqboat import SeqBoatCache
+from .configuration_seqboat import is_integer
 from .context_seqboat import expect_same_past
 
 logger = logging.get_logger(__name__)
@@ -238,7 +238,7 @@ class SeqBoatGenerationMixin(GenerationMixin):
         by_embeds = embeds is not None and is_first_iteration
         given, first = embeds if by_embeds else input_ids, 0
         size = generation_config.prefill_chunk_size
-        if size is not None and (isinstance(size, bool) or not isinstance(size, Integral) or size < 1):
+        if size is not None and (not is_integer(size) or size < 1):
             raise ValueError(f"prefill_chunk_size must be an integer of at least 1 or None, got {size!r}")
         if cache is not None:
             # Ids narrower than the mask are the new ones alone. From 5.18 on a mask of ones is left out.

@@ -11,7 +11,6 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .attention_seqboat import SeqBoatAttention, SeqBoatPositionBias
 from .cache_seqboat import SeqBoatCache
-from .configuration_seqboat import SeqBoatConfig
+from .configuration_seqboat import SeqBoatConfig, is_integer
 from .context_seqboat import SequenceContext, Texts, build_context, leave_marks, marks_of, must_not_wait
 from .generation_seqboat import CACHE_NAME, CACHE_NAMES, SeqBoatGenerationMixin, one_cache
 from .layers_seqboat import (
@@ -138,7 +137,7 @@ def selected_states(output_hidden_states: bool | int | list[int] | None, count: 
     if output_hidden_states is None or isinstance(output_hidden_states, bool):
         return set(range(count)) if output_hidden_states else set()
     chosen = output_hidden_states if isinstance(output_hidden_states, (list, tuple)) else [output_hidden_states]
-    if not all(isinstance(index, Integral) and not isinstance(index, bool) for index in chosen):
+    if not all(map(is_integer, chosen)):
         raise ValueError(
             f"output_hidden_states must be True, False, an index or a list of indices, got {output_hidden_states!r}"
         )
@@ -338,7 +337,7 @@ class SeqBoatPreTrainedModel(PreTrainedModel):
         if self.config.input_type != "tokens":
             raise ValueError(f"input_type={self.config.input_type!r} has no token embeddings to resize")
         for name, value in (("new_num_tokens", new_num_tokens), ("pad_to_multiple_of", pad_to_multiple_of)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, Integral) or value < 1):
+            if value is not None and (not is_integer(value) or value < 1):
                 raise ValueError(f"{name} must be an integer of at least 1 or None, got {value!r}")
         if new_num_tokens is not None:
             multiple = pad_to_multiple_of or 1

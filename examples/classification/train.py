@@ -35,11 +35,12 @@ from recipes import (
     check_output_folder,
     check_same_shape,
     checkpoint_folder,
+    json_object,
     parse_arguments,
     refuse_unknown_fields,
 )
 from run_folder import RunFolder, take_folder_once
-from safe_files import parse_json, replacing, write_json
+from safe_files import replacing, write_json
 from tasks import DATA_RANGES, DataArguments, EpochOrder, TaskData, load_task
 from tqdm.auto import tqdm
 from trainer_runs import RunTrainer, check_trainer_checkpoint
@@ -255,9 +256,7 @@ def check_arguments(a: ClassificationArguments) -> None:
 
 
 def build_config(a: ClassificationArguments) -> SeqBoatConfig:
-    overrides = parse_json(a.config_overrides or "{}", f"config_overrides {a.config_overrides!r}")
-    if not isinstance(overrides, dict):
-        raise ValueError(f"config_overrides must be a JSON object, got {a.config_overrides!r}")
+    overrides = json_object(a.config_overrides, "config_overrides")
     refuse_unknown_fields(overrides, SeqBoatConfig)
     config = SeqBoatConfig.from_preset(a.preset, **overrides)
     if a.router_gain and config.router_target_rate is None:
