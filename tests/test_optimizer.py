@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
+from modeling_seqboat import optimizer_seqboat
 from modeling_seqboat.optimizer_seqboat import MuonAdamW, orthogonalized
 from modeling_seqboat.training_seqboat import SeqBoatTrainer, parameter_groups
 
@@ -41,7 +42,20 @@ def test_orthogonalized_matrices_keep_their_singular_vectors(shape):
     assert (found - torch.diag_embed(diagonal)).abs().max() < 0.1
 
 
-def test_the_update_is_torchs():
+def test_a_cpu_keeps_the_dtype():
+    """There bfloat16 would be slower, and is no better."""
+    matrices = torch.randn(2, 9, 6, generator=torch.Generator().manual_seed(0))
+    found = orthogonalized(matrices)
+    torch.testing.assert_close(found.double(), orthogonalized(matrices.double()), rtol=0, atol=1e-4)
+    assert orthogonalized(matrices.bfloat16()).dtype == torch.bfloat16
+
+
+def test_the_update_is_torchs(monkeypatch):
+    def in_bfloat16(matrices, steps):
+        """As torch's does on a CPU, too."""
+        return orthogonalized(matrices.bfloat16(), steps)
+
+    monkeypatch.setattr(optimizer_seqboat, "orthogonalized", in_bfloat16)
     model = tiny_lm(intermediate_size=24).train()
     other = copy.deepcopy(model)
     train(model, build(model))
