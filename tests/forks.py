@@ -1,14 +1,19 @@
-"""Commands of Python in processes that have this one's imports: starting anew costs each of them seven seconds of
-imports. Where CUDA is, or OpenMP's threads, which a fork cannot use again, they start anew all the same."""
+"""Commands of Python in processes that have the libraries: importing them anew costs each of them seven seconds.
 
-import gc
+They are forks of one process that has imported the libraries and done nothing else. Forks of a test's process would be
+without the threads that tests have left in it: gloo's and OpenMP's, for which they wait for ever, and autograd's,
+without which a torch that is built for CUDA refuses a backward. Where CUDA is, which no fork can use, commands start
+anew."""
+
+import functools
 import multiprocessing
 import os
 import runpy
 import signal
 import sys
 import tempfile
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from multiprocessing import forkserver, reduction
 from pathlib import Path
 from subprocess import PIPE, CompletedProcess, TimeoutExpired
 
@@ -16,61 +21,67 @@ import torch
 from torch.distributed import run as elastic
 
 ROOT = Path(__file__).resolve().parent.parent
-METHOD = "spawn" if torch.cuda.is_available() or torch.get_num_threads() > 1 else "fork"
+FORKS = "forkserver" in multiprocessing.get_all_start_methods() and not torch.cuda.is_available()
+METHOD = "forkserver" if FORKS else "spawn"
 CONTEXT = multiprocessing.get_context(METHOD)
+_PLACES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-def leave_no_group() -> None:
-    """Before a fork: gloo shares its device among all groups of a process, so a fork of a process that still has one
-    would wait for ever on a thread that it has not. Groups that are destroyed lie in cycles until they are collected.
-
-    Raises:
-        RuntimeError: a group is still alive.
-    """
-    if METHOD == "fork" and _threads_of_gloo():
-        gc.collect()
-        if left := _threads_of_gloo():
-            raise RuntimeError(f"a process group of this process is alive, its forks would hang: threads {left}")
-
-
-def _threads_of_gloo() -> list[str]:
-    names = []
-    for path in Path("/proc/self/task").glob("*/comm"):
-        with suppress(FileNotFoundError):  # it has just ended
-            names.append(path.read_text("utf-8").strip())
-    return [name for name in names if "gloo" in name]
+@functools.cache
+def start_server() -> None:
+    """Starts the process with the libraries, if commands are forked."""
+    if not FORKS:
+        return
+    usual = os.environ.get("PYTHONPATH")
+    # What it imports is looked for before a child tells it this process's path.
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests"), str(ROOT), *([usual] if usual else [])])
+    try:
+        CONTEXT.set_forkserver_preload(["fork_imports"])
+        forkserver.ensure_running()
+    finally:
+        if usual is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = usual
 
 
 def run_script(path: str, *flags: str) -> None:
     """What `python PATH FLAGS` does, in this process."""
-    from accelerate.state import AcceleratorState, GradientState
-
-    # State of this process's own tests.
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
     sys.argv, sys.path[:0] = [str(path), *flags], [str(Path(path).parent)]
     runpy.run_path(str(path), run_name="__main__")
 
 
-def _child(
-    function, arguments: tuple, cwd: str, environment: dict[str, str], output: str, errors: str, questions: str = ""
-) -> None:
-    for number, path in ((1, output), (2, errors)):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
-    if questions:
-        os.dup2(os.open(questions, os.O_RDONLY), 0)
+class _End:
+    """An end of a pipe on its way to another process."""
+
+    def __init__(self, number: int):
+        self.number = number
+
+    def __reduce__(self):
+        return _received, (reduction.DupFd(self.number),)
+
+
+def _received(end) -> int:
+    return end.detach()
+
+
+def _opened(file: str | int, flags: int) -> int:
+    return os.open(file, flags) if isinstance(file, str) else file
+
+
+def _child(function, arguments: tuple, cwd: str, environment: dict[str, str], output, errors, questions=None) -> None:
+    """The files are paths, or ends of pipes."""
+    for number, file in ((1, output), (2, errors)):
+        os.dup2(_opened(file, os.O_WRONLY | os.O_APPEND), number)
+    if questions is not None:
+        os.dup2(_opened(questions, os.O_RDONLY), 0)
         sys.stdin = open(0, encoding="utf-8", closefd=False)
     sys.stdout, sys.stderr = (open(number, "w", encoding="utf-8", closefd=False) for number in (1, 2))
+    os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)
     for number, usual in ((signal.SIGTERM, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
         signal.signal(number, usual)
-    # What earlier tests have left: scripts, which would not run again when they are imported, and the hook of a
-    # process group, which puts its rank before errors.
-    for name, module in list(sys.modules.items()):
-        if Path(getattr(module, "__file__", None) or "/").is_relative_to(ROOT / "examples"):
-            del sys.modules[name]
-    sys.excepthook = sys.__excepthook__
     try:
         function(*arguments)
     except SystemExit:
@@ -81,28 +92,34 @@ def _child(
         sys.exit(1)
 
 
+def _process(function, arguments: tuple, cwd: str, environment: dict[str, str], *files) -> multiprocessing.Process:
+    start_server()
+    environment = {**os.environ, **environment}
+    process = CONTEXT.Process(target=_child, args=(function, arguments, cwd, environment, *files))
+    process.start()
+    return process
+
+
 class Command:
     """What `subprocess.Popen([python, SCRIPT, *FLAGS])` starts. `stdout` is an open file, PIPE, or None for nowhere;
-    errors go there too, or to a file of their own. Pipes are of text, and need processes that are forked."""
+    errors go there too, or to a file of their own. Pipes are of text."""
 
     def __init__(self, command: list[str], stdin=None, stdout=None, stderr=None, text=True, env=None):
-        self.stdin = self.stdout = None
-        output, questions, ends = os.devnull, "", []
+        self.stdin = self.stdout = questions = None
+        output, ends = os.devnull, []
         if stdout is PIPE:
             read, write = os.pipe()
-            self.stdout, output = open(read, encoding="utf-8"), f"/dev/fd/{write}"
+            self.stdout, output = open(read, encoding="utf-8"), _End(write)
             ends.append(write)
         elif stdout is not None:
             output = stdout.name
         if stdin is PIPE:
             read, write = os.pipe()
-            self.stdin, questions = open(write, "w", encoding="utf-8"), f"/dev/fd/{read}"
+            self.stdin, questions = open(write, "w", encoding="utf-8"), _End(read)
             ends.append(read)
         errors = stderr.name if hasattr(stderr, "name") else output
-        arguments = (run_script, tuple(command[1:]), os.getcwd(), env or {}, output, errors, questions)
-        leave_no_group()
-        self.process = CONTEXT.Process(target=_child, args=arguments)
-        self.process.start()
+        files = (output, errors, questions)
+        self.process = _process(run_script, tuple(command[1:]), os.getcwd(), env or {}, *files)
         for end in ends:
             os.close(end)
         self.terminate, self.kill = self.process.terminate, self.process.kill
@@ -130,9 +147,7 @@ def run(function, *arguments, cwd=ROOT, timeout: float = 280, **environment: str
         files = [Path(folder) / name for name in ("output", "errors")]
         for file in files:
             file.touch()
-        leave_no_group()
-        process = CONTEXT.Process(target=_child, args=(function, arguments, str(cwd), environment, *map(str, files)))
-        process.start()
+        process = _process(function, arguments, str(cwd), environment, *map(str, files))
         process.join(timeout)
         late = process.exitcode is None
         process.kill()
@@ -140,6 +155,12 @@ def run(function, *arguments, cwd=ROOT, timeout: float = 280, **environment: str
         output, errors = (file.read_text("utf-8") for file in files)
     assert not late, f"{arguments} took more than {timeout} s\n{output[-3000:]}\n{errors[-6000:]}"
     return CompletedProcess(arguments, process.exitcode, output, errors)
+
+
+def _work(environment: dict[str, str], cwd: str, path: str, *flags: str) -> None:
+    os.environ.update(environment)
+    os.chdir(cwd)
+    run_script(path, *flags)
 
 
 @contextmanager
@@ -151,9 +172,11 @@ def forked_workers():
 
     def config_from_args(args):
         config, _, command = usual(args)
-        leave_no_group()
+        start_server()
         config.start_method = METHOD
-        return config, run_script, command[command.index(args.training_script) :]
+        # The worker's place among the others is told to it apart from these.
+        own = {name: value for name, value in os.environ.items() if name not in _PLACES}
+        return config, _work, [own, os.getcwd(), *command[command.index(args.training_script) :]]
 
     elastic.config_from_args = config_from_args
     try:

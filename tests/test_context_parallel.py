@@ -97,13 +97,6 @@ def group(tmp_path):
     dist.destroy_process_group()
 
 
-@pytest.mark.skipif(forks.METHOD != "fork" or not Path("/proc/self/task").exists(), reason="no fork, or not Linux")
-def test_nothing_is_forked_beside_a_group(group):
-    """Such a fork waits for ever on gloo's thread, which it has not."""
-    with pytest.raises(RuntimeError, match="a process group of this process is alive"):
-        forks.run(print)
-
-
 def test_one_part_is_the_whole(group):
     model, ids = tiny_lm().train(), token_ids(2, 20)
     expected = model(ids, labels=ids).loss

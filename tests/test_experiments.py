@@ -295,7 +295,7 @@ def test_pages_come_from_a_results_file_alone(finished, tmp_path):
 
 def test_two_processes_share_a_plan(tmp_path, monkeypatch):
     driver, plan, run_data = module("driver"), module("plan"), module("run_data")
-    if forks.METHOD == "fork":
+    if forks.FORKS:
         monkeypatch.setattr(driver.subprocess, "Popen", forks.Command)
     base = toy().lm
     planned = [plan.Planned({"seed": seed}, base.changed(seed=seed)) for seed in (0, 1)]
