@@ -2,6 +2,7 @@
 
 import gc
 import importlib.util
+import os
 
 if importlib.util.find_spec("triton") is not None:
     import kernel_checks
@@ -18,4 +19,5 @@ from transformers import Trainer, pipelines  # noqa: F401
 
 import modeling_seqboat.training_seqboat  # noqa: F401
 
+ENVIRONMENT = dict(os.environ)
 gc.freeze()

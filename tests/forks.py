@@ -24,7 +24,6 @@ ROOT = Path(__file__).resolve().parent.parent
 FORKS = "forkserver" in multiprocessing.get_all_start_methods() and not torch.cuda.is_available()
 METHOD = "forkserver" if FORKS else "spawn"
 CONTEXT = multiprocessing.get_context(METHOD)
-_PLACES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @functools.cache
@@ -157,8 +156,16 @@ def run(function, *arguments, cwd=ROOT, timeout: float = 280, **environment: str
     return CompletedProcess(arguments, process.exitcode, output, errors)
 
 
-def _work(environment: dict[str, str], cwd: str, path: str, *flags: str) -> None:
-    os.environ.update(environment)
+def _work(output: int, errors: int, environment: dict[str, str], cwd: str, path: str, *flags: str) -> None:
+    os.dup2(output, 1)
+    os.dup2(errors, 2)
+    if FORKS:
+        import fork_imports
+
+        # Beside what the process with the libraries was started with, a worker has been told its place.
+        place = dict(os.environ.items() - fork_imports.ENVIRONMENT.items())
+        os.environ.clear()
+        os.environ.update(environment | place)
     os.chdir(cwd)
     run_script(path, *flags)
 
@@ -174,9 +181,8 @@ def forked_workers():
         config, _, command = usual(args)
         start_server()
         config.start_method = METHOD
-        # The worker's place among the others is told to it apart from these.
-        own = {name: value for name, value in os.environ.items() if name not in _PLACES}
-        return config, _work, [own, os.getcwd(), *command[command.index(args.training_script) :]]
+        told = _End(1), _End(2), dict(os.environ), os.getcwd()
+        return config, _work, [*told, *command[command.index(args.training_script) :]]
 
     elastic.config_from_args = config_from_args
     try:
