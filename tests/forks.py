@@ -5,6 +5,7 @@ without the threads that tests have left in it: gloo's and OpenMP's, for which t
 without which a torch that is built for CUDA refuses a backward. Where CUDA is, which no fork can use, commands start
 anew."""
 
+import faulthandler
 import functools
 import multiprocessing
 import os
@@ -159,6 +160,8 @@ def run(function, *arguments, cwd=ROOT, timeout: float = 280, **environment: str
 def _work(output: int, errors: int, environment: dict[str, str], cwd: str, path: str, *flags: str) -> None:
     os.dup2(output, 1)
     os.dup2(errors, 2)
+    # A worker that waits for ever says where, before the test is ended.
+    faulthandler.dump_traceback_later(250, exit=True, file=2)
     if FORKS:
         import fork_imports
 
