@@ -14,6 +14,7 @@ of memory is the last one. --minutes ends the run before the next length.
 """
 
 import argparse
+import gc
 import json
 import os
 import sys
@@ -251,6 +252,9 @@ def main(argv: list[str] | None = None) -> None:
     if dist.get_rank() == 0:
         print(table(head, report.rows), flush=True)
     dist.barrier()
+    # It holds on to the process group, and were it the last to do so, PyTorch's gloo could deadlock.
+    del wrapped
+    gc.collect()
     dist.destroy_process_group()
 
 

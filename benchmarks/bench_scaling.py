@@ -19,6 +19,7 @@ tiny shapes over gloo, without graphs.
 """
 
 import argparse
+import gc
 import json
 import os
 import sys
@@ -276,6 +277,9 @@ def main(argv: list[str] | None = None) -> None:
     if dist.get_rank() == 0:
         print(table(head, report.rows), flush=True)
     dist.barrier()
+    # Wrapped models that lie in cycles hold on to the process group, and were they the last to do so, PyTorch's gloo
+    # could deadlock.
+    gc.collect()
     dist.destroy_process_group()
 
 

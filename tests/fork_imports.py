@@ -2,7 +2,6 @@
 
 import gc
 import importlib.util
-import os
 
 if importlib.util.find_spec("triton") is not None:
     import kernel_checks
@@ -19,5 +18,4 @@ from transformers import Trainer, pipelines  # noqa: F401
 
 import modeling_seqboat.training_seqboat  # noqa: F401
 
-ENVIRONMENT = dict(os.environ)
 gc.freeze()

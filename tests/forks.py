@@ -6,9 +6,9 @@ without which a torch that is built for CUDA refuses a backward. Where CUDA is, 
 anew."""
 
 import faulthandler
-import functools
 import multiprocessing
 import os
+import re
 import runpy
 import signal
 import sys
@@ -25,11 +25,11 @@ ROOT = Path(__file__).resolve().parent.parent
 FORKS = "forkserver" in multiprocessing.get_all_start_methods() and not torch.cuda.is_available()
 METHOD = "forkserver" if FORKS else "spawn"
 CONTEXT = multiprocessing.get_context(METHOD)
+_PLACE = re.compile("RANK$|WORLD_SIZE$|^ROLE_NAME$|^MASTER_|^TORCHELASTIC_|^TORCH_NCCL_")
 
 
-@functools.cache
 def start_server() -> None:
-    """Starts the process with the libraries, if commands are forked."""
+    """Starts the process with the libraries, if commands are forked and it does not run yet."""
     if not FORKS:
         return
     usual = os.environ.get("PYTHONPATH")
@@ -162,13 +162,10 @@ def _work(output: int, errors: int, environment: dict[str, str], cwd: str, path:
     os.dup2(errors, 2)
     # A worker that waits for ever says where, before the test is ended.
     faulthandler.dump_traceback_later(250, exit=True, file=2)
-    if FORKS:
-        import fork_imports
-
-        # Beside what the process with the libraries was started with, a worker has been told its place.
-        place = dict(os.environ.items() - fork_imports.ENVIRONMENT.items())
-        os.environ.clear()
-        os.environ.update(environment | place)
+    # What the launcher has told this worker apart from that.
+    place = {name: value for name, value in os.environ.items() if _PLACE.search(name)}
+    os.environ.clear()
+    os.environ.update(environment | place)
     os.chdir(cwd)
     run_script(path, *flags)
 
