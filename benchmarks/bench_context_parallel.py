@@ -14,7 +14,6 @@ of memory is the last one. --minutes ends the run before the next length.
 """
 
 import argparse
-import gc
 import json
 import os
 import sys
@@ -254,7 +253,7 @@ def main(argv: list[str] | None = None) -> None:
     dist.barrier()
     # It holds on to the process group, and were it the last to do so, PyTorch's gloo could deadlock.
     del wrapped
-    gc.collect()
+    release_memory(device)
     dist.destroy_process_group()
 
 

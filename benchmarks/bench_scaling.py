@@ -19,7 +19,6 @@ tiny shapes over gloo, without graphs.
 """
 
 import argparse
-import gc
 import json
 import os
 import sys
@@ -279,7 +278,7 @@ def main(argv: list[str] | None = None) -> None:
     dist.barrier()
     # Wrapped models that lie in cycles hold on to the process group, and were they the last to do so, PyTorch's gloo
     # could deadlock.
-    gc.collect()
+    release_memory(device)
     dist.destroy_process_group()
 
 

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from multiprocessing import forkserver, reduction
 from pathlib import Path
 from subprocess import PIPE, CompletedProcess, TimeoutExpired
+from unittest.mock import patch
 
 import torch
 from torch.distributed import run as elastic
@@ -32,23 +33,23 @@ def start_server() -> None:
     """Starts the process with the libraries, if commands are forked and it does not run yet."""
     if not FORKS:
         return
-    usual = os.environ.get("PYTHONPATH")
     # What it imports is looked for before a child tells it this process's path.
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests"), str(ROOT), *([usual] if usual else [])])
-    try:
+    places = [str(ROOT / "tests"), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(places)):
         CONTEXT.set_forkserver_preload(["fork_imports"])
         forkserver.ensure_running()
-    finally:
-        if usual is None:
-            del os.environ["PYTHONPATH"]
-        else:
-            os.environ["PYTHONPATH"] = usual
 
 
 def run_script(path: str, *flags: str) -> None:
     """What `python PATH FLAGS` does, in this process."""
     sys.argv, sys.path[:0] = [str(path), *flags], [str(Path(path).parent)]
     runpy.run_path(str(path), run_name="__main__")
+
+
+def _go_to(cwd: str, environment: dict[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(cwd)
 
 
 class _End:
@@ -77,9 +78,7 @@ def _child(function, arguments: tuple, cwd: str, environment: dict[str, str], ou
         os.dup2(_opened(questions, os.O_RDONLY), 0)
         sys.stdin = open(0, encoding="utf-8", closefd=False)
     sys.stdout, sys.stderr = (open(number, "w", encoding="utf-8", closefd=False) for number in (1, 2))
-    os.environ.clear()
-    os.environ.update(environment)
-    os.chdir(cwd)
+    _go_to(cwd, environment)
     for number, usual in ((signal.SIGTERM, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
         signal.signal(number, usual)
     try:
@@ -164,9 +163,7 @@ def _work(output: int, errors: int, environment: dict[str, str], cwd: str, path:
     faulthandler.dump_traceback_later(250, exit=True, file=2)
     # What the launcher has told this worker apart from that.
     place = {name: value for name, value in os.environ.items() if _PLACE.search(name)}
-    os.environ.clear()
-    os.environ.update(environment | place)
-    os.chdir(cwd)
+    _go_to(cwd, environment | place)
     run_script(path, *flags)
 
 
