@@ -250,8 +250,6 @@ class SeqBoatConfig(PreTrainedConfig):
         classifier_act: activation of the classifier, a name that transformers knows.
         hidden_dropout, attention_dropout, value_dropout, activation_dropout: probabilities in [0, 1).
         initializer_range: standard deviation of the truncated normal that linears start from.
-        qk_scale_init: what the learned scales of queries and keys start around, with `initializer_range` as their
-            standard deviation. At the published 0 attention starts out uniform, and has to leave a saddle.
         tie_word_embeddings: the output matrix is the embedding matrix.
         use_cache: return a cache; None means `not bidirectional`, True is an error for an encoder.
         pad_token_id, bos_token_id, eos_token_id: ids or None. The defaults are the byte tokenizer's, and None where
@@ -310,7 +308,6 @@ class SeqBoatConfig(PreTrainedConfig):
     value_dropout: _Probability = 0.0
     activation_dropout: _Probability = 0.0
     initializer_range: _NotNegative = 0.02
-    qk_scale_init: Annotated[float, _real("a finite number")] = 0.0
     tie_word_embeddings: _Boolean = True
     use_cache: Annotated[bool | None, _boolean] = None
     pad_token_id: Annotated[int | None, _token_id()] = _DefaultTokenId(256)

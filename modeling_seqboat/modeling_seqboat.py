@@ -144,12 +144,12 @@ def selected_states(output_hidden_states: bool | int | list[int] | None, count: 
     return {index % count for index in chosen if -count <= index < count}
 
 
-def _trunc_normal(tensor: Tensor, std: float, mean: float = 0.0) -> None:
+def _trunc_normal(tensor: Tensor, std: float) -> None:
     """Every truncated normal of the model is cut at two standard deviations."""
     if std == 0:
-        init.constant_(tensor, mean)
+        init.zeros_(tensor)
     else:
-        init.trunc_normal_(tensor, mean=mean, std=std, a=mean - 2 * std, b=mean + 2 * std)
+        init.trunc_normal_(tensor, mean=0.0, std=std, a=-2 * std, b=2 * std)
 
 
 def expect_class_ids(name: str, labels: Tensor, shape: tuple[int, ...], count: int) -> None:
@@ -261,7 +261,7 @@ class SeqBoatPreTrainedModel(PreTrainedModel):
                 start = self.config.router_temperature_init * math.sqrt(self.config.hidden_size)
                 init.constant_(module.log_temperature, math.log(start))
         elif isinstance(module, SeqBoatAttention):
-            _trunc_normal(module.qk_scale, std, self.config.qk_scale_init)
+            _trunc_normal(module.qk_scale, std)
             init.zeros_(module.qk_offset)
         elif isinstance(module, SeqBoatPositionBias):
             _trunc_normal(module.weight, std)

@@ -223,13 +223,6 @@ def test_a_missing_tensor_gets_its_initial_value(tmp_path):
     assert torch.equal(layer.router.weight, model.model.layers[0].router.weight)
 
 
-def test_queries_and_keys_start_at_the_scale_asked_for():
-    for start in (0.0, 2.0):
-        model = SeqBoatForCausalLM(SeqBoatConfig(**SMALL, qk_scale_init=start))
-        scales = [layer.attention.qk_scale for layer in model.model.layers]
-        assert all(0 < (scale - start).abs().max() <= 0.04 + 1e-6 for scale in scales)
-
-
 def test_a_config_file_with_contradictory_values_is_refused(tmp_path):
     small_lm().save_pretrained(tmp_path)
     path = tmp_path / "config.json"
