@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safe_files import write_json
+from safe_files import read_json_object, write_json
 
 RECORD_FILE = "training_record.json"
 ROOT = Path(__file__).resolve().parent.parent
 # Where a run read and wrote is nobody's business: of these only the last part of the path is kept.
-_PATHS = ("train_file", "dataset_files", "output_dir", "tokenizer", "data", "output")
+_PATHS = ("train_file", "dataset_files", "output_dir", "tokenizer", "init_from", "data", "output")
 _LEFT_OUT = ("resume_from_checkpoint", "overwrite_output_dir")
 
 
@@ -39,6 +39,21 @@ def hardware(device: torch.device, processes: int) -> str:
     """What a run was computed on, for instance `1 x NVIDIA H200`."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
     return f"{processes} x {name}"
+
+
+def training_before(start: str | None) -> dict[str, str | int]:
+    """What a record says of the training of the model that a run starts from, as far as that model has a record."""
+    if start is None:
+        return {}
+    folder = Path(start).resolve()
+    known: dict[str, str | int] = {"init_from": folder.name}
+    file = (folder.parent if folder.name in ("best", "final") else folder) / RECORD_FILE
+    if file.is_file():
+        record = read_json_object(file)
+        for name in ("steps", "tokens_seen"):
+            counts = (record.get(name), record.get(f"{name}_before"))
+            known[f"{name}_before"] = sum(count for count in counts if isinstance(count, int))
+    return known
 
 
 def write_record(folder: Path, record: dict) -> None:

@@ -51,7 +51,7 @@ from recipes import (
     refuse_unknown_fields,
 )
 from run_folder import RunFolder, open_log, take_folder_once
-from run_record import hardware, published_command, write_record
+from run_record import hardware, published_command, training_before, write_record
 from text_data import StreamedBlocks, load_tokenizer
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -91,6 +91,7 @@ def config_to_start_from(a: TrainArguments, overrides: dict, tokenizer: PreTrain
     """The config of the model `init_from`, changed by `overrides`. Raises ValueError and FileNotFoundError where the
     run cannot start from it."""
     check_model_folder(a.init_from)
+    training_before(a.init_from)  # a record that cannot be read is refused now, not after the training
     config = AutoConfig.from_pretrained(a.init_from)
     if config.model_type != a.model_type:
         raise ValueError(
@@ -333,6 +334,7 @@ def run_record(a: TrainArguments, argv: list[str], accelerator: Accelerator, par
         "precision": {"no": "float32", "bf16": "bfloat16 autocast", "fp16": "float16 autocast"}.get(
             precision, precision
         ),
+        **training_before(a.init_from),
         "steps": progress.step,
         "tokens_seen": tokens,
         "sequence_length": a.sequence_length,

@@ -27,6 +27,9 @@ RUN_EVALUATIONS = ("evaluation*.json", "long_context.json")
 # and names of machines that are nobody's business.
 RECORD_LABELS = {
     "dataset": "Data",
+    "init_from": "Started from the model",
+    "steps_before": "Its optimizer steps",
+    "tokens_seen_before": "Tokens it had seen",
     "tokens_seen": "Tokens seen",
     "sequence_length": "Sequence length",
     "batch_size": "Sequences a step",
