@@ -4,6 +4,8 @@ import gc
 import importlib.util
 import os
 
+import pytest
+
 # The models here are tiny: one thread is faster than two, and threads that wait for work would slow a busy machine
 # down.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -35,6 +37,9 @@ SLOWEST = {
 def pytest_configure(config):
     # The process that hands tests to others runs none: they would wait while it imports torch.
     hands_out = getattr(config.option, "dist", "no") != "no" and not hasattr(config, "workerinput")
+    if not hands_out:
+        # Imports make much and throw little away. What they have made is frozen when all tests are collected.
+        gc.disable()
     if HAS_TRITON and (config.option.collectonly or not hands_out):
         # Kernels are made for the interpreter or for a GPU when they are defined, so this comes before all test
         # modules.
@@ -42,6 +47,10 @@ def pytest_configure(config):
         import triton_interpreter  # noqa: F401
 
         kernel_checks.install()
+    if hasattr(config, "workerinput"):
+        import forks
+
+        forks.fork_server()
     if hasattr(config.option, "loadscopereorder"):
         # Else xdist begins with the files that have the most tests; these have few.
         config.option.loadscopereorder = False
@@ -60,9 +69,24 @@ def pytest_collection_modifyitems(config, items):
             items[index:index] = found
 
 
-def pytest_collection_finish(session):
-    # What the imports have made stays until the end: a collection would go through it each time, which takes a third
-    # of a second, and libraries ask for one after each run. Garbage in cycles is rare, and may wait a little longer.
+def forget_garbage():
+    """What is left stays until the end: each later collection would go through it, which takes a third of a second
+    and more, and libraries ask for one after each run."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_collection_finish(session):
+    forget_garbage()
+    # Garbage in cycles is rare, and may wait a little longer.
     gc.set_threshold(50_000, 20, 20)
+    gc.enable()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item, nextitem):
+    found = yield
+    if nextitem is None or nextitem.path != item.path:
+        # Its fixtures are gone. What the tests of a file have imported and compiled stays.
+        forget_garbage()
+    return found

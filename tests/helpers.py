@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import strangers
 import torch
+from small_models import copy_of
 from torch import Tensor
 
 from hub_upload import verify
@@ -59,12 +60,18 @@ def tiny_model(kind: type, config: SeqBoatConfig, seed: int = 0, rate: float = 0
         return randomise(kind(config), seed, rate).eval()
 
 
+def _tiny(kind: type, seed: int, rate: float, **overrides) -> torch.nn.Module:
+    return tiny_model(kind, tiny_config(**overrides), seed, rate)
+
+
 def tiny_lm(seed: int = 0, rate: float = 0.5, **overrides) -> SeqBoatForCausalLM:
-    return tiny_model(SeqBoatForCausalLM, tiny_config(**overrides), seed, rate)
+    with torch.random.fork_rng(devices=[]):
+        return copy_of(_tiny, SeqBoatForCausalLM, seed, rate, **overrides)
 
 
 def tiny_encoder(seed: int = 0, rate: float = 0.5, **overrides) -> SeqBoatModel:
-    return tiny_model(SeqBoatModel, tiny_config(bidirectional=True, **overrides), seed, rate)
+    with torch.random.fork_rng(devices=[]):
+        return copy_of(_tiny, SeqBoatModel, seed, rate, bidirectional=True, **overrides)
 
 
 def token_ids(*shape: int, seed: int = 0, vocab_size: int = 32) -> Tensor:

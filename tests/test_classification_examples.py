@@ -177,19 +177,19 @@ def test_pictures_of_several_gaps_come_in_equal_shares():
 
 def test_pathfinder_is_kept_and_depends_on_the_seed_alone(tmp_path, monkeypatch):
     pathfinder = module("pathfinder")
-    monkeypatch.setattr(pathfinder, "BLOCK", 16)
+    monkeypatch.setattr(pathfinder, "BLOCK", 8)
     monkeypatch.setattr(pathfinder.os, "cpu_count", lambda: 1)
-    pixels, labels = pathfinder.load(tmp_path, seed=0, count=40)
-    assert pixels.shape == (40, 1024) and pixels.dtype == np.uint8 and labels.shape == (40,)
-    again = pathfinder.load(tmp_path, seed=0, count=40)
+    pixels, labels = pathfinder.load(tmp_path, seed=0, count=20)
+    assert pixels.shape == (20, 1024) and pixels.dtype == np.uint8 and labels.shape == (20,)
+    again = pathfinder.load(tmp_path, seed=0, count=20)
     assert np.array_equal(pixels, again[0]) and np.array_equal(labels, again[1])
-    assert not np.array_equal(pathfinder.load(tmp_path, seed=1, count=40)[0], pixels)
+    assert not np.array_equal(pathfinder.load(tmp_path, seed=1, count=20)[0], pixels)
     monkeypatch.setattr(pathfinder.os, "cpu_count", lambda: 2)
-    parallel = pathfinder.generate(0, 40)
+    parallel = pathfinder.generate(0, 20)
     assert np.array_equal(pixels, parallel["pixels"]) and np.array_equal(labels, parallel["labels"])
-    (tmp_path / "pathfinder32-seed2-40.npz").write_bytes(b"PK no archive")
+    (tmp_path / "pathfinder32-seed2-20.npz").write_bytes(b"PK no archive")
     with pytest.raises(ValueError, match="damaged.*delete it"):
-        pathfinder.load(tmp_path, seed=2, count=40)
+        pathfinder.load(tmp_path, seed=2, count=20)
 
 
 def png_size(path):

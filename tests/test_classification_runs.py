@@ -127,9 +127,9 @@ def test_a_resumed_budget_goes_on_where_the_clock_stood(tmp_path):
 @pytest.mark.parametrize(("kind", "clock"), [("cosine", "real"), ("linear", "quick")])
 def test_a_run_ends_in_time_with_its_rate_run_down(tmp_path, kind, clock, monkeypatch):
     if clock == "quick":
-        # Each reading comes a twentieth of a second after the last.
+        # Each reading comes a tenth of a second after the last.
         train, readings = module("train"), itertools.count()
-        ticking = SimpleNamespace(monotonic=lambda: next(readings) / 20, perf_counter=lambda: next(readings) / 20)
+        ticking = SimpleNamespace(monotonic=lambda: next(readings) / 10, perf_counter=lambda: next(readings) / 10)
         monkeypatch.setattr(train, "time", ticking)
         monkeypatch.setattr(train, "TimeBudget", functools.partial(train.TimeBudget, clock=ticking.monotonic))
     output, minutes = tmp_path / "run", 0.1

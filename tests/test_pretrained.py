@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "examples/pretrained/seqboat-enwik8-small"
 EXCERPT = ROOT / "examples/data/enwik8_excerpt.txt"
 HELD_OUT_BYTES = 100_000
-BITS_OF_A_FIFTH = 1.3073
+BITS_OF_A_TENTH = 1.3004
 LARGEST_FILE = 12_000_000
 
 
@@ -45,13 +45,13 @@ def evaluate(size: int) -> dict:
 
 @pytest.fixture(scope="module")
 def evaluated() -> dict:
-    """A fifth of the slice: the whole takes most of a minute."""
-    return evaluate(HELD_OUT_BYTES // 5)
+    """A tenth of the slice: the whole takes most of a minute."""
+    return evaluate(HELD_OUT_BYTES // 10)
 
 
-def test_bits_per_byte_of_a_fifth_of_the_held_out_text(evaluated):
+def test_bits_per_byte_of_a_tenth_of_the_held_out_text(evaluated):
     """The number that belongs to those of the card, which a slow test measures."""
-    assert evaluated["results"][0]["metrics"][0]["value"] == pytest.approx(BITS_OF_A_FIFTH, abs=2e-3)
+    assert evaluated["results"][0]["metrics"][0]["value"] == pytest.approx(BITS_OF_A_TENTH, abs=2e-3)
 
 
 @pytest.mark.slow
@@ -81,9 +81,10 @@ def test_continues_text_by_words(model):
     tokenizer = AutoTokenizer.from_pretrained(FOLDER)
     text = EXCERPT.read_bytes()
     known = set(re.findall(r"[A-Za-z]{4,}", text.decode("utf-8")))
-    ids = torch.tensor([list(text[:30_000][-2_000:])])
+    ids = torch.tensor([list(text[:30_000][-500:])])
     torch.manual_seed(0)
-    new = model.generate(ids, max_new_tokens=100, num_return_sequences=4, do_sample=True, temperature=0.6)
+    # Many short continuations: a step takes about as long for eight rows as for one.
+    new = model.generate(ids, max_new_tokens=50, num_return_sequences=8, do_sample=True, temperature=0.6)
     written = "\n".join(tokenizer.batch_decode(new[:, ids.shape[1] :], skip_special_tokens=True))
     assert written.count("\N{REPLACEMENT CHARACTER}") <= 0.02 * len(written)
     words = re.findall(r"[A-Za-z]{4,}", written)

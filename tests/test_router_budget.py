@@ -46,7 +46,7 @@ def train(model, steps: int, **options) -> torch.Tensor:
 def test_the_rate_is_reached_from_either_end_and_held(scope, start):
     model = tiny_lm(router_target_rate=0.3, router_target_scope=scope).train()
     set_thresholds(model, start, start)
-    rates = train(model, 90, gain=0.5)
+    rates = train(model, 70, gain=0.5)
     assert (rates[0] == float(start < 0)).all()
     mean = rates.mean(1)
     assert ((mean[-40:] - 0.3).abs() < 0.06).all(), mean[-40:]
@@ -86,7 +86,7 @@ def test_no_layer_collapses_whatever_the_loss_wants(side):
     """The loss of this training shuts the first router, or opens it entirely, which it can without a floor."""
     last = []
     for floor in (0.0, 0.05):
-        model, ids = tiny_lm(router_target_rate=0.5).train(), token_ids(8, 60)
+        model, ids = tiny_lm(router_target_rate=0.5).train(), token_ids(2, 60)
         set_thresholds(model, 0.0, 0.0)
         bias = model.model.layers[0].router.bias
         optimizer = torch.optim.AdamW([bias], lr=3e-2)

@@ -13,13 +13,15 @@ from example_scripts import imported
 from hub_upload.build import build_folder
 
 SCRIPT = Path(__file__).resolve().parent.parent / "examples/train_from_scratch.py"
+LONG = 5_000
 
 
 def run_fast(*flags: str) -> None:
-    """The script with `--fast`, and an eighth of the tokens in a step: its own steps take twelve seconds."""
+    """The script with `--fast`, fewer and smaller steps, and a prompt of three chunks in place of ten."""
     sys.path.insert(0, str(SCRIPT.parent))
     script = importlib.import_module(SCRIPT.stem)
-    script.FAST = replace(script.FAST, batch_size=4, length=64)
+    script.FAST = replace(script.FAST, batch_size=4, length=64, steps=12, new_tokens=20, timed_steps=5)
+    script.PROMPT_BYTES = LONG
     sys.argv = [str(SCRIPT), "--fast", *flags]
     script.main()
 
@@ -49,14 +51,14 @@ def test_reports_activation_and_continuation(from_scratch):
     printed, _ = from_scratch
     rates = [float(rate) for rate in re.findall(r"layer \d+: ([\d.]+)% of the validation bytes", printed)]
     assert len(rates) == 4 and all(0 <= rate <= 100 for rate in rates)
-    continuation = printed.split("continuation of a prompt of 20,000 bytes:\n---\n")[1].split("---")[0]
+    continuation = printed.split(f"continuation of a prompt of {LONG:,} bytes:\n---\n")[1].split("---")[0]
     assert continuation.strip()
 
 
 def test_cache_is_as_large_after_a_long_prompt_as_after_a_short_one(from_scratch):
     printed, _ = from_scratch
     short = number(r"after 1,000 bytes: cache of ([\d,]+) bytes, [\d.]+ tokens/s", printed)
-    long = number(r"after 20,000 bytes: cache of ([\d,]+) bytes, [\d.]+ tokens/s", printed)
+    long = number(rf"after {LONG:,} bytes: cache of ([\d,]+) bytes, [\d.]+ tokens/s", printed)
     assert short == long > 0
 
 
