@@ -37,7 +37,11 @@ SLOWEST = {
 def pytest_configure(config):
     # The process that hands tests to others runs none: they would wait while it imports torch.
     hands_out = getattr(config.option, "dist", "no") != "no" and not hasattr(config, "workerinput")
-    if not hands_out:
+    if hands_out:
+        import strangers
+
+        os.environ[strangers.ADDRESS] = strangers.start()
+    else:
         # Imports make much and throw little away. What they have made is frozen when all tests are collected.
         gc.disable()
     if HAS_TRITON and (config.option.collectonly or not hands_out):

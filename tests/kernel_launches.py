@@ -1,5 +1,5 @@
-"""Every launch of the Triton kernels by their ops, noted and not run; as a program, also compiled for a GPU that need
-not be there."""
+"""Every launch of the Triton kernels by their ops, noted and not run; and, where kernels are not made for the
+interpreter, compiled for a GPU that need not be there."""
 
 import torch
 from triton.backends.compiler import GPUTarget
@@ -110,7 +110,3 @@ def compile_all():
         source = ASTSource(function, signature, fixed, attributes)
         source.make_ir(TARGET, parsed, BACKEND.get_codegen_implementation(parsed), BACKEND.get_module_map(), context)
         print(kernel.function.fn.__name__, flush=True)
-
-
-if __name__ == "__main__":
-    compile_all()

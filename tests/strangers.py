@@ -1,12 +1,14 @@
 """Processes of somebody who has the libraries and nothing of this project, as `python -I SCRIPT ...` starts them.
 
 Most of the time of such a process goes into importing the libraries. Here one process, which is this file run as a
-script, imports them once, and each stranger is a fork of it."""
+script, imports them once for all workers of the tests, and each stranger is a fork of it."""
 
 import functools
 import json
 import os
 import runpy
+import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,16 +17,35 @@ import tempfile
 from pathlib import Path
 from subprocess import CompletedProcess
 
+ADDRESS = "TESTS_STRANGERS"
+
+
+def start() -> str:
+    """Starts the process that imports the libraries when it is first asked for a stranger. It ends with this process.
+    Returns where it is asked."""
+    folder = tempfile.mkdtemp(prefix="strangers-")
+    address = os.path.join(folder, "socket")
+    listener, (here, there) = socket.socket(socket.AF_UNIX), socket.socketpair()
+    with listener, there:
+        listener.bind(address)
+        listener.listen()
+        # The Hub's client reads this at import, and Triton whether kernels are for the interpreter.
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_TOKEN": "", "TRITON_INTERPRET": "0"}
+        command = [sys.executable, "-I", __file__, folder]
+        subprocess.Popen(command, stdin=listener, stdout=there, env=environment)
+    _HELD.append(here)
+    return address
+
+
+_HELD: list[socket.socket] = []
+
 
 @functools.cache
 def _libraries() -> socket.socket:
-    """Starts the process that has imported the libraries. It ends with this one, which holds the socket."""
-    here, there = socket.socketpair()
-    # The Hub's client reads this at import.
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_TOKEN": ""}
-    subprocess.Popen([sys.executable, "-I", __file__], stdin=there, stdout=subprocess.DEVNULL, env=environment)
-    there.close()
-    return here
+    """A connection to the process with the libraries: this process's own, or that of all workers of the tests."""
+    connection = socket.socket(socket.AF_UNIX)
+    connection.connect(os.environ.get(ADDRESS) or start())
+    return connection
 
 
 class Popen:
@@ -65,49 +86,69 @@ def run(folder: Path, *command) -> CompletedProcess:
         return CompletedProcess(command, status, output, errors.read())
 
 
-def _serve() -> list[str]:
-    """Forks a stranger for each request; returns its command in the stranger."""
-    requests = socket.socket(fileno=os.dup(0))
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-    while True:
-        _, files, *_ = socket.recv_fds(requests, 1, 4)
-        if not files:
-            sys.exit()
-        if os.fork():
-            for file in files:
-                os.close(file)
-            continue
-        # Between the two stands a process that waits for the stranger.
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        requests.close()
-        request, *outputs, status = files
-        stranger = os.fork()
-        if stranger:
-            for file in (0, request, *outputs):
-                os.close(file)
-            os.write(status, f"{stranger}\n".encode())
-            code = os.waitstatus_to_exitcode(os.waitpid(stranger, 0)[1])
-            os.write(status, f"{code}\n".encode())
-            os._exit(0)
-        os.close(status)
-        with open(request, encoding="utf-8") as file:
-            command, environment, folder = json.load(file)
-        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        for number, output in enumerate(outputs, start=1):
-            os.dup2(output, number)
-            os.close(output)
-        os.environ.clear()
-        os.environ.update(environment)
-        os.chdir(folder)
-        return command
-
-
-if __name__ == "__main__":
+def _import_libraries() -> None:
     import peft  # noqa: F401
     import torch  # noqa: F401
     from transformers import dynamic_module_utils, pipelines  # noqa: F401
 
-    sys.argv = _serve()
+
+def _serve(folder: str) -> list[str]:
+    """Forks a stranger for each request; returns its command in the stranger."""
+    listener, starter, connections = socket.socket(fileno=os.dup(0)), socket.socket(fileno=os.dup(1)), []
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    while True:
+        for ready in select.select([listener, starter, *connections], [], [])[0]:
+            if ready is starter:
+                shutil.rmtree(folder, ignore_errors=True)
+                sys.exit()
+            if ready is listener:
+                connections.append(listener.accept()[0])
+                continue
+            _, files, *_ = socket.recv_fds(ready, 1, 4)
+            if not files:
+                connections.remove(ready)
+                ready.close()
+                continue
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            _import_libraries()
+            signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+            if os.fork():
+                for file in files:
+                    os.close(file)
+                continue
+            for end in (listener, starter, *connections):
+                end.close()
+            return _stranger(*files)
+
+
+def _stranger(request: int, output: int, errors: int, status: int) -> list[str]:
+    """Within a fork: forks the stranger, in which this returns, and waits for it."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    stranger = os.fork()
+    if stranger:
+        for file in (0, request, output, errors):
+            os.close(file)
+        os.write(status, f"{stranger}\n".encode())
+        code = os.waitstatus_to_exitcode(os.waitpid(stranger, 0)[1])
+        os.write(status, f"{code}\n".encode())
+        os._exit(0)
+    os.close(status)
+    with open(request, encoding="utf-8") as file:
+        command, environment, folder = json.load(file)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    for number, file in enumerate((output, errors), start=1):
+        os.dup2(file, number)
+        os.close(file)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    return command
+
+
+if __name__ == "__main__":
+    sys.argv = _serve(sys.argv[1])
+    from transformers import dynamic_module_utils
+
     # Read from the environment when it was imported; the code of each folder is loaded from that folder.
     dynamic_module_utils.HF_MODULES_CACHE = os.environ.get("HF_MODULES_CACHE", os.environ["HF_HOME"] + "/modules")
     runpy.run_path(sys.argv[0], run_name="__main__")

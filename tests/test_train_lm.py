@@ -107,14 +107,14 @@ def test_resumed_run_repeats_the_uninterrupted_one_exactly(tmp_path, examples, o
     options.update(others)
     whole = tmp_path / "whole"
     # More micro-batches than an epoch has, so that the resume falls into a later epoch.
-    run(examples, whole, steps=24, save_steps=15, max_bytes=4000, **options)
+    run(examples, whole, steps=14, save_steps=9, max_bytes=2200, **options)
     resumed = tmp_path / "resumed"
     run(
-        examples, resumed, steps=24, save_steps=15, max_bytes=4000,
-        resume_from_checkpoint=whole / "checkpoint-15", **options,
+        examples, resumed, steps=14, save_steps=9, max_bytes=2200,
+        resume_from_checkpoint=whole / "checkpoint-9", **options,
     )  # fmt: skip
     first, second = logged(whole), logged(resumed)
-    assert sorted(second) == list(range(16, 25))
+    assert sorted(second) == list(range(10, 15))
     for step in second:
         assert second[step]["train/loss"] == first[step]["train/loss"]
     for folder in ("final", "averaged") if "average_decay" in others else ("final",):
@@ -124,11 +124,11 @@ def test_resumed_run_repeats_the_uninterrupted_one_exactly(tmp_path, examples, o
 
 def test_the_rate_is_held_and_is_no_part_of_the_loss(tmp_path, examples):
     text = '{"router_target_rate": 0.25, "router_target_weight": 100.0}'
-    run(examples, tmp_path / "held", steps=60, config_overrides=text, router_gain=0.5, logging_steps=20)
+    run(examples, tmp_path / "held", steps=40, config_overrides=text, router_gain=0.5, logging_steps=20)
     run(examples, tmp_path / "pulled", steps=1, config_overrides=text, router_gain=0)
     run(examples, tmp_path / "free", steps=1)
     held, pulled, free = (logged(tmp_path / name) for name in ("held", "pulled", "free"))
-    assert held[60]["router/activation_rate"] == pytest.approx(0.25, abs=0.1)
+    assert held[40]["router/activation_rate"] == pytest.approx(0.25, abs=0.1)
     assert pulled[1]["train/loss"] > free[1]["train/loss"] + 1
     assert held[20]["train/loss"] < free[1]["train/loss"]
 
