@@ -107,8 +107,10 @@ def draw_little(monkeypatch):
     monkeypatch.setattr(listops, "BLOCK", 50)
     monkeypatch.setattr(pathfinder, "BLOCK", 16)
     monkeypatch.setattr(pathfinder.os, "cpu_count", lambda: 1)
-    small = dataclasses.replace(pathfinder.PATHX, size=48, contour_length=4, distractors=0)
+    small = dataclasses.replace(pathfinder.PATHX, size=64, contour_length=5, distractors=0)
     monkeypatch.setattr(pathfinder, "PATHX", small)
+    # Ten dashes hardly find room in it.
+    monkeypatch.setattr(module("tasks"), "SHORT_CONTOURS", (4, 5, 6))
 
 
 def run(recipe, output, overrides=None, **settings):

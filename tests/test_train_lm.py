@@ -72,14 +72,14 @@ def logged(output) -> dict[int, dict]:
 
 def test_short_run_learns_and_leaves_a_model_that_loads(tmp_path, examples, capsys):
     output = tmp_path / "run"
-    result = run(examples, output, steps=40, eval_steps=20, save_steps=10, gradient_checkpointing=True)
+    result = run(examples, output, steps=24, eval_steps=12, save_steps=6, gradient_checkpointing=True)
     steps = logged(output)
-    assert steps[40]["train/loss"] < 0.7 * steps[1]["train/loss"]
-    assert steps[40]["validation/bits_per_byte"] == result["validation_bits_per_byte"] < 7
-    assert result["best"] == min(steps[20]["validation/bits_per_byte"], steps[40]["validation/bits_per_byte"])
-    assert 0 <= steps[40]["router/activation_rate_1"] <= 1 and steps[40]["router/temperature_0"] > 0
-    assert steps[40]["train/tokens_per_second"] > 0
-    assert sorted(path.name for path in output.glob("checkpoint-*")) == ["checkpoint-30", "checkpoint-40"]
+    assert steps[24]["train/loss"] < 0.7 * steps[1]["train/loss"]
+    assert steps[24]["validation/bits_per_byte"] == result["validation_bits_per_byte"] < 7
+    assert result["best"] == min(steps[12]["validation/bits_per_byte"], steps[24]["validation/bits_per_byte"])
+    assert 0 <= steps[24]["router/activation_rate_1"] <= 1 and steps[24]["router/temperature_0"] > 0
+    assert steps[24]["train/tokens_per_second"] > 0
+    assert sorted(path.name for path in output.glob("checkpoint-*")) == ["checkpoint-18", "checkpoint-24"]
     assert list(output.rglob("events.out.tfevents.*"))
     model = AutoModelForCausalLM.from_pretrained(output / "best")
     ids = AutoTokenizer.from_pretrained(output / "best")("ROMEO:", return_tensors="pt")
@@ -143,9 +143,9 @@ def test_a_layer_that_stops_choosing_is_an_event_of_the_log(tmp_path, examples, 
 
 
 def test_averaged_weights_are_scored_and_kept(tmp_path, examples):
-    result = run(examples, tmp_path / "run", steps=30, eval_steps=30, average_decay=0.8)
+    result = run(examples, tmp_path / "run", steps=16, eval_steps=16, average_decay=0.8)
     steps = logged(tmp_path / "run")
-    average = steps[30]["validation/averaged_bits_per_byte"]
+    average = steps[16]["validation/averaged_bits_per_byte"]
     assert 0 < average != result["validation_bits_per_byte"]
     assert average < 8
     averaged, final = (AutoModelForCausalLM.from_pretrained(tmp_path / "run" / name) for name in ("averaged", "final"))
