@@ -40,7 +40,7 @@ def pytest_configure(config):
     if hands_out:
         import strangers
 
-        os.environ[strangers.ADDRESS] = strangers.start()
+        strangers.share()
     else:
         # Imports make much and throw little away. What they have made is frozen when all tests are collected.
         gc.disable()

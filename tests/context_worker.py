@@ -20,13 +20,13 @@ import triton_interpreter  # noqa: F401, before anything imports triton
 # isort: split
 import torch
 import torch.distributed as dist
-from helpers import tiny_lm, token_ids
+from helpers import tiny_config, tiny_lm, tiny_model, token_ids
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from modeling_seqboat import SeqBoatModel
+from modeling_seqboat import SeqBoatForCausalLM, SeqBoatModel
 from modeling_seqboat.parallel_seqboat import context_parallel, sequence_part
 from modeling_seqboat.ssm_seqboat import Recurrence, register_recurrence
 from modeling_seqboat.training_seqboat import RouterBudget, RouterMonitor
@@ -92,7 +92,8 @@ PACKINGS = ["none", "position_ids", "seq_idx", "cu_seq_lens_q"]
 
 
 def double_lm(seed: int, rate: float, **overrides):
-    return tiny_lm(seed, rate, **overrides).double().train()
+    # Each is another one: there is nothing to keep.
+    return tiny_model(SeqBoatForCausalLM, tiny_config(**overrides), seed, rate).double().train()
 
 
 def random_cuts(draw: random.Random, length: int, size: int) -> list[int]:

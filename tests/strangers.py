@@ -18,6 +18,8 @@ from pathlib import Path
 from subprocess import CompletedProcess
 
 ADDRESS = "TESTS_STRANGERS"
+# Ends of sockets that are open as long as this process.
+_HELD: list[socket.socket] = []
 
 
 def start() -> str:
@@ -37,7 +39,10 @@ def start() -> str:
     return address
 
 
-_HELD: list[socket.socket] = []
+def share() -> None:
+    """Has the processes that this one starts ask the same one. Nothing where there are no such processes."""
+    if hasattr(socket, "AF_UNIX"):
+        os.environ[ADDRESS] = start()
 
 
 @functools.cache
