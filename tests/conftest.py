@@ -20,11 +20,10 @@ if not HAS_TRITON:
 # Files that take long, the longest first: one of them at the end would keep all processes but one waiting. Of the
 # first two all tests are slow ones.
 LONGEST = (
-    "fuzz", "long_context", "export", "hub_build", "train_lm", "generation", "experiments", "classification_runs",
-    "router_types", "graphed_step", "compile", "classification_examples", "robustness", "batches", "router_budget",
-    "context_parallel", "distributed", "benchmarks", "ssm_types", "pretrained", "kernels", "long_context_runs",
-    "hub_push", "quickstart", "packaging", "cache", "truncation", "triton_attention", "triton_ema", "heads",
-    "triton_launch", "train_from_scratch", "training_compile", "training", "finetune_trainer", "run_folder",
+    "fuzz", "long_context", "export", "hub_build", "generation", "compile", "benchmarks", "classification_runs",
+    "batches", "experiments", "context_parallel", "classification_examples", "robustness", "graphed_step", "kernels",
+    "cache", "router_types", "distributed", "train_lm", "router_budget", "long_context_runs", "ssm_types",
+    "triton_ema", "pretrained", "triton_attention", "hub_push", "quickstart", "heads", "training_compile", "packaging",
 )  # fmt: skip
 # Of the slow tests those that take longest, by their place in the order: each process is given two tests at first.
 SLOWEST = {
