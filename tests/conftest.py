@@ -50,10 +50,6 @@ def pytest_configure(config):
         import triton_interpreter  # noqa: F401
 
         kernel_checks.install()
-    if hasattr(config, "workerinput"):
-        import forks
-
-        forks.fork_server()
     if hasattr(config.option, "loadscopereorder"):
         # Else xdist begins with the files that have the most tests; these have few.
         config.option.loadscopereorder = False

@@ -2,9 +2,8 @@
 
 They are forks of one process that has imported the libraries and done nothing else. Forks of a test's process would be
 without the threads that tests have left in it: gloo's and OpenMP's, for which they wait for ever, and autograd's,
-without which a torch that is built for CUDA refuses a backward. So that process is started anew, or it is a fork that
-a worker of pytest-xdist makes of itself before it looks at any test. Where CUDA is, which no fork can use, commands
-start anew."""
+without which a torch that is built for CUDA refuses a backward. Where CUDA is, which no fork can use, commands start
+anew."""
 
 import faulthandler
 import multiprocessing
@@ -14,9 +13,8 @@ import runpy
 import signal
 import sys
 import tempfile
-import threading
 from contextlib import contextmanager
-from multiprocessing import forkserver, reduction, resource_tracker
+from multiprocessing import forkserver, reduction
 from pathlib import Path
 from subprocess import PIPE, CompletedProcess, TimeoutExpired
 from unittest.mock import patch
@@ -40,38 +38,6 @@ def start_server() -> None:
     with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(places)):
         CONTEXT.set_forkserver_preload(["fork_imports"])
         forkserver.ensure_running()
-
-
-def fork_server() -> None:
-    """`start_server` in a process that imports the libraries in any case and has done nothing else yet: a fork of it
-    takes no second import."""
-    if not FORKS or sys.platform != "linux":
-        return
-    import fork_imports  # noqa: F401
-
-    resource_tracker.ensure_running()
-    with patch.object(forkserver.util, "spawnv_passfds", _fork_in_place_of_python):
-        start_server()
-
-
-def _fork_in_place_of_python(path: str, arguments: list[str], passed: list[int]) -> int:
-    """`multiprocessing` starts its server by `python -c COMMAND` and passes these files on. The fork runs the command;
-    its copies of all other files, this process's ends of pipes among them, become those of nothing."""
-    process = os.fork()
-    if process:
-        return process
-    try:
-        nothing = os.open(os.devnull, os.O_RDWR)
-        for number in map(int, os.listdir("/proc/self/fd")):
-            if number > 2 and number not in passed:
-                os.dup2(nothing, number)
-        # The caller holds it.
-        forkserver._forkserver._lock = threading.Lock()
-        exec(arguments[-1], {})
-    except Exception:
-        sys.excepthook(*sys.exc_info())
-    finally:
-        os._exit(0)
 
 
 def run_script(path: str, *flags: str) -> None:

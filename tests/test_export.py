@@ -165,33 +165,31 @@ def test_what_cannot_be_exported_is_refused_by_name(tmp_path):
         torch.export.export(Packed(), (ids, torch.zeros_like(ids)), strict=False)
 
 
-def test_a_folder_of_an_encoder_is_one_graph(tmp_path, monkeypatch):
-    """Which reads texts of any length. It is taken before it is a file; a language model's files are read above."""
+def test_encoders_export():
     config = SeqBoatConfig.from_preset("lra-text", num_hidden_layers=1, norm_type="batchnorm", num_labels=3)
     torch.manual_seed(0)
     model = SeqBoatForSequenceClassification(config).eval()
     for name, module in model.named_modules():
         if name.endswith("norm.norm"):
             module.running_mean.normal_()
-    saved, output = tmp_path / "model", tmp_path / "out"
-    model.save_pretrained(saved)
-    written = {}
-    monkeypatch.setattr(torch.export, "save", lambda program, path: written.update({path.name: program}))
-    export_folder(saved, output, "torch", rows=2)
-    AutoModelForSequenceClassification.from_pretrained(saved)
-    graphs = json.loads((output / "export.json").read_text("utf-8"))["graphs"]
-    assert set(graphs) == {"model"}
-    inputs, outputs = graphs["model"]["inputs"], graphs["model"]["outputs"]
-    assert [each["name"] for each in inputs] == ["input_ids", "attention_mask"]
-    assert inputs[0]["shape"][0] == 2 and isinstance(inputs[0]["shape"][1], str)
-    assert outputs == [{"name": "logits", "dtype": "float32", "shape": [2, 3]}]
-    module = written[graphs["model"]["file"]].module()
+    ((program, inputs, outputs),) = export_model(model, rows=2).values()
+    assert inputs == ["input_ids", "attention_mask"] and outputs == ["logits"]
+    module = program.module()
     for length in (2, 150, 300):
         ids = random_ids(2, length, seed=length)
         mask = mask_for(ids)
         with torch.no_grad():
             want = model(ids, attention_mask=mask).logits
         torch.testing.assert_close(module(ids, mask), want, atol=3e-5, rtol=3e-5)
+
+
+def test_a_folder_of_an_encoder_is_one_graph(tmp_path):
+    config = SeqBoatConfig.from_preset("lra-text", num_hidden_layers=1, norm_type="layernorm")
+    SeqBoatForSequenceClassification(config).save_pretrained(tmp_path / "model")
+    export_folder(tmp_path / "model", tmp_path / "out", "torch", length=8)
+    AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")
+    graphs = json.loads((tmp_path / "out/export.json").read_text("utf-8"))["graphs"]
+    assert set(graphs) == {"model"} and graphs["model"]["inputs"][0]["shape"] == [1, 8]
 
 
 def test_values_export():

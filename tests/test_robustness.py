@@ -22,7 +22,7 @@ def is_finite(model) -> bool:
 @pytest.mark.parametrize(
     ("weights", "compute", "activation", "layers"),
     [
-        (torch.float32, torch.bfloat16, "softmax", 1),
+        (torch.float32, torch.bfloat16, "softmax", 2),
         (torch.float32, torch.float16, "relu2", 1),
         (torch.bfloat16, None, "softmax", 2),
         (torch.bfloat16, None, "laplace", 1),
