@@ -19,7 +19,7 @@ from .configuration_seqboat import SeqBoatConfig
 from .kernels_seqboat import Ops, reselect_ops, select_ops
 from .ops_attention_seqboat import rotary_tables
 from .ops_ema_seqboat import chunk_size_for
-from .ops_layout_seqboat import ScanPlan, build_scan_plan, is_exporting, segment_bounds
+from .ops_layout_seqboat import ScanPlan, build_scan_plan, is_exporting, must_not_wait, segment_bounds
 
 if TYPE_CHECKING:
     from .cache_seqboat import SeqBoatCache
@@ -188,11 +188,6 @@ def expect_same_past(mask: Tensor, cache: SeqBoatCache) -> None:
             f"took {int(read[row])} for real (row {row}): the state cannot leave out or add a token afterwards. Give "
             "the mask that the cache was filled under, or read the whole text anew"
         )
-
-
-def must_not_wait(device: torch.device) -> bool:
-    """Whether no value may be read off the device: a compiler traces, or a CUDA graph is captured."""
-    return torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
 
 
 def _checked(mask: Tensor) -> Tensor | None:

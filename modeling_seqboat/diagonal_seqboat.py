@@ -25,6 +25,7 @@ from .configuration_seqboat import SeqBoatConfig
 from .context_seqboat import SequenceContext
 from .kernels_seqboat import op
 from .ops_ema_seqboat import (
+    causal_product,
     chunk_size_for,
     chunked_scan,
     complex_powers,
@@ -145,7 +146,7 @@ def _s5_chunks(x, log_decay, input_gain, output_gain, skip, real, reset, state, 
         matrix = torch.cat([torch.cat([taps[0], -taps[1]], dim=2), torch.cat([taps[1], taps[0]], dim=2)], dim=1)
         written = in_chunks(_write(tokens, input_gain), plan)
         columns = written.permute(3, 4, 2, 0, 1).reshape(count, 2 * size, batch * chunks)
-        inner = torch.bmm(matrix, columns).view(count, 2, size, batch, chunks).permute(4, 3, 2, 0, 1)
+        inner = causal_product(matrix, columns, size).view(count, 2, size, batch, chunks).permute(4, 3, 2, 0, 1)
         whole = complex_powers(log_decay, steps[-1:] + 1)[:, 0]
         borders = scan_borders(torch.cat([state[None], inner[:, :, -1]]), whole, plan.first_chunk)
         carried = complex_product(complex_powers(log_decay, steps + 1).transpose(0, 1), borders[:-1, :, None])

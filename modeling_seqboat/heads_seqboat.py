@@ -16,7 +16,7 @@ from transformers.modeling_outputs import QuestionAnsweringModelOutput, Sequence
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_seqboat import SeqBoatConfig
-from .context_seqboat import Texts, marks_of, must_not_wait
+from .context_seqboat import Texts, marks_of
 from .modeling_seqboat import (
     OUTPUT_FLAGS,
     RouterOutput,
@@ -28,6 +28,7 @@ from .modeling_seqboat import (
     main_input_name,
     refuse_unknown_arguments,
 )
+from .ops_layout_seqboat import must_not_wait
 
 
 @dataclass

@@ -26,7 +26,7 @@ from transformers.utils.generic import can_return_tuple
 from .attention_seqboat import SeqBoatAttention, SeqBoatPositionBias
 from .cache_seqboat import SeqBoatCache
 from .configuration_seqboat import SeqBoatConfig, is_integer
-from .context_seqboat import SequenceContext, Texts, build_context, leave_marks, marks_of, must_not_wait
+from .context_seqboat import SequenceContext, Texts, build_context, leave_marks, marks_of
 from .generation_seqboat import CACHE_NAME, CACHE_NAMES, SeqBoatGenerationMixin, one_cache
 from .layers_seqboat import (
     SeqBoatAbsolutePositions,
@@ -36,7 +36,7 @@ from .layers_seqboat import (
     build_norm,
 )
 from .loss_seqboat import expect_liger, fused_linear_cross_entropy
-from .ops_layout_seqboat import is_exporting
+from .ops_layout_seqboat import is_exporting, must_not_wait
 from .router_seqboat import SeqBoatRouter
 from .ssm_seqboat import Recurrence
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from .kernels_seqboat import Facts, needs_silu, op
 from .ops_ema_seqboat import without_autocast
-from .ops_layout_seqboat import MemoryKeys
+from .ops_layout_seqboat import MemoryKeys, must_not_wait
 from .triton_attention_seqboat import windowed_attention_triton
 from .triton_decode_seqboat import memory_step_compiled, memory_step_triton
 from .triton_launch_seqboat import first_derivative_only
@@ -153,6 +153,11 @@ def windowed_attention(
         (M, V) of v's dtype. Time and memory are linear in M; weights are recomputed in backward.
     """
     seed = int(torch.randint(2**62, ())) if dropout_p > 0 else 0
+    if not must_not_wait(v.device) and not bool(v.detach().sum(dtype=torch.float32).isfinite()):
+        # A hidden key has weight 0, which a product with NaN or infinity would not keep; its score is masked. Queries
+        # that see the key become NaN by its score.
+        wrong = ~v.isfinite()
+        k, v = k.masked_fill(wrong.any(1, keepdim=True), torch.nan), v.masked_fill(wrong, 0)
     blocks, places = _blocks(key_start, key_end), (key_start, key_end, q_place, k_place)
     numbers = {"activation": activation, "scale": scale, "center": bias_center, "dropout_p": dropout_p}
     out = _WindowedAttention.apply(q, k, v, bias_table, places, blocks, seed, numbers)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .kernels_seqboat import Facts, op
-from .ops_layout_seqboat import ScanPlan, build_scan_plan, in_chunks, is_exporting, to_columns, to_slots
+from .ops_layout_seqboat import ScanPlan, build_scan_plan, in_chunks, is_exporting, must_not_wait, to_columns, to_slots
 from .triton_decode_seqboat import ema_step_triton
 from .triton_ema_seqboat import ema_parameters_triton, ema_scan_triton
 from .triton_launch_seqboat import first_derivative_only
@@ -237,18 +237,46 @@ def toeplitz(taps: Tensor) -> Tensor:
     return padded.unfold(-1, size, 1).flip(1)
 
 
+def causal_product(matrix: Tensor, columns: Tensor, size: int) -> Tensor:
+    """What the tokens of each chunk give the later ones: matrix @ columns, where a NaN or an infinity reaches no token
+    before it, as the zeros above the diagonal alone would have it.
+
+    Args:
+        matrix: (D, I, J), made of causal (C, C) blocks; the last row of the first has no zeros.
+        columns: (D, J, K), a chunk in each of the K.
+        size: C, of which I and J are multiples.
+
+    Returns:
+        (D, I, K). In an exported graph, and while a CUDA graph is captured, nothing can be looked up, and a NaN does
+        reach its whole chunk.
+    """
+    product = torch.bmm(matrix, columns)
+    # Each token enters the last row, so that this is NaN or infinite if any of them is.
+    if must_not_wait(columns.device) or bool(product[:, size - 1].detach().sum().isfinite()):
+        return product
+    wrong = ~columns.isfinite()
+    reached = wrong.unflatten(1, (-1, size)).any(1).cumsum(1) > 0
+    finite = torch.bmm(matrix, columns.masked_fill(wrong, 0))
+    return torch.where(reached.repeat(1, matrix.shape[1] // size, 1), product, finite)
+
+
 def _scan_in_place(entries: Tensor, decay: Tensor, linked: Tensor | None) -> Tensor:
     """Solves e[g] = u[g] + (a*e[g-1] where g is linked to its predecessor) in log2(G) steps; overwrites `entries`."""
     offset = 1
     while offset < entries.shape[0]:
         carried = complex_product(entries[:-offset], decay)
         if linked is not None:
-            carried = carried * linked[offset:].view(*linked[offset:].shape, *[1] * (entries.dim() - 2))
+            carried = _where_linked(carried, linked[offset:])
             # Border g hears from g - 2k if it hears from g - k, and that one from g - 2k.
             linked = torch.cat([linked[:offset], linked[offset:] & linked[:-offset]])
         entries[offset:] += carried
         decay, offset = complex_product(decay, decay), offset * 2
     return entries
+
+
+def _where_linked(borders: Tensor, linked: Tensor) -> Tensor:
+    """borders (G, B, ..., P), 0 where linked (G, B) is False: a product would carry a NaN into the next segment."""
+    return borders.masked_fill(~linked.view(*linked.shape, *[1] * (borders.dim() - 2)), 0)
 
 
 class _BorderScan(torch.autograd.Function):
@@ -268,7 +296,7 @@ class _BorderScan(torch.autograd.Function):
         worth = _scan_in_place(grad.flip(0), conjugate(decay), backward_links).flip(0)
         read = worth[1:]
         if linked is not None:
-            read = read * linked[1:].view(*linked[1:].shape, *[1] * (worth.dim() - 2))
+            read = _where_linked(read, linked[1:])
         grad_decay = complex_product(read, conjugate(borders[:-1])).sum((0, 1))
         return worth, grad_decay, None
 
@@ -287,7 +315,7 @@ def scan_borders(entries: Tensor, decay: Tensor, first_chunk: Tensor | None) -> 
     linked = None
     if first_chunk is not None:
         linked = first_chunk.t() != torch.arange(entries.shape[0], device=entries.device)[:, None]
-        entries = entries.masked_fill(~linked.view(*linked.shape, *[1] * (entries.dim() - 2)), 0)
+        entries = _where_linked(entries, linked)
     if is_exporting():
         return _scan_of_any_length(entries, decay)
     return _BorderScan.apply(entries, decay, linked)
@@ -392,7 +420,7 @@ def chunked_scan(
         output_matrix = readout(complex_product(output_gain[:, :, None], complex_powers(log_decay, steps + 1)))
         output_matrix = output_matrix.permute(0, 2, 1, 3).reshape(width, size, -1)  # (D, C, N * P)
         read = borders[:-1].permute(2, 3, 4, 1, 0).reshape(width, states * parts, batch * chunks)
-        y = torch.baddbmm(torch.bmm(matrix, columns), output_matrix, read)
+        y = torch.baddbmm(causal_product(matrix, columns, size), output_matrix, read)
         if y.requires_grad and not is_exporting():
             # It comes with channels last, which a CPU would copy matrix by matrix in each product it enters.
             y.register_hook(Tensor.contiguous)

@@ -19,6 +19,11 @@ def is_exporting() -> bool:
     return torch.compiler._is_exporting_flag
 
 
+def must_not_wait(device: torch.device) -> bool:
+    """Whether no value may be read off the device: a compiler traces, or a CUDA graph is captured."""
+    return torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+
+
 @dataclass
 class ScanPlan:
     """Where each real token goes when rows are cut into chunks that never span two segments.

@@ -774,7 +774,8 @@ def windowed_attention_triton(
 
     Returns:
         (M, V) of v's dtype; gradients for q, k, v, bias_table and gate. The sums, bias_table's included, do not depend
-        on the order in which programs run."""
+        on the order in which programs run. Unlike with `windowed_attention`, a NaN or an infinity in v reaches queries
+        that do not see it, if a tile of keys has both: to look at each value in the inner loop would cost time."""
     if max_keys is None:
         max_keys = int((key_end - key_start).max()) if len(key_end) else 0
     call = plan_attention(len(q), len(k), v.shape[1], q.dtype, activation, scale, bias_center, max(0, max_keys))

@@ -209,9 +209,10 @@ def _power(base, exponent, BITS: tl.constexpr):
 
 
 @jit
-def _chunk_power(span_ptr, q, valid, BITS: tl.constexpr):
+def _through_chunk(z, span_ptr, q, valid, BITS: tl.constexpr):
+    """What a chunk leaves of z: nothing where a segment starts in it, and then no NaN either."""
     span = tl.load(span_ptr, mask=valid, other=0)
-    return tl.where(span < 0, 0.0, _power(q, span, BITS))
+    return tl.where(span < 0, 0.0, _power(q, span, BITS) * z)
 
 
 @kernel(*_VARYING)
@@ -296,8 +297,9 @@ def _carry_forward(
         for j in tl.static_range(UNROLL):
             tl.store(entry_ptr + (first + j) * SIZE, z, mask=inside & (first + j < chunks))
             if HAS_SPAN:
-                power = _chunk_power(span_ptr + first + j, q, first + j < chunks, BITS)
-            z = power * z + locals_[j]
+                z = _through_chunk(z, span_ptr + first + j, q, first + j < chunks, BITS) + locals_[j]
+            else:
+                z = power * z + locals_[j]
         first += UNROLL
 
 
@@ -517,10 +519,10 @@ def _carry_adjoint_kernel(
             input_sum += products[j] + to_state * carry * locals_[j]
             output_sum += products[j] + to_state * carries_out[j] * entries[j]
             if HAS_SPAN:
-                power = _chunk_power(span_ptr + index, q, index >= 0, BITS)
+                passed = _through_chunk(carry, span_ptr + index, q, index >= 0, BITS)
             else:
-                power = tl.where(index == chunks - 1, last_power, whole_power)
-            carry = tl.where(index >= 0, power * carry + carries_out[j], carry)
+                passed = tl.where(index == chunks - 1, last_power, whole_power) * carry
+            carry = tl.where(index >= 0, passed + carries_out[j], carry)
         first += UNROLL
     tl.store(state_grad_ptr + state_offset, output_gain * to_state * carry, mask=inside)
     tl.store(gain_grad_ptr + row * (2 * N * D) + i, output_gain * input_sum, mask=inside)
@@ -706,11 +708,12 @@ def _last_state(pack: Tensor, local: Tensor, entry: Tensor, span: Tensor | None,
     """The state (B, D, N) after the last chunk, which has `tail` columns."""
     decay, gain = pack[0].double(), pack[2]
     if span is None:
-        power = decay**tail
+        kept = (decay**tail).float() * entry[:, -1]
     else:
         count = span[:, -1, None, None]
-        power = torch.where(count < 0, 0, decay ** count.clamp_min(0))
-    return (gain * (power.float() * entry[:, -1] + local[:, -1])).transpose(1, 2)
+        kept = (decay ** count.clamp_min(0)).float() * entry[:, -1]
+        kept = kept.masked_fill(count < 0, 0)
+    return (gain * (kept + local[:, -1])).transpose(1, 2)
 
 
 class _EmaScan(torch.autograd.Function):

@@ -278,3 +278,23 @@ def test_a_relay_in_place_of_a_state(length, marks, silu):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(relay.given, run()[1], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(relay.given_back, run(state=state)[3], atol=1e-5, rtol=1e-4)
+
+
+def test_nan_reaches_no_token_before_it_no_other_row_and_no_other_segment():
+    inputs = draw((2, 70, 5, 3))
+    inputs["reset"] = torch.zeros(2, 70, dtype=torch.bool)
+    inputs["reset"][:, 37] = True
+    found = []
+    for value in (0.5, torch.nan):
+        inputs["x"] = inputs["x"].detach().clone()
+        inputs["x"][0, 20] = value
+        tensors = {name: None if t is None else t.to(DEVICE).requires_grad_(name == "x") for name, t in inputs.items()}
+        y, state = ema_scan_triton(**tensors)
+        (gradient,) = torch.autograd.grad(y[:, 37:].sum() + state.sum(), tensors["x"])
+        found.append((y, state, gradient))
+    (y, state, gradient), (with_nan, its_state, its_gradient) = found
+    assert not with_nan[0, 20:37].isfinite().any()
+    for expected, got in ((y, with_nan), (gradient, its_gradient)):
+        assert torch.equal(got[0, :20], expected[0, :20]) and torch.equal(got[0, 37:], expected[0, 37:])
+        assert torch.equal(got[1], expected[1])
+    assert torch.equal(its_state, state)
