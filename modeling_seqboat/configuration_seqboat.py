@@ -9,6 +9,7 @@ import math
 import numbers
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any
 
 import numpy as np
@@ -185,14 +186,24 @@ def _ids_without_rows(config: Mapping[str, Any]) -> Iterator[str]:
             )
 
 
+def _with_default(name: str, value: Any, others: Mapping[str, Any]) -> Any:
+    """The value of a field that was left open, given the fields that it follows from."""
+    if value is None and name in ("scale_embeddings", "use_cache"):
+        return not others["bidirectional"]
+    if isinstance(value, _DefaultTokenId) and (value >= others["vocab_size"] or others["input_type"] == "values"):
+        return None
+    return value
+
+
 class SeqBoatConfig(PreTrainedConfig):
     r"""Configuration of a SeqBoat model: a damped EMA in every layer, and a gated attention unit that only the tokens
     chosen by a router go through (arXiv 2306.11197). Without arguments: the published enwik8 language model's shape
     with the byte tokenizer's vocabulary and no dropout.
 
     Values are checked on construction and on assignment alike: a field takes an int where a float is meant; an unknown
-    value, or one that contradicts another field, raises ValueError and leaves the config as it was. A special id that
-    is assigned before the embeddings have its row gets a warning only.
+    value, or one that contradicts another field, raises ValueError and leaves the config as it was. `update` sets
+    several fields that depend on each other. A special id that is assigned before the embeddings have its row gets a
+    warning only.
 
     Args:
         bidirectional: False builds a causal model with a cache, True an encoder.
@@ -336,33 +347,59 @@ class SeqBoatConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def __setattr__(self, key: str, value: Any) -> None:
-        check = FIELD_CHECKS.get(key)
         if key in _INHERITED_CHECKS:
             value = _INHERITED_CHECKS[key](key, value)
-        elif check is None:
-            self._warn_if_unknown(key)
+        elif key in FIELD_CHECKS:
+            value = self._checked({key: value})[key]
         else:
-            value = check(key, self._with_default(key, value))
-            # Read once: transformers' lookup of an attribute is slow.
-            own = self.__dict__
-            values = {name: own[name] for name in FIELD_CHECKS if name in own} | {key: value}
-            # During construction the last field to be set finds all the others in place.
-            if len(values) == len(FIELD_CHECKS):
-                for message in _contradictions(values):
-                    raise ValueError(f"SeqBoatConfig: {message}")
-                for message in _ids_without_rows(values):
-                    # Scripts take over a tokenizer's ids first and make room for them then.
-                    if key not in SPECIAL_IDS or key not in self.__dict__:
-                        raise ValueError(f"SeqBoatConfig: {message}")
-                    logger.warning_once(f"SeqBoatConfig: {message} resize_token_embeddings makes room for it.")
+            self._warn_if_unknown(key)
         super().__setattr__(key, value)
 
-    def _with_default(self, name: str, value: Any) -> Any:
-        if value is None and name in ("scale_embeddings", "use_cache"):
-            return not self.bidirectional
-        if isinstance(value, _DefaultTokenId) and (value >= self.vocab_size or self.input_type == "values"):
-            return None
-        return value
+    def _checked(self, changed: Mapping[str, Any]) -> dict[str, Any]:
+        """Values for some fields, checked one by one and together with those of all others."""
+        # Read once: transformers' lookup of an attribute is slow.
+        own = self.__dict__
+        values = {name: own[name] for name in FIELD_CHECKS if name in own}
+        for name, check in FIELD_CHECKS.items():
+            if name in changed:
+                values[name] = check(name, _with_default(name, changed[name], values))
+        # During construction the last field to be set finds all the others in place.
+        if len(values) == len(FIELD_CHECKS):
+            for message in _contradictions(values):
+                raise ValueError(f"SeqBoatConfig: {message}")
+            for message in _ids_without_rows(values):
+                # Scripts take over a tokenizer's ids first and make room for them then.
+                if not changed.keys() <= own.keys() or not changed.keys().isdisjoint(("vocab_size", "input_type")):
+                    raise ValueError(f"SeqBoatConfig: {message}")
+                logger.warning_once(f"SeqBoatConfig: {message} resize_token_embeddings makes room for it.")
+        return {name: values[name] for name in changed}
+
+    def update(self, config_dict: Mapping[str, Any]) -> None:
+        """Sets several attributes at once: fields that depend on each other are checked together, in any order.
+
+        Raises ValueError as assignment does; the config is then as it was.
+        """
+        before = dict(self.__dict__)
+        fields = {name: config_dict[name] for name in FIELD_CHECKS if name in config_dict}
+        # What follows from fields comes after them, and names of labels after their number.
+        rest = sorted(config_dict.keys() - fields.keys(), key=lambda name: (name != "num_labels", name))
+        try:
+            for name, value in self._checked(fields).items():
+                super().__setattr__(name, value)
+            for name in rest:
+                setattr(self, name, config_dict[name])
+        except Exception:
+            self.__dict__.clear()
+            self.__dict__.update(before)
+            raise
+
+    def update_from_string(self, update_str: str) -> None:
+        """`update` by "name=value,name=value", of attributes that are numbers, booleans or strings."""
+        names = (*self.__dict__, "num_labels", "head_dim", "num_attention_heads")
+        parsed = SimpleNamespace(**{name: getattr(self, name) for name in names})
+        PreTrainedConfig.update_from_string(parsed, update_str)
+        given = [pair.split("=")[0] for pair in update_str.split(",")]
+        self.update({name: getattr(parsed, name) for name in given})
 
     def _warn_if_unknown(self, name: str) -> None:
         if name.startswith("_") or name in self.__dict__ or hasattr(type(self), name) or name in _COMPANION_KEYS:

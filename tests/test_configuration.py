@@ -1,6 +1,7 @@
 """The config class: values and contradictions are refused by name, what is accepted survives every way of copying."""
 
 import copy
+import itertools
 import json
 import pickle
 from pathlib import Path
@@ -91,6 +92,64 @@ def test_a_wrong_value_is_refused_by_name_and_changes_nothing(field, value):
     with pytest.raises(ValueError, match=rf"{field}="):
         setattr(config, field, value)
     assert config == before
+
+
+# From which config, what is set, and whether it can be.
+UPDATES = [
+    ({}, {"bidirectional": True, "use_cache": False}, True),
+    ({}, {"bidirectional": True, "use_cache": None}, True),
+    ({"bidirectional": True}, {"bidirectional": False, "use_cache": True}, True),
+    ({}, {"bidirectional": True, "use_cache": False, "norm_type": "batchnorm", "input_type": "values"}, True),
+    ({}, {"bidirectional": True, "use_cache": False, "norm_type": "batchnorm", "add_absolute_positions": True}, True),
+    ({"ssm_truncation": 5}, {"ssm_type": "s4d", "ssm_truncation": None}, True),
+    ({}, {"ssm_type": "s4d", "ssm_truncation": 5}, False),
+    ({"router_target_rate": 0.5}, {"router_type": "always", "router_target_rate": None}, True),
+    ({}, {"qk_head_dim": 7, "position_embedding_type": "none", "head_dim": 7}, True),
+    ({}, {"qk_head_dim": 7, "position_embedding_type": "none", "head_dim": 8}, False),
+    ({}, {"vocab_size": 20, "pad_token_id": 1, "bos_token_id": 2, "eos_token_id": [3, 4]}, True),
+    ({}, {"vocab_size": 20, "pad_token_id": 20, "bos_token_id": 2, "eos_token_id": [3, 4]}, False),
+    ({}, {"vocab_size": 300, "pad_token_id": 299}, True),
+    ({}, {"num_labels": 3, "id2label": {0: "a", 1: "b", 2: "c"}, "label2id": {"a": 0, "b": 1, "c": 2}}, True),
+    ({}, {"hidden_dropout": 0.1, "num_labels": -1}, False),
+]
+
+
+@pytest.mark.parametrize(("base", "changes", "accepted"), UPDATES)
+def test_update_does_not_depend_on_the_order_of_its_keys(base, changes, accepted):
+    found = []
+    for names in itertools.permutations(changes):
+        config = SeqBoatConfig(**base)
+        before = copy.deepcopy(config)
+        if not accepted:
+            with pytest.raises(ValueError, match=r"^SeqBoatConfig: "):
+                config.update({name: changes[name] for name in names})
+            assert vars(config) == vars(before)
+            continue
+        config.update({name: changes[name] for name in names})
+        expected = {name: value for name, value in changes.items() if value is not None or name != "use_cache"}
+        assert {name: getattr(config, name) for name in expected} == expected
+        found.append(vars(config))
+        assert found[-1] == found[0]
+
+
+def test_update_from_a_string_does_not_depend_on_its_order():
+    for text in ("use_cache=false,bidirectional=true,head_dim=128", "head_dim=128,bidirectional=true,use_cache=false"):
+        config = SeqBoatConfig()
+        config.update_from_string(text)
+        assert config.bidirectional and not config.use_cache
+    with pytest.raises(ValueError, match="hidden_sise"):
+        config.update_from_string("hidden_sise=8")
+
+
+def test_other_fields_are_set_while_an_id_waits_for_its_row():
+    config = SeqBoatConfig()
+    config.pad_token_id = 300
+    config.use_cache = False
+    config.update({"hidden_dropout": 0.1})
+    with pytest.raises(ValueError, match="pad_token_id=300"):
+        config.vocab_size = 280
+    config.vocab_size = 301
+    assert (config.pad_token_id, config.use_cache, config.hidden_dropout) == (300, False, 0.1)
 
 
 @pytest.mark.parametrize(
