@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from ranges import LARGEST_SEED, PART, Range, at_least, check_ranges, from_to
 from recipes import check_model, check_model_folder, check_output_folder, parse_arguments
 from run_folder import PARTIAL, RunFolder, take_folder
@@ -106,6 +107,20 @@ def lora_config(arguments: LoraArguments) -> LoraConfig:
         raise ValueError(f"{str(path)!r} is no config of PEFT's LoRA: {error}") from error
 
 
+def refuse_tied_targets(model: PeftModel) -> None:
+    """Raises ValueError where an adapter changes a matrix that is both embeddings and output: merged, it would change
+    both, and the merged model would compute something else."""
+    base = model.get_base_model()
+    ends = (base.get_input_embeddings(), base.get_output_embeddings())
+    if base.config.tie_word_embeddings and any(isinstance(end, LoraLayer) for end in ends):
+        raise ValueError(
+            f"target_modules={model.peft_config['default'].target_modules!r} takes in embed_tokens or lm_head, which "
+            "are one matrix here (tie_word_embeddings=True), so that the adapter could not be merged: name them in "
+            "modules_to_save of the PEFT config, with ensure_weight_tying, or untie them first "
+            "(docs/guides/adapters.md)"
+        )
+
+
 def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
     ids = torch.stack([row["input_ids"] for row in rows])
     return {"input_ids": ids, "labels": ids}
@@ -131,6 +146,7 @@ def main(argv: list[str] | None = None) -> dict:
     # The adapter's first weights are drawn before the Trainer sets its seed.
     set_seed(arguments.seed)
     model = get_peft_model(base, config)
+    refuse_tied_targets(model)
     trainable, total = model.get_nb_trainable_parameters()
     trainer = RunTrainer(
         model=model,

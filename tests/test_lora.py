@@ -93,6 +93,53 @@ def test_adapter_saves_reloads_and_merges_to_the_same_logits(tmp_path, use_dora)
     torch.testing.assert_close(logits(merged), wanted, rtol=1e-4, atol=1e-4)
 
 
+def untied() -> SeqBoatForCausalLM:
+    model = make_model()
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    model.config.tie_word_embeddings = False
+    return model
+
+
+BOTH = ["embed_tokens", "lm_head"]
+# What trains embeddings or output matrix beside the layers, and whether they are one matrix afterwards.
+OUTER = [
+    (make_model, dict(modules_to_save=["lm_head"]), False),
+    (make_model, dict(modules_to_save=["lm_head"], ensure_weight_tying=True), True),
+    (make_model, dict(modules_to_save=["embed_tokens"]), False),
+    (make_model, dict(modules_to_save=BOTH, ensure_weight_tying=True), True),
+    (make_model, dict(trainable_token_indices=[1, 2, 3]), True),
+    (make_model, dict(trainable_token_indices={"embed_tokens": [1, 2], "lm_head": [1, 2]}), True),
+    (untied, dict(target_modules=["lm_head"]), False),
+    (untied, dict(target_modules=["in_proj", *BOTH]), False),
+]
+
+
+@pytest.mark.parametrize(("make", "overrides", "tied"), OUTER)
+def test_trained_embeddings_and_output_matrix_merge_to_the_same_logits(tmp_path, make, overrides, tied):
+    model = get_peft_model(make(), config(**{"target_modules": "all-linear", **overrides}))
+    train(model)
+    wanted = logits(model)
+    assert (wanted - logits(make_model())).abs().max() > 1e-2
+    model.save_pretrained(tmp_path / "adapter")
+    merged = PeftModel.from_pretrained(make(), tmp_path / "adapter").merge_and_unload()
+    torch.testing.assert_close(logits(merged), wanted, rtol=1e-4, atol=1e-4)
+    assert (merged.lm_head.weight is merged.model.embed_tokens.weight) == merged.config.tie_word_embeddings == tied
+    merged.save_pretrained(tmp_path / "merged")
+    loaded = SeqBoatForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(loaded), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("target_modules", [["lm_head"], ["embed_tokens"], BOTH])
+@pytest.mark.parametrize("ensure_weight_tying", [False, True])
+def test_merging_an_adapter_of_a_tied_matrix_warns(target_modules, ensure_weight_tying):
+    # PEFT merges it for the embeddings and for the output at once, or twice, in any tied model.
+    model = get_peft_model(
+        make_model(), config(target_modules=target_modules, ensure_weight_tying=ensure_weight_tying)
+    )
+    with pytest.warns(UserWarning, match="tie_word_embeddings=True"):
+        model.merge_and_unload()
+
+
 def test_router_and_ema_are_trained_when_asked_for(tmp_path):
     model = get_peft_model(make_model(), config(modules_to_save=["router", "ssm"]))
     train(model)
@@ -169,6 +216,7 @@ def test_bad_input_is_refused_before_training(tmp_path, example, monkeypatch):
     (full / "notes.txt").touch()
     empty.touch()
     SeqBoatForCausalLM(SeqBoatConfig.from_preset("tiny", vocab_size=263)).save_pretrained(tmp_path / "small")
+    (tmp_path / "tied.json").write_text('{"target_modules": ".*lm_head"}')
     monkeypatch.chdir(tmp_path)
     cases = [
         (FileNotFoundError, "there is no text file", dict(train_file="missing.txt")),
@@ -183,6 +231,8 @@ def test_bad_input_is_refused_before_training(tmp_path, example, monkeypatch):
         (FileNotFoundError, "there is no model in './nowhere'", dict(model="./nowhere")),
         (FileNotFoundError, "there is no model in 'full/final'", dict(model="full/final")),
         (ValueError, "has 264 ids, the model's vocabulary 263", dict(model="small")),
+        (ValueError, "target_modules='.*lm_head' .* one matrix", dict(peft_config="tied.json")),
+        (ValueError, "target_modules={'embed_tokens'} .* one matrix", dict(target_modules="embed_tokens")),
     ]  # fmt: skip
     for error, message, change in cases:
         settings = {
