@@ -120,11 +120,27 @@ def _refuse_uneven_positions(position_ids: Tensor, attention_mask: Tensor | None
         )
 
 
+def _refuse_other_mask(inputs: Tensor | None, kwargs: dict) -> None:
+    """Raises ValueError for the attention_mask of another prompt, which transformers leaves out if it is all ones."""
+    mask, given = kwargs.get("attention_mask"), kwargs.get("inputs_embeds")
+    name = "input_ids" if given is None else "inputs_embeds"
+    if given is None:
+        given = kwargs.get("input_ids") if inputs is None else inputs
+    if not isinstance(mask, Tensor) or mask.ndim != 2 or given is None or given.ndim < 2:
+        return
+    if mask.shape != given.shape[:2]:
+        raise ValueError(
+            f"attention_mask must be of shape {tuple(given.shape[:2])}, as {name}, got {tuple(mask.shape)}"
+        )
+
+
 def _refuse_short_continuation(inputs: Tensor | None, kwargs: dict) -> None:
     """Raises ValueError where `generate` would cut the inputs at the wrong column, as it does without a word when new
     columns alone come with a filled cache and no mask tells."""
     cache, mask, embeds = (kwargs.get(name) for name in (CACHE_NAME, "attention_mask", "inputs_embeds"))
     past = cache.get_seq_length() if getattr(cache, "is_seqboat_cache", False) else 0
+    if past == 0:
+        _refuse_other_mask(inputs, kwargs)
     if past and mask is not None and mask.ndim == 2 and mask.shape[1] > past:
         expect_same_past(mask[:, :past], cache)
     name = "input_ids" if embeds is None else "inputs_embeds"
@@ -171,6 +187,10 @@ class SeqBoatGenerationMixin(GenerationMixin):
         cache = take_cache(kwargs)
         if cache is not None:
             kwargs[CACHE_NAME] = cache
+        if kwargs.get("output_router_probs"):
+            raise ValueError(
+                "generate() returns no router_probs: give forward() the generated text with output_router_probs=True"
+            )
         mask = kwargs.get("attention_mask")
         if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] > 0 and bool((mask[:, -1] == 0).any()):
             logger.warning(
@@ -202,11 +222,13 @@ class SeqBoatGenerationMixin(GenerationMixin):
         prefill_progress=None,
         tokenizer=None,
         assistant_tokenizer=None,
+        assistant_model=None,
         **kwargs,
     ):
         """Positions are counted by the model, from the cache on. For a static cache the mask is cut to the new
         columns: the padding before them is in the state already, and its width would change at every step. The
-        tokenizers, which generate() hands on, are for its stopping criteria alone."""
+        tokenizers, which generate() hands on, are for its stopping criteria alone; a draft model it hands on to beam
+        search, having warned that it is not used."""
         cache = take_cache(kwargs)
         if cache is not None:
             kwargs[CACHE_NAME] = cache

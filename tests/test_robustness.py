@@ -372,6 +372,29 @@ def test_generation_refuses_what_it_cannot_honour(idle_model):
         idle_model.generate(torch.tensor([[3, 77]]), max_new_tokens=2)
     with pytest.raises(ValueError, match="SeqBoatCache"):
         idle_model.generate(IDS, past_key_values=DynamicCache(), max_new_tokens=2)
+    with pytest.raises(ValueError, match="router_probs"):
+        idle_model.generate(IDS, output_router_probs=True, max_new_tokens=2)
+
+
+def test_generation_refuses_the_mask_of_another_prompt(idle_model):
+    # transformers leaves out a mask that is all ones, whatever its shape.
+    rows, width = IDS.shape
+    for shape in ((rows, width - 1), (rows, width + 2), (rows + 1, width)):
+        mask = torch.ones(shape, dtype=torch.long)
+        for given in ({"input_ids": IDS}, {"inputs_embeds": idle_model.get_input_embeddings()(IDS)}):
+            with pytest.raises(
+                ValueError, match=rf"attention_mask must be of shape \({rows}, {width}\), as {[*given][0]}"
+            ):
+                idle_model.generate(**given, attention_mask=mask, max_new_tokens=2)
+        with pytest.raises(ValueError, match="attention_mask must be of shape"):
+            idle_model.generate(IDS, attention_mask=mask, max_new_tokens=2)
+
+
+def test_a_draft_model_is_left_out_where_transformers_says_so():
+    model = small_lm()
+    options = {"num_beams": 2, "max_new_tokens": 3, "do_sample": False}
+    found = model.generate(IDS[:1], assistant_model=model, **options)
+    assert torch.equal(found, model.generate(IDS[:1], **options))
 
 
 def test_a_bidirectional_model_has_no_cache():
