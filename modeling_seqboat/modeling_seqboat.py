@@ -428,6 +428,9 @@ class SeqBoatModel(SeqBoatPreTrainedModel):
         cache = self._cache_for(past, use_cache)
         if input_ids is not None:
             self._check_ids(input_ids)
+        if input_values is not None and attention_mask is not None and attention_mask.shape == input_values.shape:
+            # The gradient of the embedding is a sum of products with them: a NaN under a pad would stay in it.
+            input_values = input_values.masked_fill(attention_mask.to(input_values.device) == 0, 0)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_values if input_ids is None else input_ids)
         batch, length = inputs_embeds.shape[:2]

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from helpers import tiny_lm
+from helpers import tiny_config, tiny_lm, tiny_model
 from torch import Tensor
 
-from modeling_seqboat import SeqBoatCache
+from modeling_seqboat import SeqBoatCache, SeqBoatForCausalLM, SeqBoatForTokenClassification
 
 BATCH, LENGTH, PLACE = 2, 150, 100
 # The text of the token at PLACE ends before this one.
@@ -63,3 +63,28 @@ def test_a_token_that_is_not_finite_reaches_no_other_text(run, overrides, router
                 torch.testing.assert_close(found[row, columns], expected[row, columns], atol=1e-5, rtol=1e-5)
             # Nor is it hidden.
             assert not found[0, PLACE : PLACE + 5].isfinite().any()
+
+
+PADDED = [
+    (SeqBoatForCausalLM, {}),
+    (SeqBoatForCausalLM, {"ssm_truncation": 5}),
+    (SeqBoatForCausalLM, {"ssm_type": "s5", "router_type": "always"}),
+    (SeqBoatForTokenClassification, {"bidirectional": True, "input_type": "values"}),
+    (SeqBoatForTokenClassification, {"bidirectional": True, "input_type": "values", "norm_type": "batchnorm"}),
+]
+
+
+@pytest.mark.parametrize(("kind", "overrides"), PADDED)
+def test_nan_under_pads_reaches_neither_loss_nor_gradients(kind, overrides):
+    model, mask = tiny_model(kind, tiny_config(**overrides)).train(), torch.ones(2, 20, dtype=torch.long)
+    mask[0, :6] = mask[1, 9:12] = mask[1, 17:] = 0
+    name, width = ("input_values", ()) if "input_type" in overrides else ("inputs_embeds", (12,))
+    inputs = torch.randn(2, 20, *width, generator=torch.Generator().manual_seed(3))
+    found = []
+    for value in (0.5, torch.nan):
+        model.zero_grad()
+        inputs[mask == 0] = value
+        loss = model(**{name: inputs}, attention_mask=mask, labels=mask.masked_fill(mask == 0, -100)).loss
+        loss.backward()
+        found.append((loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
+    torch.testing.assert_close(found[1], found[0])
