@@ -133,7 +133,7 @@ def ema_step(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`ema_scan` of one column without chunks and without branches on values: the recurrence as it is written.
 
-    Args: those of `ema_scan` with L = 1. The kernel overwrites the state.
+    Args: those of `ema_scan` with L = 1, skip of any float dtype. The kernel overwrites the state.
         block_start: (B, 1) bool, with `delayed`, True where a multiple of T tokens stands before this one. The state
             is then (B, 2, D, N): that of the last T tokens, and beside it that of those since the last such place,
             which nothing was taken away from. Where the next block starts the two are the same, so the second becomes

@@ -213,7 +213,9 @@ class SeqBoatEMA(Recurrence):
                 delayed = shift_real_tokens(x, truncation, real, reset, history)
             arguments = {"real": real, "reset": reset, "delayed": delayed, "delay_decay": delay_decay}
             arguments["activation"] = self.fused_activation
-            skip = self.omega.to(tables[0].dtype)
+            one_column = before is not None and x.shape[1] == 1 and relay is None
+            # A step takes it as it is, a launch less.
+            skip = self.omega if one_column else self.omega.to(tables[0].dtype)
             block = None
             if tokens is not None:
                 if window is not None:
@@ -228,7 +230,7 @@ class SeqBoatEMA(Recurrence):
             if relay is not None:
                 arguments["relay"] = relay(functools.partial(ema_decayed, tables[0].detach()))
                 y, state = ops.ema_scan(x, *tables, skip, **arguments)
-            elif before is not None and x.shape[1] == 1:
+            elif one_column:
                 # One column is a handful of elementwise operations, which need no kernel.
                 step = ops.ema_step if overwrite else ema_step
                 starts = None if tokens is None else (tokens % truncation == 0)[:, None]

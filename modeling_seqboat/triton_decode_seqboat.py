@@ -66,7 +66,7 @@ def _ema_step_kernel(
     tl.store(state_ptr, state, mask=mask)
     y = tl.sum(tl.load(output_gain_ptr + table, mask=mask, other=0.0) * state, axis=1)
     if HAS_SKIP:
-        y += tl.load(skip_ptr + d, mask=inside, other=0.0) * x
+        y += tl.load(skip_ptr + d, mask=inside, other=0.0).to(tl.float32) * x
     if SILU:
         y = y / (1.0 + tl.exp(-y))
     tl.store(y_ptr + row * D + d, y.to(y_ptr.dtype.element_ty), mask=inside)
@@ -219,8 +219,8 @@ def ema_step_triton(
     real: Tensor | None = None, reset: Tensor | None = None, delayed: Tensor | None = None,
     delay_decay: Tensor | None = None, block_start: Tensor | None = None, activation: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`ema_step` in one launch, which overwrites `state`, contiguous float32, and returns it; x, delayed: float32,
-    bfloat16 or float16."""
+    """`ema_step` in one launch, which overwrites `state`, contiguous float32, and returns it; x, skip, delayed:
+    float32, bfloat16 or float16."""
     batch, _, width = x.shape
     states = decay.shape[-1]
     x = x.contiguous()

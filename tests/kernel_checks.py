@@ -73,7 +73,7 @@ def ema_step_triton(
     table = (width, decay.shape[-1])
     inputs = {
         "x": (x, (batch, 1, width), FLOATS),
-        "skip": (skip, (width,), SINGLE),
+        "skip": (skip, (width,), FLOATS),
         "state": (state, (batch, *table) if block_start is None else (batch, 2, *table), SINGLE),
         "delayed": (delayed, (batch, 1, width), (x.dtype,)),
     }

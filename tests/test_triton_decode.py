@@ -131,7 +131,7 @@ def test_ema_step_equals_the_specification(width, states, marks, dtype):
         "decay": torch.rand(width, states, generator=generator),
         "input_gain": randn(width, states),
         "output_gain": randn(width, states),
-        "skip": None if "o" in marks else randn(width),
+        "skip": None if "o" in marks else randn(width).to(dtype),
         "state": randn(batch, width, states),
     }
     if "m" in marks:
