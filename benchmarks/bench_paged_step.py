@@ -5,10 +5,11 @@
 Both steps are CUDA graphs of the same model with full memories. The pages are taken in a shuffled order from a pool
 that has more of them than there are rows. `copied` is what a plug-in would do that gathers each row's state and
 puts it back. Before anything is timed, the hidden states of the first two are compared. Without a GPU `--toy` runs a
-small model eagerly, to see that it works.
+small model eagerly, to see that it works. `--kernels 20` tells of the step in a row where its time goes.
 """
 
 import argparse
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import torch
 from competitors import SIZES
 from measuring import captured, median_ms
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from modeling_seqboat import SeqBoatCache, SeqBoatConfig, SeqBoatForCausalLM
 from vllm_seqboat.pages import PagedCache, empty_pages
@@ -70,6 +72,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32, 128])
     parser.add_argument("--repeats", type=int, default=50)
+    parser.add_argument("--kernels", type=int, default=0, help="print as many kernels, those that take most first")
     parser.add_argument("--toy", action="store_true", help="a small model, on the CPU where there is no GPU")
     parser.add_argument("--output", type=Path, help="file for the table; it is printed in any case")
     a = parser.parse_args(argv)
@@ -90,6 +93,8 @@ def main(argv: list[str] | None = None) -> None:
         cells = [f"{ms:.3f}" for ms in times] + [f"{1e3 * rows / times[1]:.0f}", f"{active:.2f}", f"{difference:.1e}"]
         lines.append(f"| {rows} | {' | '.join(cells)} |")
         print(lines[-1], flush=True)
+        if a.kernels:
+            print("\n".join(_kernels(steps.in_a_row, device, a.kernels)), flush=True)
         del steps
     where = torch.cuda.get_device_name() if on_gpu else "CPU"
     size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
@@ -109,6 +114,26 @@ def main(argv: list[str] | None = None) -> None:
     if a.output is not None:
         a.output.parent.mkdir(parents=True, exist_ok=True)
         a.output.write_text("\n".join(report) + "\n", encoding="utf-8")
+
+
+def _kernels(run: Callable[[], Tensor], device: torch.device, count: int) -> list[str]:
+    """Microseconds and launches of a step by kernel, the longest first; without a GPU by operation of PyTorch."""
+    on_gpu, repeats = device.type == "cuda", 5
+    step = captured(run) if on_gpu else run
+    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as found:
+        for _ in range(repeats):
+            step()
+        if on_gpu:
+            torch.cuda.synchronize()
+    times, launches = Counter(), Counter()
+    for event in found.events():
+        if not on_gpu or event.device_type == torch.autograd.DeviceType.CUDA:
+            times[event.name] += event.time_range.elapsed_us() if on_gpu else event.self_cpu_time_total
+            launches[event.name] += 1
+    head = f"{sum(times.values()) / repeats:9.1f} {sum(launches.values()) / repeats:7.1f} all"
+    return [head] + [
+        f"{time / repeats:9.1f} {launches[name] / repeats:7.1f} {name[:90]}" for name, time in times.most_common(count)
+    ]
 
 
 def _time(run: Callable[[], Tensor], device: torch.device, repeats: int) -> float:

@@ -470,3 +470,15 @@ def test_steps_over_processes_are_timed(tmp_path, capfd):
         ("seqboat-enwik8", 1), ("seqboat-enwik8", 2), ("seqboat-toy", 2), ("llama-toy", 2)
     ]  # fmt: skip
     assert all(row["tokens_per_s"] > 0 and row["flops"] > 0 for row in rows)
+
+
+def test_a_step_over_pages_tells_where_its_time_goes(bench, tmp_path, capsys):
+    import bench_paged_step
+
+    bench_paged_step.main(["--toy", "--rows", "2", "--repeats", "2", "--kernels", "3", "--output", str(tmp_path / "x")])
+    lines = (tmp_path / "x").read_text("utf-8").splitlines()
+    assert [line.split("|")[-2].strip() for line in lines if line.startswith("| 2 |")] == ["0.0e+00"]
+    printed = capsys.readouterr().out.splitlines()
+    (head,) = [place for place, line in enumerate(printed) if line.endswith(" all")]
+    whole, *parts = (float(line.split()[0]) for line in printed[head : head + 4])
+    assert sorted(parts, reverse=True) == parts and sum(parts) < whole
