@@ -11,7 +11,15 @@ RECORD_FILE = "training_record.json"
 ROOT = Path(__file__).resolve().parent.parent
 # Where a run read and wrote is nobody's business: of these only the last part of the path is kept.
 _PATHS = ("train_file", "dataset_files", "output_dir", "tokenizer", "init_from", "data", "output")
+# Folders of a run that hold a model.
+PARTS = ("best", "final", "averaged")
 _LEFT_OUT = ("resume_from_checkpoint", "overwrite_output_dir")
+
+
+def published_name(path: str) -> str:
+    """The last part of a path, and for the model of a run the run's folder before it."""
+    last = Path(path).name
+    return f"{Path(path).resolve().parent.name}/{last}" if last in PARTS else last
 
 
 def published_command(script: str, argv: Sequence[str]) -> str:
@@ -29,7 +37,7 @@ def published_command(script: str, argv: Sequence[str]) -> str:
             if not separator:
                 next(arguments, None)
         elif option in _PATHS:
-            words += [name, Path(value if separator else next(arguments, "")).name]
+            words += [name, published_name(value if separator else next(arguments, ""))]
         else:
             words.append(word)
     return f"python {shlex.join(words)}"
@@ -42,17 +50,19 @@ def hardware(device: torch.device, processes: int) -> str:
 
 
 def training_before(start: str | None) -> dict[str, str | int]:
-    """What a record says of the training of the model that a run starts from, as far as that model has a record."""
+    """What a record says of the training of the model that a run starts from, as far as that model has a record; how
+    long the best model of a run was trained is not in it."""
     if start is None:
         return {}
     folder = Path(start).resolve()
-    known: dict[str, str | int] = {"init_from": folder.name}
-    file = (folder.parent if folder.name in ("best", "final") else folder) / RECORD_FILE
-    if file.is_file():
-        record = read_json_object(file)
+    run = folder.parent if folder.name in PARTS else folder
+    known: dict[str, str | int] = {"init_from": published_name(start)}
+    if folder.name != "best" and (run / RECORD_FILE).is_file():
+        record = read_json_object(run / RECORD_FILE)
         for name in ("steps", "tokens_seen"):
-            counts = (record.get(name), record.get(f"{name}_before"))
-            known[f"{name}_before"] = sum(count for count in counts if isinstance(count, int))
+            if isinstance(record.get(name), int):
+                earlier = record.get(f"{name}_before")
+                known[f"{name}_before"] = record[name] + (earlier if isinstance(earlier, int) else 0)
     return known
 
 

@@ -375,7 +375,8 @@ class SeqBoatConfig(PreTrainedConfig):
         return {name: values[name] for name in changed}
 
     def update(self, config_dict: Mapping[str, Any]) -> None:
-        """Sets several attributes at once: fields that depend on each other are checked together, in any order.
+        """Sets several attributes at once: fields that depend on each other are checked together, in any order (and
+        without the `__setattr__` of a subclass).
 
         Raises ValueError as assignment does; the config is then as it was.
         """
@@ -395,10 +396,9 @@ class SeqBoatConfig(PreTrainedConfig):
 
     def update_from_string(self, update_str: str) -> None:
         """`update` by "name=value,name=value", of attributes that are numbers, booleans or strings."""
-        names = (*self.__dict__, "num_labels", "head_dim", "num_attention_heads")
-        parsed = SimpleNamespace(**{name: getattr(self, name) for name in names})
-        PreTrainedConfig.update_from_string(parsed, update_str)
         given = [pair.split("=")[0] for pair in update_str.split(",")]
+        parsed = SimpleNamespace(**{name: getattr(self, name) for name in given if hasattr(self, name)})
+        PreTrainedConfig.update_from_string(parsed, update_str)
         self.update({name: getattr(parsed, name) for name in given})
 
     def _warn_if_unknown(self, name: str) -> None:

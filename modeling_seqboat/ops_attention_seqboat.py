@@ -119,7 +119,8 @@ def attention_weights(scores: Tensor, visible: Tensor, activation: str) -> Tenso
 def _weights_backward(scores: Tensor, weights: Tensor, grad: Tensor, visible: Tensor, activation: str) -> Tensor:
     """The gradient of the scores, given that of the weights."""
     if activation == "softmax":
-        return weights * (grad - (weights * grad).sum(-1, keepdim=True))
+        # A row of NaN has them at keys that it does not see, too.
+        return (weights * (grad - (weights * grad).sum(-1, keepdim=True))).masked_fill_(~visible, 0)
     if activation == "relu2":
         slope = 2 * scores.relu()
     else:
@@ -150,15 +151,18 @@ def windowed_attention(
         gate: (M, V) of v's dtype; the result is then multiplied with it.
 
     Returns:
-        (M, V) of v's dtype. Time and memory are linear in M; weights are recomputed in backward.
+        (M, V) of v's dtype. Time and memory are linear in M; weights are recomputed in backward. A query that is not
+        finite, or sees a key or value that is not, gives NaN, and no other does, but in a compiled or exported graph
+        and while a CUDA graph is captured, where nothing can be looked up.
     """
     seed = int(torch.randint(2**62, ())) if dropout_p > 0 else 0
-    if not must_not_wait(v.device) and not bool(v.detach().sum(dtype=torch.float32).isfinite()):
-        # A hidden key has weight 0, which a product with NaN or infinity would not keep; its score is masked. Queries
-        # that see the key become NaN by its score.
-        wrong = ~v.isfinite()
-        k, v = k.masked_fill(wrong.any(1, keepdim=True), torch.nan), v.masked_fill(wrong, 0)
-    blocks, places = _blocks(key_start, key_end), (key_start, key_end, q_place, k_place)
+    wrong_queries = wrong_keys = None
+    if not must_not_wait(v.device) and not _are_finite(q, k, v):
+        # A hidden key has weight 0, which a product with NaN or infinity would not keep: here and in the gradients.
+        wrong_queries = ~q.isfinite().all(1, keepdim=True)
+        wrong_keys = ~(k.isfinite().all(1, keepdim=True) & v.isfinite().all(1, keepdim=True))
+        q, k, v = q.masked_fill(wrong_queries, 0), k.masked_fill(wrong_keys, 0), v.masked_fill(wrong_keys, 0)
+    blocks, places = _blocks(key_start, key_end), (key_start, key_end, q_place, k_place, wrong_queries, wrong_keys)
     numbers = {"activation": activation, "scale": scale, "center": bias_center, "dropout_p": dropout_p}
     out = _WindowedAttention.apply(q, k, v, bias_table, places, blocks, seed, numbers)
     return out if gate is None else out * gate
@@ -240,6 +244,10 @@ def gated_unit(
     return (gated, k, v) if keep else (gated, None, None)
 
 
+def _are_finite(*tensors: Tensor) -> bool:
+    return bool(sum(tensor.detach().sum(dtype=torch.float32) for tensor in tensors).isfinite())
+
+
 def _blocks(key_start: Tensor, key_end: Tensor) -> list[tuple[int, int, int, int]]:
     """Query blocks with the keys they need: (first query, end, first key, end). One copy to the host."""
     count = key_start.shape[0]
@@ -275,14 +283,18 @@ def _computed(q, k, table, places, blocks, seed, *, activation, scale, center, d
     generator = torch.Generator(device=q.device).manual_seed(seed) if dropout_p > 0 else None
     for q0, q1, k0, k1 in blocks:
         queries, keys, entries, kept = slice(q0, q1), slice(k0, k1), None, None
-        key_start, key_end, q_place, k_place = places
+        key_start, key_end, q_place, k_place, wrong_queries, wrong_keys = places
         scores = (q[queries].to(dtype) * scale) @ k[keys].to(dtype).t()
         if table is not None:
             entries = (center + k_place[None, keys] - q_place[queries, None]).clamp(0, table.shape[0] - 1)
             scores = scores + table.to(dtype)[entries]
         numbers = torch.arange(k0, k1, device=k.device)
         visible = (numbers >= key_start[queries, None]) & (numbers < key_end[queries, None])
+        if wrong_keys is not None:
+            scores = scores.masked_fill(visible & (wrong_queries[queries] | wrong_keys[keys].t()), torch.nan)
         weights = attention_weights(scores, visible, activation)
+        if wrong_keys is not None:
+            weights = weights.masked_fill(~visible, 0)
         if generator is not None:
             drawn = torch.rand(weights.shape, device=weights.device, generator=generator)
             kept = (drawn >= dropout_p).to(weights.dtype) / (1 - dropout_p)
@@ -308,7 +320,14 @@ class _WindowedAttention(torch.autograd.Function):
 
     @staticmethod
     def _gradients(ctx, grad_out):
-        q, k, v, table, *places = ctx.saved_tensors
+        q, k, v, table, *places, wrong_queries, wrong_keys = ctx.saved_tensors
+        if not must_not_wait(v.device) and not _are_finite(grad_out):
+            # What is behind such a query stays with the keys that it sees.
+            wrong = ~grad_out.isfinite().all(1, keepdim=True)
+            grad_out = grad_out.masked_fill(wrong, 0)
+            wrong_queries = wrong if wrong_queries is None else wrong | wrong_queries
+            wrong_keys = torch.zeros_like(k[:, :1], dtype=torch.bool) if wrong_keys is None else wrong_keys
+        places += wrong_queries, wrong_keys
         dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
         grads = [None if t is None else torch.zeros(t.shape, dtype=dtype, device=t.device) for t in (q, k, v, table)]
         grad_q, grad_k, grad_v, grad_table = grads

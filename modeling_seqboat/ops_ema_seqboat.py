@@ -238,8 +238,8 @@ def toeplitz(taps: Tensor) -> Tensor:
 
 
 def causal_product(matrix: Tensor, columns: Tensor, size: int) -> Tensor:
-    """What the tokens of each chunk give the later ones: matrix @ columns, where a NaN or an infinity reaches no token
-    before it, as the zeros above the diagonal alone would have it.
+    """What the tokens of each chunk give the later ones: matrix @ columns, in which a NaN or an infinity reaches no
+    token before it, though 0 * NaN is NaN.
 
     Args:
         matrix: (D, I, J), made of causal (C, C) blocks; the last row of the first has no zeros.
@@ -247,8 +247,8 @@ def causal_product(matrix: Tensor, columns: Tensor, size: int) -> Tensor:
         size: C, of which I and J are multiples.
 
     Returns:
-        (D, I, K). In an exported graph, and while a CUDA graph is captured, nothing can be looked up, and a NaN does
-        reach its whole chunk.
+        (D, I, K). In a compiled or exported graph, and while a CUDA graph is captured, nothing can be looked up, and a
+        NaN does reach its whole chunk.
     """
     product = torch.bmm(matrix, columns)
     # Each token enters the last row, so that this is NaN or infinite if any of them is.

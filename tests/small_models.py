@@ -23,7 +23,7 @@ SMALL = {
 }
 
 
-_MADE: dict[str, tuple[torch.nn.Module, torch.Tensor]] = {}
+_MADE: dict[tuple, tuple[torch.nn.Module, torch.Tensor]] = {}
 
 
 def copy_of(make: Callable[..., torch.nn.Module], *arguments, **overrides) -> torch.nn.Module:
@@ -31,7 +31,7 @@ def copy_of(make: Callable[..., torch.nn.Module], *arguments, **overrides) -> to
     kept, for a copy takes a third to a tenth of the time."""
     recurrence = RECURRENCES.get(overrides.get("ssm_type", "ema"))
     defaults = torch.get_default_dtype(), torch.get_default_device()
-    key = repr((make, arguments, sorted(overrides.items()), recurrence, defaults))
+    key = make, recurrence, repr((arguments, sorted(overrides.items()), defaults))
     if key not in _MADE:
         _MADE[key] = make(*arguments, **overrides), torch.get_rng_state()
     model, numbers = _MADE[key]

@@ -26,6 +26,10 @@ def start() -> str:
     """Starts the process that imports the libraries when it is first asked for a stranger. It ends with this process.
     Returns where it is asked."""
     folder = tempfile.mkdtemp(prefix="strangers-")
+    if len(folder) > 90 and os.path.isdir("/tmp"):
+        # The address of a socket may have some 100 characters.
+        os.rmdir(folder)
+        folder = tempfile.mkdtemp(prefix="strangers-", dir="/tmp")
     address = os.path.join(folder, "socket")
     listener, (here, there) = socket.socket(socket.AF_UNIX), socket.socketpair()
     with listener, there:
@@ -40,7 +44,7 @@ def start() -> str:
 
 
 def share() -> None:
-    """Has the processes that this one starts ask the same one. Nothing where there are no such processes."""
+    """Has the processes that this one starts ask the same one; on systems without such sockets nothing is shared."""
     if hasattr(socket, "AF_UNIX"):
         os.environ[ADDRESS] = start()
 

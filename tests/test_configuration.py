@@ -137,6 +137,8 @@ def test_update_from_a_string_does_not_depend_on_its_order():
         config = SeqBoatConfig()
         config.update_from_string(text)
         assert config.bidirectional and not config.use_cache
+    config.update_from_string("output_attentions=true,num_labels=5")
+    assert config.output_attentions and config.num_labels == 5
     with pytest.raises(ValueError, match="hidden_sise"):
         config.update_from_string("hidden_sise=8")
 
@@ -252,6 +254,8 @@ def test_overrides_of_from_pretrained_are_checked_together_in_any_order(tmp_path
         values = {"use_cache": False, "bidirectional": True}
         config = AutoConfig.from_pretrained(tmp_path, **{name: values[name] for name in names})
         assert config.bidirectional and not config.use_cache
+    config.update_from_string("output_attentions=true,num_labels=5")
+    assert config.output_attentions and config.num_labels == 5
     with pytest.raises(ValueError, match="use_cache=True contradicts bidirectional=True"):
         SeqBoatConfig.from_pretrained(tmp_path, bidirectional=True)
     config, unused = SeqBoatConfig.from_pretrained(

@@ -65,6 +65,21 @@ def test_a_token_that_is_not_finite_reaches_no_other_text(run, overrides, router
             assert not found[0, PLACE : PLACE + 5].isfinite().any()
 
 
+@pytest.mark.parametrize("router_type", ["tempered_softmax", "always"])
+@pytest.mark.parametrize("overrides", MODELS.values(), ids=MODELS)
+def test_gradients_of_other_rows_are_theirs(overrides, router_type):
+    """Those of a loss over the second row, while the first has a NaN."""
+    model = tiny_lm(router_type=router_type, **overrides)
+    embeds = torch.randn(BATCH, LENGTH, model.config.hidden_size, generator=torch.Generator().manual_seed(1))
+    found = []
+    for value in (0.5, torch.nan):
+        embeds[0, PLACE] = value
+        given = embeds.clone().requires_grad_()
+        model(inputs_embeds=given).logits[1].square().sum().backward()
+        found.append(given.grad[1])
+    torch.testing.assert_close(found[1], found[0])
+
+
 PADDED = [
     (SeqBoatForCausalLM, {}),
     (SeqBoatForCausalLM, {"ssm_truncation": 5}),
