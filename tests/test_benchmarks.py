@@ -475,7 +475,7 @@ def test_steps_over_processes_are_timed(tmp_path, capfd):
 def test_a_step_over_pages_tells_where_its_time_goes(bench, tmp_path, capsys):
     import bench_paged_step
 
-    bench_paged_step.main(["--toy", "--rows", "2", "--repeats", "2", "--kernels", "3", "--output", str(tmp_path / "x")])
+    bench_paged_step.main(["--toy", "--rows", "2", "--repeats", "2", "--kernels", "3", "--output", f"{tmp_path}/x"])
     lines = (tmp_path / "x").read_text("utf-8").splitlines()
     assert [line.split("|")[-2].strip() for line in lines if line.startswith("| 2 |")] == ["0.0e+00"]
     printed = capsys.readouterr().out.splitlines()

@@ -203,7 +203,8 @@ def test_a_run_starts_from_the_weights_of_another(tmp_path, examples):
     assert all(torch.equal(tensor, expected[name]) for name, tensor in load_file(found / "model.safetensors").items())
     text = (tmp_path / "second" / "training_record.json").read_text("utf-8")
     record = json.loads(text)
-    assert (record["init_from"], record["steps_before"], record["tokens_seen_before"]) == ("first/final", 3, 3 * 4 * 32)
+    counts = record["steps_before"], record["tokens_seen_before"]
+    assert (record["init_from"], *counts) == ("first/final", 3, 3 * 4 * 32)
     assert str(tmp_path) not in text and record["steps"] == 3
     for flags, message in (
         ({"config_overrides": '{"hiden": 1}'}, "hiden is no field of SeqBoatConfig"),
