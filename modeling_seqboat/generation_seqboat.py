@@ -130,7 +130,8 @@ def _refuse_other_mask(inputs: Tensor | None, kwargs: dict) -> None:
         return
     if mask.shape != given.shape[:2]:
         raise ValueError(
-            f"attention_mask must have a row a prompt, {tuple(given.shape[:2])} as {name}, got {tuple(mask.shape)}"
+            f"attention_mask must be of shape {tuple(given.shape[:2])}, as {name} (a row for each prompt), got "
+            f"{tuple(mask.shape)}"
         )
 
 

@@ -379,7 +379,7 @@ def test_generation_refuses_what_it_cannot_honour(idle_model):
 def test_generation_refuses_the_mask_of_another_prompt(idle_model):
     # transformers leaves out a mask that is all ones, whatever its shape.
     rows, width = IDS.shape
-    for shape in ((rows, width - 1), (rows, width + 2), (rows + 1, width)):
+    for shape in ((rows, width - 1), (rows, width + 2), (rows + 1, width), (1, width)):
         mask = torch.ones(shape, dtype=torch.long)
         for given in ({"input_ids": IDS}, {"inputs_embeds": idle_model.get_input_embeddings()(IDS)}):
             with pytest.raises(
