@@ -9,15 +9,13 @@ small model eagerly, to see that it works. `--kernels 20` tells of the step in a
 """
 
 import argparse
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from competitors import SIZES
-from measuring import captured, median_ms
+from measuring import captured, median_ms, times_by_kernel
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 from modeling_seqboat import SeqBoatCache, SeqBoatConfig, SeqBoatForCausalLM
 from vllm_seqboat.pages import PagedCache, empty_pages
@@ -117,23 +115,10 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _kernels(run: Callable[[], Tensor], device: torch.device, count: int) -> list[str]:
-    """Microseconds and launches of a step by kernel, the longest first; without a GPU by operation of PyTorch."""
-    on_gpu, repeats = device.type == "cuda", 5
-    step = captured(run) if on_gpu else run
-    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as found:
-        for _ in range(repeats):
-            step()
-        if on_gpu:
-            torch.cuda.synchronize()
-    times, launches = Counter(), Counter()
-    for event in found.events():
-        if not on_gpu or event.device_type == torch.autograd.DeviceType.CUDA:
-            times[event.name] += event.time_range.elapsed_us() if on_gpu else event.self_cpu_time_total
-            launches[event.name] += 1
-    head = f"{sum(times.values()) / repeats:9.1f} {sum(launches.values()) / repeats:7.1f} all"
-    return [head] + [
-        f"{time / repeats:9.1f} {launches[name] / repeats:7.1f} {name[:90]}" for name, time in times.most_common(count)
-    ]
+    """Microseconds and launches of a step by kernel."""
+    times = times_by_kernel(captured(run) if device.type == "cuda" else run, device)
+    head = f"{sum(map(sum, times.values())):9.1f} {sum(map(len, times.values())):5d} all"
+    return [head] + [f"{sum(each):9.1f} {len(each):5d} {name}" for name, each in [*times.items()][:count]]
 
 
 def _time(run: Callable[[], Tensor], device: torch.device, repeats: int) -> float:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from modeling_seqboat.graphed_step_seqboat import stream_capacity
 
@@ -46,6 +47,21 @@ def median_ms(run: Callable[[], object], device: torch.device, repeats: int, war
         synchronise(device)
         times.append((time.perf_counter() - start) * 1e3)
     return statistics.median(times)
+
+
+def times_by_kernel(run: Callable[[], object], device: torch.device) -> dict[str, list[float]]:
+    """Microseconds of each launch by kernel, those that take most first; without a GPU by operation of PyTorch."""
+    on_gpu = device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu) as found:
+        run()
+        synchronise(device)
+    times: dict[str, list[float]] = {}
+    for event in found.events():
+        if not on_gpu:
+            times.setdefault(event.name[:90], []).append(event.self_cpu_time_total)
+        elif event.device_type == torch.autograd.DeviceType.CUDA:
+            times.setdefault(event.name[:90], []).append(event.device_time)
+    return dict(sorted(times.items(), key=lambda item: -sum(item[1])))
 
 
 def release_memory(device: torch.device) -> None:

@@ -7,7 +7,7 @@ import argparse
 
 import torch
 from competitors import seqboat, set_activation_rate
-from measuring import autocast, median_ms, train_step
+from measuring import autocast, median_ms, times_by_kernel, train_step
 
 from modeling_seqboat.graphed_step_seqboat import GraphedStep
 
@@ -48,18 +48,11 @@ def main() -> None:
     print(f"as one CUDA graph: step {median_ms(replay, device, 7):.1f} ms")
     print(f"peak {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
     model.zero_grad(set_to_none=True)
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile:
-        train_step(model, ids)
-        torch.cuda.synchronize()
-    kernels: dict[str, list[float]] = {}
-    for event in profile.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
-            kernels.setdefault(event.name[:90], []).append(event.device_time / 1e3)
-    total = sum(sum(times) for times in kernels.values())
+    kernels = times_by_kernel(lambda: train_step(model, ids), device)
+    total = sum(map(sum, kernels.values())) / 1e3
     print(f"kernels: {sum(map(len, kernels.values()))} launches, {total:.1f} ms on the device")
-    for name, times in sorted(kernels.items(), key=lambda item: -sum(item[1]))[: arguments.rows]:
-        print(f"{sum(times):8.2f} ms {len(times):5d} x  {name}")
+    for name, times in [*kernels.items()][: arguments.rows]:
+        print(f"{sum(times) / 1e3:8.2f} ms {len(times):5d} x  {name}")
 
 
 if __name__ == "__main__":

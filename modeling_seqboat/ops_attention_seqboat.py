@@ -119,8 +119,7 @@ def attention_weights(scores: Tensor, visible: Tensor, activation: str) -> Tenso
 def _weights_backward(scores: Tensor, weights: Tensor, grad: Tensor, visible: Tensor, activation: str) -> Tensor:
     """The gradient of the scores, given that of the weights."""
     if activation == "softmax":
-        # A row of NaN has them at keys that it does not see, too.
-        return (weights * (grad - (weights * grad).sum(-1, keepdim=True))).masked_fill_(~visible, 0)
+        return weights * (grad - (weights * grad).sum(-1, keepdim=True))
     if activation == "relu2":
         slope = 2 * scores.relu()
     else:
@@ -340,6 +339,9 @@ class _WindowedAttention(torch.autograd.Function):
             grad_weights = grad @ v[keys].to(dtype).t()
             grad_weights = grad_weights if kept is None else grad_weights * kept
             grad_scores = _weights_backward(scores, weights, grad_weights, visible, activation)
+            if wrong_keys is not None:
+                # A row of NaN has them at keys that it does not see, too.
+                grad_scores = grad_scores.masked_fill(~visible, 0)
             grad_q[queries] = grad_scores @ k[keys].to(dtype) * scale
             grad_k[keys].addmm_(grad_scores.t(), q[queries].to(dtype), alpha=scale)
             if grad_table is not None:
