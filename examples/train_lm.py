@@ -193,13 +193,26 @@ def evaluate(a: TrainArguments, accelerator: Accelerator, parts: Parts, model, h
     return loss / count / math.log(2) / held_out.bytes_per_token
 
 
-def agreed(accelerator: Accelerator, asked: bool, seconds: float) -> tuple[bool, float]:
-    """What all processes go by: whether any was asked to stop, and one reading of their clocks."""
-    if accelerator.num_processes == 1:
-        return asked, seconds
-    mean = accelerator.reduce(torch.tensor([float(asked), seconds], device=accelerator.device), "mean")
-    asked_share, seconds = mean.tolist()
-    return asked_share > 0, seconds
+class Agreement:
+    """What all processes go by: whether any was asked to stop, and one reading of their clocks.
+
+    Of several processes it is that of the step before: reading the present one would have each host wait for its
+    device, at every step.
+    """
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator, self.before = accelerator, None
+
+    def __call__(self, asked: bool, seconds: float) -> tuple[bool, float]:
+        if self.accelerator.num_processes == 1:
+            return asked, seconds
+        told = torch.tensor([float(asked), seconds])
+        if self.accelerator.device.type == "cuda":
+            told = told.pin_memory()
+        mean = self.accelerator.reduce(told.to(self.accelerator.device, non_blocking=True), "mean")
+        read, self.before = mean if self.before is None else self.before, mean
+        asked_share, seconds = read.tolist()
+        return asked_share > 0, seconds
 
 
 def rows_of_a_step(a: TrainArguments, processes: int) -> int:
@@ -423,12 +436,13 @@ class Training:
     def _loop(self, batches: Iterator[dict], bar: tqdm) -> dict:
         a, progress, clock = self.a, self.progress, Clock(self.progress.seconds)
         losses, counted_from, speed, validated, stop, last = [], progress.step, 0.0, None, False, False
+        agreement = Agreement(self.accelerator)
         self.model.train()
         while progress.step < a.max_steps and progress.time_share < 1 and not stop:
             loss = self._step(batches)
             progress.step += 1
             losses.append(self.accelerator.reduce(loss, "mean"))
-            stop, progress.seconds = agreed(self.accelerator, self.asked_to_stop, clock.seconds)
+            stop, progress.seconds = agreement(self.asked_to_stop, clock.seconds)
             bar.update(min(round(progress.seconds), bar.total) - bar.n if math.isinf(a.max_steps) else 1)
             last = progress.step == a.max_steps or progress.time_share >= 1
             if progress.step % a.logging_steps == 0 or last:
