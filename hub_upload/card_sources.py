@@ -58,6 +58,8 @@ RECORD_LABELS = {
 _TRAINER_NAMES = {"train/loss": "loss", "train/learning_rate": "learning_rate"}
 LARGEST = 1e300
 _VALIDATION = "validation/bits_per_byte"
+# A run that averages its weights scores both models; the folder `averaged` holds the average.
+_AVERAGED_VALIDATION = "validation/averaged_bits_per_byte"
 # Measurements of the evaluation run that say nothing about the model.
 _NOT_RESULTS = re.compile(r"eval_(runtime|samples_per_second|steps_per_second|model_preparation_time)|epoch|step")
 _RATE_KEY = re.compile(r"(?:.*/)?(?:layers?[._/]?(\d+)[._/])?activation_rate(?:\D*?(\d+))?")
@@ -104,7 +106,8 @@ def read_sources(
             that of its last `checkpoint-*`).
         layers: number of layers, which the activation rates must have.
         records: folder of a run of `examples/train_lm.py`, searched for `metrics.jsonl`, `training_record.json`,
-            `evaluation*.json` and `long_context.json`; for models called `best` and `final` the folder they are in.
+            `evaluation*.json` and `long_context.json`; for models called `best`, `final` and `averaged` the folder
+            they are in, whose evaluations are not those of `averaged`.
         evaluations, record, state: files to use instead.
 
     Raises HubUploadError when a file that was named does not exist, or one that exists is not what it should be.
@@ -137,7 +140,7 @@ def format_number(value: float) -> str:
 
 def _run_folder(model: Path, records: Path | None) -> Path | None:
     if records is None:
-        return model.absolute().parent if model.name in ("best", "final") else None
+        return model.absolute().parent if model.name in ("best", "final", "averaged") else None
     if not (records / METRICS_FILE).is_file():
         raise HubUploadError(f"{records} is not the folder of a run of train_lm.py: it has no {METRICS_FILE}.")
     return records
@@ -148,7 +151,9 @@ def _evaluation_files(model: Path, run: Path | None, named: Sequence[Path]) -> l
         return [_existing(file) for file in named]
     if (model / EVALUATION_FILE).is_file() or run is None:
         return [file for file in [model / EVALUATION_FILE] if file.is_file()]
-    return [file for pattern in RUN_EVALUATIONS for file in sorted(run.glob(pattern))]
+    # Of a run's models these are of the trained one.
+    patterns = () if model.name == "averaged" else RUN_EVALUATIONS
+    return [file for pattern in patterns for file in sorted(run.glob(pattern))]
 
 
 def _reached(run_state: dict[str, Any]) -> dict[str, Any]:
@@ -220,8 +225,10 @@ def _state_of_metrics(path: Path, folder: str) -> dict[str, Any]:
     history = []
     for entry in entries:
         renamed = {_TRAINER_NAMES.get(name, name): value for name, value in entry.items()}
-        if _VALIDATION in renamed:
-            renamed["eval_bits_per_byte"] = renamed.pop(_VALIDATION)
+        scores = [renamed.pop(name, None) for name in (_VALIDATION, _AVERAGED_VALIDATION)]
+        score = scores[folder == "averaged"]
+        if score is not None:
+            renamed["eval_bits_per_byte"] = score
         history.append(renamed)
     return {"global_step": entries[-1]["step"] if entries else 0, "log_history": history}
 

@@ -116,7 +116,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         "--records",
         type=Path,
         metavar="RUN",
-        help="folder of a run of train_lm.py; default: DIR's, for best and final",
+        help="folder of a run of train_lm.py; default: DIR's, for best, final and averaged",
     )
     card.add_argument(
         "--evaluation",

@@ -329,6 +329,18 @@ def test_the_log_of_train_lm_is_read_up_to_the_weights_it_belongs_to(tmp_path):
     assert read_sources(tmp_path / "other", 1).procedure == {}
 
 
+def test_an_average_of_weights_has_a_score_of_its_own(tmp_path):
+    scores = {"validation/bits_per_byte": 2.5, "validation/averaged_bits_per_byte": 2.25}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 10} | scores) + "\n")
+    metrics = [{"type": "bits_per_byte", "value": 2.625}]
+    evaluation = {"results": [{"task": "text-generation", "dataset": {"name": "some"}, "metrics": metrics}]}
+    (tmp_path / "evaluation.json").write_text(json.dumps(evaluation))
+    averaged, final = read_sources(tmp_path / "averaged", 1), read_sources(tmp_path / "final", 1)
+    assert averaged.plain_results == {"bits_per_byte": 2.25} and averaged.procedure["Optimizer steps"] == "10"
+    assert final.plain_results == {"bits_per_byte": 2.5}
+    assert averaged.results == [] and final.results != []
+
+
 def test_the_flat_file_of_save_metrics_is_read(copied, tmp_path):
     file = tmp_path / "eval_results.json"
     file.write_text(json.dumps({"eval_loss": 1.25, "eval_accuracy": 0.5, "eval_runtime": 9.0, "epoch": 3.0}))
