@@ -5,6 +5,7 @@ import datetime
 import difflib
 import os
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,11 +13,13 @@ import yaml
 from run_folder import MANIFEST_FILE, check_free, latest_checkpoint, verify_checkpoint
 from safe_files import parse_json, read_json_object, read_text
 from script_start import ArgumentParser
-from transformers import HfArgumentParser, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import HfArgumentParser, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_seqboat import SeqBoatConfig
 
 Arguments = TypeVar("Arguments")
+# Of transformers' report on loading weights.
+_NOT_LOADED = ("missing_keys", "mismatched_keys")
 
 
 class _Parser(HfArgumentParser):
@@ -121,9 +124,9 @@ def refuse_unknown_fields(overrides: dict, kind: type[PreTrainedConfig]) -> None
         raise ValueError(f"config_overrides: {name} is no field of {kind.__name__}; the nearest is {near}")
 
 
-def check_same_shape(folder: Path, config: PreTrainedConfig) -> None:
+def check_same_shape(folder: Path, config: PreTrainedConfig, free: Collection[str] = ()) -> None:
     """Raises ValueError if `folder` is no checkpoint of these scripts, or one of a model that `config` does not
-    describe."""
+    describe; fields in `free` may differ."""
     if not (folder / "config.json").is_file():
         raise ValueError(f"{str(folder)!r} is no checkpoint folder of this script: it has no config.json")
     kind = read_json_object(folder / "config.json").get("model_type")
@@ -137,13 +140,29 @@ def check_same_shape(folder: Path, config: PreTrainedConfig) -> None:
     fields = set(type(config).__dataclass_fields__) & set(ours)
     # The Trainer turns use_cache off for the time of the training; the first loss sets problem_type.
     ignored = {"dtype", "transformers_version", "architectures", "kernel_backend", "loss_implementation", "use_cache"}
-    ignored.add("problem_type")
+    ignored |= {"problem_type", *free}
     for name in sorted(fields - ignored):
         if saved.get(name) != ours[name]:
             raise ValueError(
                 f"checkpoint {str(folder)!r} is of another shape: {name} is {saved.get(name)!r} there and "
                 f"{ours[name]!r} in this run"
             )
+
+
+def start_model(kind: type[PreTrainedModel], config: PreTrainedConfig, start: str | None) -> PreTrainedModel:
+    """A float32 model with the weights of the model `start`, or new ones for None. Raises ValueError where not all of
+    its weights come from there."""
+    if start is None:
+        return kind(config)
+    model, found = kind.from_pretrained(
+        start, config=config, dtype="float32", ignore_mismatched_sizes=True, output_loading_info=True
+    )
+    names = [name[0] if isinstance(name, tuple) else name for key in _NOT_LOADED for name in found[key]]
+    if names:
+        raise ValueError(
+            f"init_from {start!r} holds other weights than this run's {kind.__name__}: {sorted(names)[0]}"
+        )
+    return model
 
 
 def check_model_folder(name: str) -> None:

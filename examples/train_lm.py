@@ -49,6 +49,7 @@ from recipes import (
     json_object,
     parse_arguments,
     refuse_unknown_fields,
+    start_model,
 )
 from run_folder import RunFolder, open_log, take_folder_once
 from run_record import hardware, published_command, training_before, write_record
@@ -106,9 +107,7 @@ def config_to_start_from(a: TrainArguments, overrides: dict, tokenizer: PreTrain
 def build_model(a: TrainArguments, config: PreTrainedConfig, fresh: bool) -> nn.Module:
     """The model to train; `fresh`: a run at its start, with the weights of `init_from` if that is given."""
     kind = SeqBoatForCausalLM if a.model_type == "seqboat" else LlamaForCausalLM
-    if a.init_from is None or not fresh:
-        return kind(config)
-    return kind.from_pretrained(a.init_from, config=config, dtype=torch.float32)
+    return start_model(kind, config, a.init_from if fresh else None)
 
 
 def rate_factor(a: TrainArguments, step: int, time_share: float = 0.0) -> float:

@@ -2,6 +2,7 @@
 resumed run repeats an uninterrupted one, and missing data are named."""
 
 import dataclasses
+import hashlib
 import json
 from types import SimpleNamespace
 
@@ -113,7 +114,7 @@ def components(lit, reach=1):
             y, x = waiting.pop()
             for near in np.ndindex(2 * reach + 1, 2 * reach + 1):
                 at = (y + near[0] - reach, x + near[1] - reach)
-                if 0 <= min(at) and max(at) < len(lit) and lit[at] and not found[at]:
+                if 0 <= min(at) and at[0] < len(lit) and at[1] < len(lit[0]) and lit[at] and not found[at]:
                     found[at] = count
                     waiting.append(at)
     return found, count
@@ -121,10 +122,10 @@ def components(lit, reach=1):
 
 def dots(picture, reach=1, least=5.0):
     """One pixel of each dot: where a neighbourhood, 3 x 3 or larger, is nearly all bright, which no line is."""
-    size = len(picture)
+    height, width = picture.shape
     padded = np.pad(picture.astype(float) / 255, reach)
     side = range(2 * reach + 1)
-    around = sum(padded[y : y + size, x : x + size] for y in side for x in side)
+    around = sum(padded[y : y + height, x : x + width] for y in side for x in side)
     found, count = components(around > least)
     return [tuple(np.argwhere(found == index)[0]) for index in range(1, count + 1)]
 
@@ -160,6 +161,44 @@ def test_path_x_labels_are_what_the_picture_shows():
             # A dash is some 5 pixels long and 1.5 wide; a dot covers one of them, or more.
             sizes = sorted(int((areas == index).sum()) for index in range(1, count + 1))
             assert 4 * 5 < sizes[0] and sizes[7] < 4 * 18 < 14 * 6 < sizes[8]
+
+
+@pytest.mark.parametrize(("height", "dashes", "distractors"), [(32, 6, 2), (64, 9, 4)])
+def test_strips_show_their_labels(height, dashes, distractors):
+    pathfinder = module("pathfinder")
+    strip = dataclasses.replace(pathfinder.PATHX.strip(height), contour_length=dashes)
+    for gap in (2, 3):
+        pictures, labels = pathfinder.draw(np.random.default_rng(gap), 8, dataclasses.replace(strip, gaps=(gap,)))
+        assert len(pictures) > 5 and pictures.shape[1:] == (height, 128)
+        for picture, label in zip(pictures, labels, strict=True):
+            areas, count = components(picture > 0, gap + 1)
+            first, second = dots(picture, 2, 18.0)
+            assert count == 2 + distractors and (areas[first] == areas[second]) == bool(label)
+
+
+def test_squares_are_drawn_as_ever_and_strips_from_streams_of_their_own(tmp_path, monkeypatch):
+    pathfinder = module("pathfinder")
+    small, large = pathfinder.Drawing(), pathfinder.PATHX
+    drawn = [
+        (0, 20, small, 0), (3, 20, dataclasses.replace(small, contour_length=4), 1), (0, 4, large, 0),
+        (0, 4, dataclasses.replace(large, contour_length=7), 0),
+    ]  # fmt: skip
+    known = ["920a8569a6abbe34", "51a5b7cb5164798c", "1efdb09abdfda747", "b188e5078e235924"]
+    for arguments, digest in zip(drawn, known, strict=True):
+        pictures, labels = pathfinder._block(*arguments)
+        assert hashlib.sha256(pictures.tobytes() + labels.tobytes()).hexdigest()[:16] == digest
+    assert large.strip(None) == large.strip(128) == large
+    monkeypatch.setattr(pathfinder.os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(pathfinder, "BLOCK", 8)
+    pixels, _ = pathfinder.load(tmp_path, 0, 3, 4, large, 32)
+    again = pathfinder.load(tmp_path, 0, 3, 4, large, 32)[0]
+    assert pixels.shape == (3, 32 * 128) and np.array_equal(pixels, again)
+    pathfinder.load(tmp_path, 0, 3, 4, large, 64)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        f"pathfinder{height}x128-seed0-3-contour4.npz" for height in (32, 64)
+    }
+    with pytest.raises(ValueError, match="16 x 128 pixels hardly have room for two contours of 14 dashes"):
+        pathfinder.load(tmp_path, 0, 3, None, dataclasses.replace(large, distractors=0), 16)
 
 
 def test_pictures_of_several_gaps_come_in_equal_shares():

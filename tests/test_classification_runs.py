@@ -59,6 +59,11 @@ TIMED = [
 ]
 
 
+def of_task(recipe):
+    """The published recipe of a timed one's task."""
+    return recipe.partition("-strips")[0]
+
+
 class Clock:
     def __init__(self):
         self.now = 100.0
@@ -175,6 +180,57 @@ def test_turned_pictures_still_show_their_label():
     assert 20 < changed < 40
 
 
+def test_a_strip_is_mirrored_and_not_turned():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        strip = torch.arange(8.0).view(1, 1, 2, 4)
+        turned = module("augmentation").turn_pictures(strip.repeat(60, 1, 1, 1))
+    places = {tuple(picture.flatten().tolist()) for picture in turned}
+    assert places == {tuple(strip.flip(axes).flatten().tolist()) for axes in ((), (2,), (3,), (2, 3))}
+
+
+def test_a_model_of_strips_goes_on_with_whole_pictures(tmp_path, monkeypatch):
+    """At rates of 0 its weights stay; only the statistics of batches move."""
+    draw_little(monkeypatch)
+    data = {**WRITERS["lra-pathx"](tmp_path), "learning_rate": 0, "weight_decay": 0, "max_steps": 1, "augment": True}
+    strips = {**data, "picture_height": 32, "contour_length": 4}
+    first = run("lra-pathx", tmp_path / "first", {"router_target_rate": 0.75}, **strips, seed=1)
+    assert first["trained_tokens"] == 4 * 32 * 64 and "init_from" not in first
+    start, rate = {"init_from": tmp_path / "first/best"}, {"router_target_rate": 0.5}
+    second = run("lra-pathx", tmp_path / "second", rate, **data, **start)
+    assert second["trained_tokens"] == 4 * 64 * 64
+    assert (second["init_from"], second["steps_before"]) == ("first/best", 1)
+    before, after = (load_file(tmp_path / name / "best/model.safetensors") for name in ("first", "second"))
+    kept = [name for name in before if "running" not in name and "num_batches" not in name]
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in kept)
+    third = run("lra-pathx", tmp_path / "third", rate, **data, init_from=tmp_path / "second/best")
+    assert third["steps_before"] == 2
+    cases = [
+        ({"hidden_size": 16}, {}, "is of another shape: hidden_size is 8 there and 16 in this run"),
+        ({}, {"init_from": tmp_path}, "it has no config.json"),
+        ({}, {"resume_from_checkpoint": "latest"}, "leave out init_from"),
+    ]
+    for overrides, settings, message in cases:
+        with pytest.raises(ValueError, match=message):
+            run("lra-pathx", tmp_path / "none", overrides, **(data | start | settings))
+    assert not (tmp_path / "none").exists()
+
+
+def test_strips_are_for_path_x_alone(tmp_path, monkeypatch):
+    draw_little(monkeypatch)
+    data = WRITERS["lra-pathx"](tmp_path)
+    for recipe, settings, message in (
+        ("lra-pathfinder", {"picture_height": 16}, "picture_height is for task 'pathx', got 16"),
+        ("lra-listops", {"contour_length": 4}, "contour_length is for task 'pathx', got 4"),
+        ("lra-pathx", {"picture_height": 8}, "picture_height must be from 16 to"),
+        ("lra-pathx", {"contour_length": 15}, "contour_length must be from 2 to 14, got 15"),
+        ("lra-pathx", {"contour_length": 4, "easy_rows": 2}, "no shorter contours are drawn"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(recipe, tmp_path / "run", **(data | settings))
+    assert not (tmp_path / "run").exists()
+
+
 def test_pictures_are_mirrored_and_moved_by_at_most_two_pixels():
     augmentation = module("augmentation")
     with torch.random.fork_rng():
@@ -267,10 +323,11 @@ def test_bad_settings_are_refused(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("kind", "recipe"), TIMED)
 def test_every_timed_recipe_runs_on_a_slice(kind, recipe, slices, tmp_path, monkeypatch):
     draw_little(monkeypatch)
-    easy = 3 if recipe in ("lra-listops", "lra-pathfinder", "lra-pathx") else None
+    easy = 3 if recipe in ("lra-listops", "lra-pathfinder", "lra-pathx") or "strips" in recipe else None
+    fits = {"contour_length": 5} if "strips" in recipe else {}
     results = run(
-        f"{kind}/{recipe}", tmp_path / "run", {"router_target_rate": 0.5}, **slices(recipe), num_workers=0,
-        easy_rows=easy, cuda_graphs=False,
+        f"{kind}/{recipe}", tmp_path / "run", {"router_target_rate": 0.5}, **slices(of_task(recipe)),
+        num_workers=0, easy_rows=easy, cuda_graphs=False, **fits,
     )  # fmt: skip
     assert results["steps"] == 2 and results["arguments"]["max_minutes"] < KINDS[kind]
     assert (results["arguments"]["optimizer"] == "muon") == (kind == "half-hour" or recipe == "lra-pathx")
@@ -282,14 +339,14 @@ def test_timed_recipes_name_shapes_that_exist(kind, recipe):
     folder = ROOT / "configuration/recipes/classification"
     timed, published = (
         recipes.parse_arguments(train.ClassificationArguments, [str(folder / name), "--output_dir", "out"])
-        for name in (f"{kind}/{recipe}.yaml", f"{recipe}.yaml")
+        for name in (f"{kind}/{recipe}.yaml", f"{of_task(recipe)}.yaml")
     )
     train.check_arguments(timed)
     config = train.build_config(timed)
     assert (timed.task, timed.preset, timed.max_length) == (published.task, published.preset, published.max_length)
     assert config.bidirectional and timed.router_learning_rate < timed.learning_rate
     assert not timed.router_gain or config.router_target_rate is not None
-    own = {name for other, name in TIMED if other == kind}
+    own = {of_task(name) for other, name in TIMED if other == kind}
     assert own | {"lra-retrieval"} == {path.stem for path in RECIPES}
 
 

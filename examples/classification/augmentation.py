@@ -54,10 +54,12 @@ def vary_texts(ids: Tensor, mask: Tensor) -> Tensor:
 
 
 def turn_pictures(pictures: Tensor) -> Tensor:
-    """(B, 1, S, S), each in one of the eight positions that turns and mirrors bring a square to."""
+    """(B, 1, H, W), each in one of the eight positions that turns and mirrors bring a square to; a picture that is no
+    square in one of four."""
     batch = pictures.shape[0]
     transposed, upside_down, mirrored = (torch.rand(3, batch, 1, 1, 1, device=pictures.device) < 0.5).unbind()
-    pictures = torch.where(transposed, pictures.transpose(2, 3), pictures)
+    if pictures.shape[2] == pictures.shape[3]:
+        pictures = torch.where(transposed, pictures.transpose(2, 3), pictures)
     pictures = torch.where(upside_down, pictures.flip(2), pictures)
     return torch.where(mirrored, pictures.flip(3), pictures)
 

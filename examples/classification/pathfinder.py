@@ -9,6 +9,7 @@ Letters: B pictures, K candidate directions, P points along a dash.
 """
 
 import itertools
+import math
 import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor
@@ -27,6 +28,7 @@ class Drawing:
     """Lengths in pixels.
 
     Attributes:
+        size: columns of a picture; height: its rows, None for as many.
         contour_length, distractor_length: dashes of a long and of a short snake.
         distractors: short snakes a picture.
         paddle_length: length of a dash; thickness: of a dash.
@@ -38,6 +40,7 @@ class Drawing:
     """
 
     size: int = 32
+    height: int | None = None
     contour_length: int = 14
     distractor_length: int = 4
     distractors: int = 5
@@ -54,6 +57,18 @@ class Drawing:
         """Empty pixels between snakes, and between dashes of one that do not follow each other: more than there are
         between those that do."""
         return 1 if self.gaps == (1,) else max(self.gaps) + 1
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return self.height or self.size, self.size
+
+    def strip(self, height: int | None) -> "Drawing":
+        """The same in pictures of `height` rows, with short snakes as dense as before; None keeps the rows."""
+        if height in (None, self.shape[0]):
+            return self
+        few = max(1, round(self.distractors * height / self.size)) if self.distractors else 0
+        return replace(self, height=height, distractors=few)
 
 
 # Pathfinder-128 of Long Range Arena's data/pathfinder.py, whose whole-number quotients 14 / 3 and 35 / 4 give the
@@ -94,9 +109,8 @@ class _Canvas:
 
     def __init__(self, count: int, drawing: Drawing):
         self.drawing = drawing
-        self.taken = np.zeros((count, drawing.size, drawing.size), dtype=bool)
-        fine = drawing.size * drawing.antialias
-        self.ink = np.zeros((count, fine, fine), dtype=bool)
+        self.taken = np.zeros((count, *drawing.shape), dtype=bool)
+        self.ink = np.zeros((count, *(side * drawing.antialias for side in drawing.shape)), dtype=bool)
 
     def add(self, rows: np.ndarray, points: np.ndarray) -> None:
         """Draws (len(rows), n, 2) points, which are y and x in pixels, into the pictures `rows`."""
@@ -104,24 +118,23 @@ class _Canvas:
         fine = np.floor(points * self.drawing.antialias).astype(int)
         self.ink[at, fine[..., 0], fine[..., 1]] = True
 
-    def reserve(self, rows: np.ndarray, points: np.ndarray) -> None:
-        pixel = np.floor(points).astype(int)
-        mask = np.zeros((len(rows), *self.taken.shape[1:]), dtype=bool)
-        mask[np.arange(len(rows))[:, None], pixel[..., 0], pixel[..., 1]] = True
-        self.taken[rows] |= _widen(mask, self.drawing.clearance)
-
     def pictures(self) -> np.ndarray:
         """(B, H, W) uint8, each pixel the mean of its subpixels."""
         d = self.drawing
-        cells = self.ink.reshape(len(self.ink), d.size, d.antialias, d.size, d.antialias)
+        cells = self.ink.reshape(len(self.ink), d.shape[0], d.antialias, d.shape[1], d.antialias)
         return np.round(cells.mean((2, 4)) * 255).astype(np.uint8)
+
+
+def _pixels(points: np.ndarray, drawing: Drawing) -> np.ndarray:
+    """Row and column of each of (..., 2) points, of the nearest pixel where one lies outside."""
+    return np.clip(np.floor(points).astype(int), 0, np.array(drawing.shape) - 1)
 
 
 def _free(taken: np.ndarray, points: np.ndarray, drawing: Drawing) -> np.ndarray:
     """Which of (B, K, P, 2) point sets lie within the borders and on free pixels only: (B, K) bool."""
-    low, high = drawing.padding, drawing.size - drawing.padding
+    low, high = drawing.padding, np.array(drawing.shape) - drawing.padding
     inside = ((points >= low) & (points < high)).all((2, 3))
-    pixel = np.clip(np.floor(points).astype(int), 0, drawing.size - 1)
+    pixel = _pixels(points, drawing)
     rows = np.arange(len(taken))[:, None, None]
     return inside & ~taken[rows, pixel[..., 0], pixel[..., 1]].any(2)
 
@@ -130,7 +143,8 @@ def _grow(rng: np.random.Generator, taken: np.ndarray, dashes: int, dots: bool, 
     """One snake a picture, wherever it finds room.
 
     Returns:
-        grown: (B,) bool; points: (B, n, 2), what to draw; ends: (B, 2, 2), where dots would go.
+        grown: (B,) bool; of the pictures where it is True, points: (G, n, 2), what to draw; ends: (G, 2, 2), where
+        dots would go.
     """
     count = len(taken)
     (gap,), step = d.gaps, 0.5 / d.antialias
@@ -142,48 +156,56 @@ def _grow(rng: np.random.Generator, taken: np.ndarray, dashes: int, dots: bool, 
     turns = (np.arange(DIRECTIONS) + 0.5) / DIRECTIONS * np.pi - np.pi / 2
     density = np.abs(np.sin(turns)) ** -d.continuity
     density /= density.sum()
-    # The latest dash may touch the next one, what came before it may not.
-    own = np.zeros_like(taken)
-    rows = np.arange(count)
-    position = rng.uniform(d.padding, d.size - d.padding, (count, 2))
-    start, drawn = position.copy(), []
+    position = rng.uniform(d.padding, np.array(d.shape) - d.padding, (count, 2))
     heading = rng.uniform(0, 2 * np.pi, count)
-    alive = _free(taken, (start[:, None] + disc)[:, None], d)[:, 0]
+    # Random numbers are drawn for all pictures, whichever go on: what a picture shows does not depend on that.
+    going = np.flatnonzero(_free(taken, (position[:, None] + disc)[:, None], d)[:, 0])
+    taken, position, heading = taken[going], position[going], heading[going]
+    start, drawn = position, np.zeros((len(going), 0, 2))
+    # The latest dash may touch the next one, what came before it may not.
+    own, later = np.zeros_like(taken), np.zeros_like(taken)
     for dash in range(dashes):
         if dash == 0:
-            angles = rng.uniform(0, 2 * np.pi, (count, CANDIDATES))
+            angles = rng.uniform(0, 2 * np.pi, (count, CANDIDATES))[going]
         else:
-            angles = heading[:, None] + rng.choice(turns, p=density, size=(count, CANDIDATES))
+            angles = heading[:, None] + rng.choice(turns, p=density, size=(count, CANDIDATES))[going]
         direction = np.stack([np.sin(angles), np.cos(angles)], axis=-1)
         first = position[:, None] + direction * (gap if dash else 0)
         tips = first + along[-1] * direction
         beside = direction[..., ::-1] * np.array([1, -1])
         points = first[:, :, None] + along[:, None] * direction[:, :, None]
         points = points[:, :, :, None] + across[:, None] * beside[:, :, None, None]
-        points = points.reshape(count, CANDIDATES, len(along) * len(across), 2)
-        free = _free(taken | own, points, d)
+        points = points.reshape(len(going), CANDIDATES, len(along) * len(across), 2)
+        closed = taken | own
+        free = _free(closed, points, d)
         if dash == dashes - 1 and dots:
             tip = tips[:, :, None] + disc
             apart = np.linalg.norm(tips - start[:, None], axis=-1) > 2 * d.marker_radius + d.clearance + 1
-            free &= _free(taken | own, tip, d) & apart
+            free &= _free(closed, tip, d) & apart
         chosen = free.argmax(1)
-        alive &= free[rows, chosen]
-        if drawn:
-            pixel = np.clip(np.floor(drawn[-1]).astype(int), 0, d.size - 1)
-            latest = np.zeros_like(own)
-            latest[rows[:, None], pixel[..., 0], pixel[..., 1]] = True
-            own |= _widen(latest, d.clearance)
-        drawn.append(points[rows, chosen])
-        heading, position = angles[rows, chosen], tips[rows, chosen]
+        kept = np.flatnonzero(free[np.arange(len(going)), chosen])
+        chosen, going = chosen[kept], going[kept]
+        taken, start, own, drawn, later = (part[kept] for part in (taken, start, own, drawn, later))
+        if dash:
+            own |= _around(drawn[:, -points.shape[2] :], d)
+        drawn = np.concatenate([drawn, points[kept, chosen]], axis=1)
+        heading, position = angles[kept, chosen], tips[kept, chosen]
         if dash == 0 and dots:
             # The dot at the beginning covers more than the first dash.
-            pixel = np.clip(np.floor(start[:, None] + disc).astype(int), 0, d.size - 1)
-            latest = np.zeros_like(own)
-            latest[rows[:, None], pixel[..., 0], pixel[..., 1]] = True
-            later = _widen(latest, d.clearance)
+            later = _around(start[:, None] + disc, d)
         if dash == 1 and dots:
             own |= later
-    return alive, np.concatenate(drawn, axis=1), np.stack([start, position], axis=1)
+    grown = np.zeros(count, dtype=bool)
+    grown[going] = True
+    return grown, drawn, np.stack([start, position], axis=1)
+
+
+def _around(points: np.ndarray, d: Drawing) -> np.ndarray:
+    """(B, H, W) bool: what lies within the clearance around (B, n, 2) points."""
+    pixel = _pixels(points, d)
+    mask = np.zeros((len(points), *d.shape), dtype=bool)
+    mask[np.arange(len(points))[:, None], pixel[..., 0], pixel[..., 1]] = True
+    return _widen(mask, d.clearance)
 
 
 def draw(rng: np.random.Generator, count: int, drawing: Drawing | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -211,13 +233,12 @@ def draw(rng: np.random.Generator, count: int, drawing: Drawing | None = None) -
             if not grown.any():
                 continue
             rows = waiting[grown]
-            canvas.add(rows, points[grown])
-            covered = points[grown]
+            canvas.add(rows, points)
             if long is not None:
-                ends[rows, long] = tips[grown]
-                dots = tips[grown][:, :, None] + disc
-                covered = np.concatenate([covered, dots.reshape(len(rows), -1, 2)], axis=1)
-            canvas.reserve(rows, covered)
+                ends[rows, long] = tips
+                dots = tips[:, :, None] + disc
+                points = np.concatenate([points, dots.reshape(len(rows), -1, 2)], axis=1)
+            canvas.taken[rows] |= _around(points, d)
             waiting = waiting[~grown]
             if not len(waiting):
                 break
@@ -235,15 +256,19 @@ def draw(rng: np.random.Generator, count: int, drawing: Drawing | None = None) -
 def _block(seed: int, size: int, drawing: Drawing, block: int) -> tuple[np.ndarray, np.ndarray]:
     # Another kind of picture draws from another stream: else its contours would be the beginnings of these.
     kind = [] if drawing == Drawing() else [drawing.contour_length]
-    kind += [] if drawing.size == Drawing.size else [drawing.size]
+    kind += [] if drawing.size == Drawing.size and drawing.height is None else [drawing.size]
+    kind += [] if drawing.height is None else [drawing.height]
     return draw(np.random.default_rng([seed, block, *kind]), size, drawing)
 
 
 def generate(seed: int, count: int, drawing: Drawing | None = None) -> dict[str, np.ndarray]:
-    """pixels (count, height * width) uint8 and labels (count,) int64, the same on any number of processor cores."""
+    """pixels (count, height * width) uint8 and labels (count,) int64, the same on any number of processor cores.
+
+    Raises ValueError where hardly a picture has room for its snakes.
+    """
     drawing = drawing or Drawing()
     # Blocks of about as many pixels, whatever the pictures' size, and a few pictures short of those without room.
-    block = max(1, BLOCK * Drawing.size**2 // drawing.size**2)
+    block = max(1, BLOCK * Drawing.size**2 // math.prod(drawing.shape))
     workers = min(os.cpu_count() or 1, -(-count // block))
     pixels, labels, made = [], [], 0
     with ExitStack() as stack:
@@ -262,16 +287,30 @@ def generate(seed: int, count: int, drawing: Drawing | None = None) -> dict[str,
                 progress.update(kept)
             if made == count:
                 break
+            tried = (first + workers) * block
+            if tried >= 256 and made < tried / 50:
+                raise ValueError(
+                    f"pictures of {' x '.join(map(str, drawing.shape))} pixels hardly have room for two contours of "
+                    f"{drawing.contour_length} dashes ({made} of {tried} tried): shorter ones fit"
+                )
     return {"pixels": np.concatenate(pixels).reshape(count, -1), "labels": np.concatenate(labels)}
 
 
 def load(
-    folder: Path, seed: int, count: int, contour_length: int | None = None, drawing: Drawing | None = None
+    folder: Path,
+    seed: int,
+    count: int,
+    contour_length: int | None = None,
+    drawing: Drawing | None = None,
+    height: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels and labels, generated into `folder` the first time; contours other than the drawing's own are named."""
+    """Pixels and labels, generated into `folder` the first time; contours and heights other than the drawing's own
+    are named."""
     own = drawing or Drawing()
-    drawn = own if contour_length is None else replace(own, contour_length=contour_length)
-    dashes = "" if drawn == own else f"-contour{contour_length}"
-    path = folder / f"pathfinder{own.size}-seed{seed}-{count}{dashes}.npz"
+    strip = own.strip(height)
+    drawn = strip if contour_length is None else replace(strip, contour_length=contour_length)
+    rows = "" if strip == own else f"{height}x"
+    dashes = "" if drawn == strip else f"-contour{contour_length}"
+    path = folder / f"pathfinder{rows}{own.size}-seed{seed}-{count}{dashes}.npz"
     arrays = cached(path, lambda: generate(seed, count, drawn))
     return arrays["pixels"], arrays["labels"]

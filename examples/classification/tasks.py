@@ -80,8 +80,15 @@ class DataArguments:
         default=0,
         metadata={
             "help": "training rows more that are easier than the task's. pathfinder and pathx: contours of 4, 7 or 10 "
-            "dashes instead of 14; listops: trees of 10 to 500 tokens"
+            "dashes instead of 14 (those shorter than contour_length); listops: trees of 10 to 500 tokens"
         },
+    )
+    picture_height: int | None = field(
+        default=None, metadata={"help": "pathx: rows of a picture, 128 by default; fewer are a strip of 128 columns"}
+    )
+    contour_length: int | None = field(
+        default=None,
+        metadata={"help": "pathx: dashes of a contour, 14 by default, in validation and test rows too"},
     )
     shift: int = field(default=2, metadata={"help": "image: varied pictures are moved by up to so many pixels"})
     cutout: int = field(default=0, metadata={"help": "image: varied pictures have a square of this side blanked"})
@@ -91,6 +98,8 @@ class DataArguments:
 DATA_RANGES: dict[str, Range] = {
     **dict.fromkeys(("train_size", "validation_size", "test_size", "max_length"), at_least(1)),
     **dict.fromkeys(("easy_rows", "shift", "cutout"), at_least(0)),
+    "picture_height": from_to(16, pathfinder.PATHX.size),
+    "contour_length": from_to(2, pathfinder.PATHX.contour_length),
     "data_seed": from_to(0, LARGEST_SEED),
 }
 
@@ -232,6 +241,9 @@ def load_task(task: str, a: DataArguments, pad_id: int | None) -> TaskData:
         raise ValueError(
             f"easy_rows must be at least 0, and 0 for all but listops, pathfinder and pathx, got {a.easy_rows}"
         )
+    for name in ("picture_height", "contour_length"):
+        if getattr(a, name) is not None and task != "pathx":
+            raise ValueError(f"{name} is for task 'pathx', got {getattr(a, name)} for task {task!r}")
     return loaders[task](a, pad_id or 0)
 
 
@@ -342,7 +354,7 @@ def load_listops(a: DataArguments, pad_id: int) -> TaskData:
 
 def _easy_shares(a: DataArguments, kinds: Sequence) -> list[tuple[int, Any]]:
     """How many of the easy rows are of each kind; no kind without rows."""
-    share, more = divmod(a.easy_rows, len(kinds))
+    share, more = divmod(a.easy_rows, max(1, len(kinds)))
     shares = [(share + (place < more), kind) for place, kind in enumerate(kinds)]
     return [(rows, kind) for rows, kind in shares if rows]
 
@@ -359,23 +371,21 @@ def _generated_rows(task: str, a: DataArguments) -> int:
     return a.train_size + a.validation_size + a.test_size
 
 
-def _pictures(pixels: np.ndarray, mean: float, std: float, **others) -> TaskData:
-    side = int(pixels.shape[1] ** 0.5)
+def _pictures(shape: tuple[int, int], mean: float, std: float, **others) -> TaskData:
     processor = None
     if is_vision_available():
         processor = ViTImageProcessorPil(
-            size={"height": side, "width": side}, image_mean=[mean], image_std=[std], do_convert_rgb=False
-        )
-    return TaskData(
-        SeqBoatForImageClassification, collate=stack_values, processor=processor, shape=(side, side), **others
-    )
+            size=dict(zip(("height", "width"), shape, strict=True)), image_mean=[mean], image_std=[std],
+            do_convert_rgb=False,
+        )  # fmt: skip
+    return TaskData(SeqBoatForImageClassification, collate=stack_values, processor=processor, shape=shape, **others)
 
 
-def _pixel_rows(pixels: np.ndarray, labels: np.ndarray, mean: float, std: float) -> Callable[[int], dict]:
-    side = int(pixels.shape[1] ** 0.5)
-
+def _pixel_rows(
+    pixels: np.ndarray, labels: np.ndarray, shape: tuple[int, int], mean: float, std: float
+) -> Callable[[int], dict]:
     def make(index: int) -> dict:
-        grey = (pixels[index].reshape(1, side, side).astype(np.float32) / 255 - mean) / std
+        grey = (pixels[index].reshape(1, *shape).astype(np.float32) / 255 - mean) / std
         return {"pixel_values": grey, "labels": int(labels[index])}
 
     return make
@@ -395,9 +405,10 @@ def load_image(a: DataArguments, pad_id: int) -> TaskData:
     if labels.dtype.kind not in "iu":
         raise ValueError(f"task 'image': labels must be whole numbers, got {labels.dtype}")
     known = len(pixels) * 5 // 6
-    make = _pixel_rows(pixels, labels, 0.48, 0.24)
+    shape = (int(pixels.shape[1] ** 0.5),) * 2
+    make = _pixel_rows(pixels, labels, shape, 0.48, 0.24)
     splits = _split(make, np.arange(known), np.arange(known, len(pixels)), a)
-    return _pictures(pixels, 0.48, 0.24, augment=partial(vary_pictures, shift=a.shift, cutout=a.cutout), **splits)
+    return _pictures(shape, 0.48, 0.24, augment=partial(vary_pictures, shift=a.shift, cutout=a.cutout), **splits)
 
 
 def load_pathfinder(
@@ -405,21 +416,27 @@ def load_pathfinder(
 ) -> TaskData:
     """Are two dots joined by a dashed path?"""
     folder = _need(task, a.data_path, folder=True)
-    count = _generated_rows(task, a)
+    count, drawing = _generated_rows(task, a), drawing or pathfinder.Drawing()
+    own = a.contour_length or drawing.contour_length
+    # Rows as long as the task's own would be the task's own once more, those of validation and test among them.
+    shorter = [dashes for dashes in SHORT_CONTOURS if dashes < own]
+    if a.easy_rows and not shorter:
+        raise ValueError(f"easy_rows must be 0 where contour_length is {own}: no shorter contours are drawn")
 
-    def load(rows: int, dashes: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-        return pathfinder.load(folder, a.data_seed, rows, dashes, drawing)
+    def load(rows: int, dashes: int) -> tuple[np.ndarray, np.ndarray]:
+        return pathfinder.load(folder, a.data_seed, rows, dashes, drawing, a.picture_height)
 
-    parts = [load(count), *(load(share, dashes) for share, dashes in _easy_shares(a, SHORT_CONTOURS))]
+    parts = [load(count, own), *(load(share, dashes) for share, dashes in _easy_shares(a, shorter))]
     # Large pictures are not copied without need.
     pixels, labels = parts[0] if len(parts) == 1 else map(np.concatenate, zip(*parts, strict=True))
-    make = _pixel_rows(pixels, labels, 0.5, 0.5)
+    shape = drawing.strip(a.picture_height).shape
+    make = _pixel_rows(pixels, labels, shape, 0.5, 0.5)
     splits = _with_easy(_split(make, np.arange(count), None, a), make, count, a)
-    return _pictures(pixels, 0.5, 0.5, augment=turn_pictures, easy=a.easy_rows, **splits)
+    return _pictures(shape, 0.5, 0.5, augment=turn_pictures, easy=a.easy_rows, **splits)
 
 
 def load_pathx(a: DataArguments, pad_id: int) -> TaskData:
-    """The same on 128 x 128 pixels."""
+    """The same on 128 x 128 pixels, or on fewer rows."""
     return load_pathfinder(a, pad_id, "pathx", pathfinder.PATHX)
 
 

@@ -38,9 +38,11 @@ from recipes import (
     json_object,
     parse_arguments,
     refuse_unknown_fields,
+    start_model,
 )
 from run_folder import RunFolder, take_folder_once
-from safe_files import replacing, write_json
+from run_record import published_name
+from safe_files import read_json_object, replacing, write_json
 from tasks import DATA_RANGES, DataArguments, EpochOrder, TaskData, load_task
 from tqdm.auto import tqdm
 from trainer_runs import RunTrainer, check_trainer_checkpoint
@@ -58,6 +60,10 @@ class ClassificationArguments(DataArguments):
     preset: str = field(default="", metadata={"help": "a preset of configuration/"})
     output_dir: str = field(default="", metadata={"help": "must be new or empty, unless resuming"})
     config_overrides: str | None = field(default=None, metadata={"help": "JSON of config fields to change"})
+    init_from: str | None = field(
+        default=None,
+        metadata={"help": "a model folder, such as best/ of another run, to start from the weights of"},
+    )
     batch_size: int = field(default=32, metadata={"help": "rows a process and micro-batch"})
     eval_batch_size: int | None = field(default=None, metadata={"help": "default: batch_size"})
     gradient_accumulation_steps: int = field(default=1)
@@ -118,6 +124,14 @@ RANGES: dict[str, Range] = {
     "beta2": BETA,
     "seed": from_to(0, LARGEST_SEED),
 }
+
+
+# Config fields in which a model may differ from the one it starts from.
+FREE_FIELDS = (
+    "router_target_rate", "router_target_scope", "router_target_weight", "router_temperature_init",
+    "initializer_range", "ssm_truncation", "hidden_dropout", "attention_dropout", "value_dropout",
+    "activation_dropout", "id2label", "label2id",
+)  # fmt: skip
 
 
 class EpochOfOrder(TrainerCallback):
@@ -251,6 +265,11 @@ def check_arguments(a: ClassificationArguments) -> None:
         raise ValueError(f"optimizer must be adamw or muon, got {a.optimizer!r}")
     if a.lr_scheduler_type not in ("linear", "cosine"):
         raise ValueError(f"lr_scheduler_type must be linear or cosine, got {a.lr_scheduler_type!r}")
+    if a.init_from is not None and a.resume_from_checkpoint is not None:
+        raise ValueError(
+            f"resume_from_checkpoint {a.resume_from_checkpoint!r} brings the weights, init_from {a.init_from!r} other "
+            "ones: leave out init_from, or start a new run without the former"
+        )
     if a.mixed_precision not in (None, "no", "bf16", "fp16"):
         raise ValueError(f"mixed_precision must be one of no, bf16, fp16, got {a.mixed_precision!r}")
 
@@ -342,7 +361,7 @@ def build_trainer(
     a: ClassificationArguments, config: SeqBoatConfig, data: TaskData, budget: TimeBudget | None = None
 ) -> ClassificationTrainer:
     set_seed(a.seed)
-    model = data.model_class(config)
+    model = start_model(data.model_class, config, a.init_from)
     if a.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     steps = min(a.eval_steps, a.max_steps)
@@ -376,6 +395,17 @@ def build_trainer(
     return trainer
 
 
+def training_before(start: str | None) -> dict[str, str | int]:
+    """What results say of the training of the model `start`: steps up to the best one, where that run has results."""
+    if start is None:
+        return {}
+    known, results = {"init_from": published_name(start)}, Path(start).resolve().parent / "results.json"
+    if Path(start).name == "best" and results.is_file():
+        record = read_json_object(results)
+        known["steps_before"] = record.get("best_step", 0) + record.get("steps_before", 0)
+    return known
+
+
 def main(argv: list[str] | None = None) -> dict:
     began = time.monotonic()
     a = parse_arguments(ClassificationArguments, argv)
@@ -385,6 +415,9 @@ def main(argv: list[str] | None = None) -> dict:
     checkpoint = checkpoint_folder(a.resume_from_checkpoint, a.output_dir)
     check_output_folder(a.output_dir, checkpoint is not None, a.overwrite_output_dir)
     config = build_config(a)
+    before = training_before(a.init_from)
+    if a.init_from is not None:
+        check_same_shape(Path(a.init_from), config, FREE_FIELDS)
     data = load_task(a.task, a, config.pad_token_id)
     fit_config(config, data, a)
     if checkpoint is not None:
@@ -405,6 +438,7 @@ def main(argv: list[str] | None = None) -> dict:
             folder,
             checkpoint,
             began,
+            before,
             shlex.join(["python", *sys.argv] if argv is None else ["train.py", *argv]),
         )
     finally:
@@ -418,6 +452,7 @@ def run(
     folder: RunFolder,
     checkpoint: Path | None,
     began: float,
+    before: dict[str, str | int],
     command: str,
 ) -> dict:
     """Trains, tests, and keeps the best model, pictures and results in the folder."""
@@ -450,6 +485,7 @@ def run(
         "test_accuracy": float((test["labels"] == test["predictions"]).mean()),
         "validation_accuracy": trainer.state.best_metric,
         "best_step": trainer.state.best_global_step,
+        **before,
         "steps": trainer.state.global_step,
         "rows": {"train": len(data.train), "validation": len(data.validation), "test": len(data.test)},
         "activation_rate": float(np.mean(test["rates"])),
