@@ -197,6 +197,8 @@ def test_squares_are_drawn_as_ever_and_strips_from_streams_of_their_own(tmp_path
     assert {path.name for path in tmp_path.iterdir()} == {
         f"pathfinder{height}x128-seed0-3-contour4.npz" for height in (32, 64)
     }
+    monkeypatch.setattr(pathfinder, "TRIALS", 1)
+    monkeypatch.setattr(pathfinder, "BLOCK", 2048)
     with pytest.raises(ValueError, match="16 x 128 pixels hardly have room for two contours of 14 dashes"):
         pathfinder.load(tmp_path, 0, 3, None, dataclasses.replace(large, distractors=0), 16)
 
