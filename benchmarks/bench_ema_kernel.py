@@ -177,9 +177,10 @@ def check_compiled_attention():
     new, caches, rows = decode_inputs(2, 1.0)
     kwargs = {"activation": "softmax", "scale": Z**-0.5}
     with torch.no_grad():
-        clones = [[t.clone() for t in caches[0]] for _ in range(2)]
-        eager = decode.memory_step_triton(*new, *clones[0], *rows, **kwargs)
-        compiled = torch.compile(decode.memory_step_compiled, fullgraph=True)(*new, *clones[1], *rows, **kwargs)
+        # The memory, and the count of its tokens: both are written.
+        clones = [[t.clone() for t in (*caches[0], rows[0])] for _ in range(2)]
+        eager = decode.memory_step_triton(*new, *clones[0], *rows[1:], **kwargs)
+        compiled = torch.compile(decode.memory_step_compiled, fullgraph=True)(*new, *clones[1], *rows[1:], **kwargs)
         return torch.equal(eager, compiled) and all(torch.equal(a, b) for a, b in zip(*clones, strict=True))
 
 

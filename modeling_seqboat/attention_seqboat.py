@@ -205,7 +205,7 @@ class SeqBoatAttention(nn.Module):
             options = {"bias_table": self.position_bias(), "bias_center": self.position_bias.center}
             options["bias_by_index"] = config.position_embedding_type == "local"
         token, ring = (q, k, v), (cache.keys, cache.values, cache.positions)
-        attended = context.ops.memory_step(
+        return context.ops.memory_step(
             *token,
             *ring,
             cache.activated_count,
@@ -215,9 +215,9 @@ class SeqBoatAttention(nn.Module):
             scale=self.scale,
             rows=rows,
             pages=cache.pages,
+            gate=gate,
             **options,
         )
-        return attended.to(gate.dtype) * gate
 
     def exported(
         self, x: Tensor, active: Tensor, context: SequenceContext, cache: CacheLayer, scanned: tuple | None

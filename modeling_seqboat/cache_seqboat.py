@@ -344,7 +344,7 @@ class SeqBoatCacheLayer(CacheLayerMixin):
         if self._journal and not self.record_past:
             self._journal = []
         if packed.steps:
-            self._step(context, hidden, state, active)
+            self._step(context, hidden, state)
             return
         positions = context.positions.flatten()[packed.index]
         marks = context.real, context.reset, active, packed.total.view_as(active), packed.index
@@ -395,8 +395,9 @@ class SeqBoatCacheLayer(CacheLayerMixin):
         self._store("ssm_state", state.to(self.ssm_state.dtype))
         self._count(hidden.shape[1])
 
-    def _step(self, context: SequenceContext, hidden: Tensor, state: Tensor, active: Tensor) -> None:
-        """One column, without a shape or a branch that depends on data, in place."""
+    def _step(self, context: SequenceContext, hidden: Tensor, state: Tensor) -> None:
+        """One column, without a shape or a branch that depends on data, in place. Attention has counted who is
+        activated."""
         real = context.real
         if self.ssm_inputs is not None:
             at = (self.token_count % self.truncation)[:, None, None].expand(-1, 1, hidden.shape[2])
@@ -404,10 +405,12 @@ class SeqBoatCacheLayer(CacheLayerMixin):
             if real is not None:
                 new = torch.where(real[:, :, None], new, self.ssm_inputs.gather(1, at))
             self.ssm_inputs.scatter_(1, at, new)
-        self.activated_count.add_(active[:, 0])
-        self.token_count.add_(1 if real is None else real[:, 0])
         if state is not self.ssm_state:
             self._store("ssm_state", state)
+        if context.stepped is not None:
+            context.stepped.append(self)
+            return
+        self.token_count.add_(1 if real is None else real[:, 0])
         self._count(1)
 
     def _count(self, length: int) -> None:
@@ -576,6 +579,26 @@ class SeqBoatCacheLayer(CacheLayerMixin):
             if self.device != before:
                 self._journal = []
         return self
+
+
+def count_steps(layers: list[SeqBoatCacheLayer], real: Tensor | None) -> None:
+    """Moves the counters of layers that have made a step past its column, in one launch for all that is on a device.
+
+    Args:
+        real: (B, 1) bool, or None.
+    """
+    seen = [layer.seen for layer in layers if isinstance(layer.seen, Tensor)]
+    counts = [layer.token_count for layer in layers]
+    if real is not None:
+        tokens = real[:, 0].long()
+        torch._foreach_add_(counts, [tokens.to(count.device) for count in counts])
+        counts = []
+    if counts or seen:
+        torch._foreach_add_(counts + seen, 1)
+    for layer in layers:
+        layer.is_blank = False
+        if not isinstance(layer.seen, Tensor):
+            layer.seen = layer.seen + 1
 
 
 class SeqBoatCache(Cache):

@@ -52,6 +52,8 @@ class SequenceContext:
         bounds: what `segment_bounds` found, once asked.
         part: where these columns are one of the parts that a sequence is cut into, one for each process: what is known
             of the others (`parallel_seqboat.Part`); else None.
+        stepped: a list for the layers of a cache that make a step, whose counters the model then moves all at once;
+            None where each moves its own.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class SequenceContext:
         self.plan: ScanPlan | None = None
         self.reverse_plan: ScanPlan | None = None
         self.bounds: Tensor | None = None
+        self.stepped: list | None = None
 
     def but(self, **changes: Any) -> SequenceContext:
         """A copy with other values of these attributes."""

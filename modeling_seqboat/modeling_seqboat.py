@@ -24,7 +24,7 @@ from transformers.utils import ModelOutput, logging
 from transformers.utils.generic import can_return_tuple
 
 from .attention_seqboat import SeqBoatAttention, SeqBoatPositionBias
-from .cache_seqboat import SeqBoatCache
+from .cache_seqboat import SeqBoatCache, count_steps
 from .configuration_seqboat import SeqBoatConfig, is_integer
 from .context_seqboat import SequenceContext, Texts, build_context, leave_marks, marks_of
 from .generation_seqboat import CACHE_NAME, CACHE_NAMES, SeqBoatGenerationMixin, one_cache
@@ -470,6 +470,8 @@ class SeqBoatModel(SeqBoatPreTrainedModel):
         if context.real is not None:
             hidden = hidden.masked_fill(~context.real[..., None], 0)
         states, probs, rates = [hidden if 0 in wanted else None], [], []
+        # An exported graph runs where such sums of many tensors may not be known.
+        context.stepped = None if cache is None or is_exporting() else []
         for index, layer in enumerate(self.layers[: config.num_hidden_layers]):
             # A layer in a module of the user's own need not have the attribute.
             if cache is not None and layer.training and getattr(layer, "gradient_checkpointing", False):
@@ -480,6 +482,8 @@ class SeqBoatModel(SeqBoatPreTrainedModel):
             states.append(hidden if index + 1 in wanted else None)
             probs.append(confidence)
             rates.append(rate)
+        if context.stepped:
+            count_steps(context.stepped, context.real)
         if self.final_norm is not None:
             hidden = self.final_norm(hidden, context.real)
             states[-1] = hidden if len(probs) in wanted else None

@@ -361,13 +361,14 @@ def memory_step(
     q: Tensor, k_new: Tensor, v_new: Tensor, keys: Tensor, values: Tensor, positions: Tensor, activated_count: Tensor,
     active: Tensor, position: Tensor, *, activation: str, scale: float, bias_table: Tensor | None = None,
     bias_center: int = 0, bias_by_index: bool = False, rows: Tensor | None = None, pages: Tensor | None = None,
+    gate: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Attention of one token a row over its memory and itself; then the token enters the memory, in place.
 
     The memory is a ring: activated token i of a row (0, 1, ...) lives in slot i % W, so that slots below
     min(activated_count, W) hold the last W activated tokens. The token attends to all of them and to itself, W + 1
-    keys; then its key, value and position replace the oldest slot, activated_count % W. The caller increments
-    activated_count. A row that is not active keeps its memory, and its output means nothing. No shape and no branch
+    keys; then its key, value and position replace the oldest slot, activated_count % W, and activated_count goes up
+    by 1. A row that is not active keeps its memory and count, and its output means nothing. No shape and no branch
     depends on data.
 
     Args:
@@ -380,6 +381,7 @@ def memory_step(
         rows: (R,) int64, the only active rows, in order, that q, k_new and v_new hold; None for all rows.
         pages: (B,) int64, where keys, values and positions are those of P texts in place of the B rows: which of them
             each row is. None for the B rows in order.
+        gate: of v_new's shape and dtype; the result is then multiplied with it.
 
     Returns:
         (B or R, V) of v_new's dtype.
@@ -429,4 +431,5 @@ def memory_step(
         if rows is None:
             new = torch.where(active.view(-1, *[1] * (new.dim() - 1)), new, ring[at, slot])
         ring[at, slot] = new
-    return out
+    activated_count.add_(active)
+    return out if gate is None else out * gate

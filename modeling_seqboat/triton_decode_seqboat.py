@@ -90,12 +90,15 @@ def _bias(table_ptr, offset, LENGTH: tl.constexpr):
 @kernel("bias_center")
 def _memory_partial_kernel(
     q_ptr, keys_ptr, values_ptr, positions_ptr, count_ptr, active_ptr, position_ptr, bias_ptr, pages_ptr,
-    key_stride, value_stride, position_stride, top_ptr, total_ptr, part_ptr, scale, bias_center,
+    key_stride, value_stride, position_stride, top_ptr, total_ptr, part_ptr, before_ptr, scale, bias_center,
     W: tl.constexpr, Z: tl.constexpr, V: tl.constexpr, S: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
     BLOCK_W: tl.constexpr, BLOCK_Z: tl.constexpr, HAS_PAGES: tl.constexpr, BLOCK_V: tl.constexpr,
     GROUPS: tl.constexpr, BY_INDEX: tl.constexpr,
 ):
-    """Weighted values of a split of the memory (B, S, V); for softmax its largest score and sum of weights (B, S)."""
+    """Weighted values of a split of the memory (B, S, V); for softmax its largest score and sum of weights (B, S).
+
+    Leaves the counts for the next kernel, one program of which moves them on while others may not have begun.
+    """
     split, group, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     page = tl.load(pages_ptr + row) if HAS_PAGES else row
     active = tl.load(active_ptr + row)
@@ -103,6 +106,8 @@ def _memory_partial_kernel(
     valid = tl.minimum(count, W)
     if active == 0:
         return
+    if split + group == 0:
+        tl.store(before_ptr + row, count)
     if split * BLOCK_W >= valid:
         return
     w = split * BLOCK_W + tl.arange(0, BLOCK_W)
@@ -151,13 +156,13 @@ def _memory_partial_kernel(
 @kernel("bias_center")
 def _memory_combine_kernel(
     q_ptr, k_new_ptr, v_new_ptr, keys_ptr, values_ptr, positions_ptr, count_ptr, active_ptr, position_ptr, bias_ptr,
-    pages_ptr, key_stride, value_stride, position_stride, top_ptr, total_ptr, part_ptr, out_ptr, scale,
-    bias_center,
+    pages_ptr, key_stride, value_stride, position_stride, top_ptr, total_ptr, part_ptr, before_ptr, gate_ptr, out_ptr,
+    scale, bias_center,
     W: tl.constexpr, Z: tl.constexpr, V: tl.constexpr, S: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
     BLOCK_W: tl.constexpr, BLOCK_Z: tl.constexpr, HAS_PAGES: tl.constexpr, BLOCK_V: tl.constexpr,
-    BLOCK_S: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK_S: tl.constexpr, SPLITS: tl.constexpr, HAS_GATE: tl.constexpr,
 ):
-    """Adds up the splits and the token itself, then writes the token into the ring.
+    """Adds up the splits and the token itself, then writes the token into the ring and counts it.
 
     What stood there takes part in this very step, so the write waits for a launch of its own.
     """
@@ -168,7 +173,7 @@ def _memory_combine_kernel(
         tl.store(out_ptr + row * V + v, tl.zeros((BLOCK_V,), out_ptr.dtype.element_ty), mask=inside)
         return
     page = tl.load(pages_ptr + row) if HAS_PAGES else row
-    count = tl.load(count_ptr + row)
+    count = tl.load(before_ptr + row)
     used = (tl.minimum(count, W) + BLOCK_W - 1) // BLOCK_W
     z = tl.arange(0, BLOCK_Z)
     q = tl.load(q_ptr + row * Z + z, mask=z < Z, other=0.0).to(tl.float32) * scale
@@ -197,6 +202,10 @@ def _memory_combine_kernel(
         out += tl.sum(parts, axis=0)
     if ACTIVATION == "softmax":
         out = out / total
+    if HAS_GATE:
+        # Of the rounded result, as torch multiplies.
+        gate = tl.load(gate_ptr + row * V + v, mask=inside, other=0.0).to(tl.float32)
+        out = out.to(out_ptr.dtype.element_ty).to(tl.float32) * gate
     tl.store(out_ptr + row * V + v, out.to(out_ptr.dtype.element_ty), mask=inside)
     oldest = count % W
     values_ptr += page * value_stride + oldest * V
@@ -205,6 +214,7 @@ def _memory_combine_kernel(
         keys_ptr += page * key_stride + oldest * Z
         tl.store(keys_ptr + z, key.to(keys_ptr.dtype.element_ty), mask=z < Z)
         tl.store(positions_ptr + page * position_stride + oldest, tl.load(position_ptr + row))
+        tl.store(count_ptr + row, count + 1)
 
 
 def _overwritten(*tensors: Tensor) -> None:
@@ -243,10 +253,11 @@ def memory_step_triton(
     q: Tensor, k_new: Tensor, v_new: Tensor, keys: Tensor, values: Tensor, positions: Tensor, activated_count: Tensor,
     active: Tensor, position: Tensor, activation: str, scale: float, bias_table: Tensor | None = None,
     bias_center: int = 0, bias_by_index: bool = False, rows: Tensor | None = None, pages: Tensor | None = None,
+    gate: Tensor | None = None,
 ) -> Tensor:
-    """`memory_step` in two launches. Floats are float32, bfloat16 or float16; keys, values and positions are written
-    in place, and each page of them is contiguous. Rows that are not active cost nothing and give 0, so `rows` is None
-    here."""
+    """`memory_step` in two launches. Floats are float32, bfloat16 or float16; keys, values, positions and
+    activated_count are written in place, and each page of the first three is contiguous. Rows that are not active cost
+    nothing and give 0, so `rows` is None here."""
     batch, (_, memory, qk_width), v_width = len(q), keys.shape, values.shape[-1]
     bias = 0 if bias_table is None else bias_table.numel()
     v_new = v_new.contiguous()
@@ -255,6 +266,7 @@ def memory_step_triton(
     groups = min(groups, -(-v_width // block_v))
     splits = -(-memory // block_w)
     part = torch.empty(batch, splits, v_width, dtype=torch.float32, device=q.device)
+    before = torch.empty_like(activated_count)
     top, total = torch.empty(2, batch, splits, dtype=torch.float32, device=q.device)
     bias_ = q if bias_table is None else bias_table.contiguous()
     q, position, active = q.contiguous(), position.contiguous(), active.contiguous()
@@ -263,15 +275,15 @@ def memory_step_triton(
     sizes = {"W": memory, "Z": qk_width, "V": v_width, "S": splits, "BIAS": bias, "ACTIVATION": activation}
     sizes |= {"BLOCK_W": block_w, "BLOCK_Z": power_of_two(qk_width, 1), "HAS_PAGES": pages is not None}
     _memory_partial_kernel(
-        (splits, groups, batch), q, *shared, top, total, part, float(scale), bias_center,
+        (splits, groups, batch), q, *shared, top, total, part, before, float(scale), bias_center,
         options={"num_warps": warps}, **sizes, BLOCK_V=block_v, GROUPS=groups, BY_INDEX=bias_by_index,
     )
     _memory_combine_kernel(
-        (-(-v_width // _COMBINE_V), batch), q, k_new.contiguous(), v_new, *shared, top, total, part, out,
-        float(scale), bias_center, **sizes, BLOCK_V=_COMBINE_V, BLOCK_S=_COMBINE_SPLITS,
-        SPLITS=power_of_two(splits, _COMBINE_SPLITS),
+        (-(-v_width // _COMBINE_V), batch), q, k_new.contiguous(), v_new, *shared, top, total, part, before,
+        v_new if gate is None else gate.contiguous(), out, float(scale), bias_center, **sizes, BLOCK_V=_COMBINE_V,
+        BLOCK_S=_COMBINE_SPLITS, SPLITS=power_of_two(splits, _COMBINE_SPLITS), HAS_GATE=gate is not None,
     )
-    _overwritten(keys, values, positions)
+    _overwritten(keys, values, positions, activated_count)
     return out
 
 
@@ -279,10 +291,11 @@ def memory_step_triton(
 memory_step_compiled = torch.library.custom_op(
     f"{re.sub(r'[^0-9a-zA-Z]', '_', __name__)}::memory_step",
     memory_step_triton,
-    mutates_args=("keys", "values", "positions"),
+    mutates_args=("keys", "values", "positions", "activated_count"),
     schema="(Tensor q, Tensor k_new, Tensor v_new, Tensor(a!) keys, Tensor(b!) values, Tensor(c!) positions, "
-    "Tensor activated_count, Tensor active, Tensor position, str activation, float scale, Tensor? bias_table=None, "
-    "int bias_center=0, bool bias_by_index=False, Tensor? rows=None, Tensor? pages=None) -> Tensor",
+    "Tensor(d!) activated_count, Tensor active, Tensor position, str activation, float scale, "
+    "Tensor? bias_table=None, int bias_center=0, bool bias_by_index=False, Tensor? rows=None, Tensor? pages=None, "
+    "Tensor? gate=None) -> Tensor",
 )
 
 

@@ -85,7 +85,20 @@ def ema_step_triton(
 
 
 def memory_step_triton(
-    q, k_new, v_new, keys, values, positions, activated_count, active, position, activation, bias_table, pages, **_
+    q,
+    k_new,
+    v_new,
+    keys,
+    values,
+    positions,
+    activated_count,
+    active,
+    position,
+    activation,
+    bias_table,
+    pages,
+    gate,
+    **_,
 ):
     batch, (held, memory, key_width), value_width = q.shape[0], keys.shape, values.shape[-1]
     if activation not in ("softmax", "relu2", "laplace"):
@@ -103,6 +116,7 @@ def memory_step_triton(
         "pages": (pages, row, INTEGER),
         "position": (position, row, INTEGER),
         "bias_table": (bias_table, (bias,), FLOATS),
+        "gate": (gate, v_new.shape, (v_new.dtype,)),
     }
     if pages is None and held != batch:
         raise ValueError(f"keys has {held} pages for {batch} rows, and no pages are given")

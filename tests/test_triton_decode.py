@@ -1,24 +1,35 @@
 """The kernels of one decode step against loops; on a CPU they run under Triton's interpreter."""
 
 import math
+from collections import Counter
 
 import pytest
 import torch
+from small_models import small_lm
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton_interpreter import DEVICE  # first, before anything imports triton
 
-from modeling_seqboat import triton_decode_seqboat
+from modeling_seqboat import SeqBoatCache, triton_decode_seqboat
 from modeling_seqboat.ops_attention_seqboat import memory_step
 from modeling_seqboat.ops_ema_seqboat import ema_step
 from modeling_seqboat.ops_naive_seqboat import ema_scan_naive, windowed_attention_naive
 from modeling_seqboat.triton_decode_seqboat import ema_step_triton, memory_step_triton
+from modeling_seqboat.triton_launch_seqboat import Kernel
 
 
 @pytest.fixture(autouse=True)
 def _poisoned_memory(monkeypatch):
-    """NaN in everything a kernel ought to write."""
-    empty, empty_like = torch.empty, torch.empty_like
-    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: empty(*args, **kwargs).fill_(float("nan")))
-    monkeypatch.setattr(torch, "empty_like", lambda *args, **kwargs: empty_like(*args, **kwargs).fill_(float("nan")))
+    """NaN in everything a kernel ought to write, a count that nothing has where it is an integer."""
+
+    def poisoned(make):
+        def made(*args, **kwargs):
+            tensor = make(*args, **kwargs)
+            return tensor.fill_(float("nan") if tensor.is_floating_point() else 987)
+
+        return made
+
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
 
 
 def to_device(inputs):
@@ -42,12 +53,12 @@ class Memory:
             q.to(DEVICE), k.to(DEVICE), v.to(DEVICE), self.keys, self.values, self.positions, self.count,
             active.to(DEVICE), position.to(DEVICE), bias_by_index=bias_by_index, **to_device(options),
         )  # fmt: skip
-        self.count += active.to(DEVICE)
         expected = torch.zeros(self.batch, v.shape[1], dtype=torch.float64)
         for row in range(self.batch):
             if active[row]:
                 self.history[row].append((k[row].double(), v[row].double(), position[row]))
                 expected[row] = self.attend(row, q[row].double(), bias_by_index, **options)
+        assert self.count.tolist() == [len(history) for history in self.history]
         return out.cpu(), expected
 
     def attend(self, row, q, bias_by_index, bias_table=None, **options):
@@ -240,17 +251,72 @@ def test_memories_in_pages_are_read_and_written_where_they_lie(activation, bias_
     whole = [randn(held, 2, size, 6), randn(held, 2, size, 10), torch.randint(0, 20, (held, 2, size))]
     pages, active = torch.tensor([5, 0, 6, 2]), torch.tensor([True, True, False, True])
     new = randn(rows, 6), randn(rows, 6), randn(rows, 10)
-    given = torch.tensor([2, 0, 9, 12]), active, torch.tensor([21, 22, 23, 24])
+    counts, positions = torch.tensor([2, 0, 9, 12]), torch.tensor([21, 22, 23, 24])
     options = {"activation": activation, "scale": 0.3, "bias_by_index": bias_by_index}
     options |= {"bias_table": randn(9), "bias_center": 6}
     copies = [ring[pages, 1].clone() for ring in whole]
-    expected = memory_step(*new, *copies, *given, **options)
+    expected = memory_step(*new, *copies, counts.clone(), active, positions, **options)
     for step in (memory_step, memory_step_triton):
         rings = [ring.clone().to(DEVICE) for ring in whole]
-        others = (tensor.to(DEVICE) for tensor in (*new, *(ring[:, 1] for ring in rings), *given))
-        found = step(*others, pages=pages.to(DEVICE), **to_device(options))
+        others = [tensor.to(DEVICE) for tensor in (*new, *(ring[:, 1] for ring in rings), counts.clone(), active)]
+        found = step(*others, positions.to(DEVICE), pages=pages.to(DEVICE), **to_device(options))
         torch.testing.assert_close(found.cpu()[active], expected[active], atol=1e-5, rtol=1e-5)
+        assert others[6].tolist() == [3, 1, 9, 13]
         for ring, old, copy in zip(rings, whole, copies, strict=True):
             changed = old.clone()
             changed[pages, 1] = copy
             assert torch.equal(ring.cpu(), changed)
+
+
+# The interpreter cuts bfloat16 off in place of rounding it.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda"))
+@pytest.mark.parametrize("activation", ["softmax", "laplace"])
+def test_the_gate_multiplies_what_was_rounded(activation, dtype, monkeypatch):
+    """Both twins, bit for bit; the count of every row moves on once, whatever the number of programs."""
+    monkeypatch.setattr(triton_decode_seqboat, "_SPLITS", ((1 << 31, 4, 8, 2, 4),))
+    monkeypatch.setattr(triton_decode_seqboat, "_COMBINE_V", 16)
+    generator = torch.Generator().manual_seed(0)
+    shapes = (3, 6), (3, 6), (3, 37), (3, 9, 6), (3, 9, 37), (3, 37)
+    *inputs, gate = (torch.randn(shape, generator=generator).to(DEVICE, dtype) for shape in shapes)
+    active = torch.tensor([True, False, True], device=DEVICE)
+    for step in (memory_step, memory_step_triton):
+        found = []
+        for options in ({}, {"gate": gate}):
+            ring, count = torch.zeros(3, 9, dtype=torch.int64, device=DEVICE), torch.tensor([0, 7, 30], device=DEVICE)
+            given = (*(tensor.clone() for tensor in inputs), ring, count, active, count.clone())
+            found.append(step(*given, activation=activation, scale=0.3, **options)[active])
+            assert count.tolist() == [1, 7, 31]
+        assert found[0].abs().sum() > 1 and torch.equal(found[1], found[0] * gate[active])
+
+
+def test_launches_of_a_decode_step(monkeypatch):
+    """Each layer: kernels, linears and nothing else; the counters of all layers take one launch a model."""
+    launched = []
+
+    class Noted(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            name = function.overloadpacket.__name__
+            if not function.is_view and name not in ("empty", "empty_like"):
+                launched.append(name)
+            return function(*args, **(kwargs or {}))
+
+    def note(self, *args, **kwargs):
+        launched.append(self.function.fn.__name__)
+
+    counts = []
+    for layers in (2, 3):
+        model = small_lm(num_hidden_layers=layers, kernel_backend="triton").to(DEVICE, torch.bfloat16).eval()
+        cache, ids = SeqBoatCache(model.config, static=True), torch.zeros(2, 1, dtype=torch.int64, device=DEVICE)
+        with torch.no_grad():
+            model(ids, past_key_values=cache)
+            with monkeypatch.context() as patch, Noted():
+                patch.setattr(Kernel, "__call__", note)
+                model(ids, past_key_values=cache)
+        counts.append(Counter(launched))
+        launched.clear()
+    a_layer = counts[1] - counts[0]
+    assert counts[0]["_foreach_add_"] == counts[1]["_foreach_add_"] == 1
+    kernels = {name: count for name, count in a_layer.items() if name.endswith("_kernel")}
+    assert sum(kernels.values()) == 8 and a_layer["addmm"] == 3
+    # What the fixture fills, and what asks for a dtype only.
+    assert a_layer.keys() - kernels.keys() <= {"addmm", "fill_", "promote_types"}

@@ -73,14 +73,13 @@ class _PagedLayer(SeqBoatCacheLayer):
     def start_segments(self, reset: Tensor) -> None:
         """`PagedCache.step` has emptied what the counts say."""
 
-    def _step(self, context: SequenceContext, hidden: Tensor, state: Tensor, active: Tensor) -> None:
+    def _step(self, context: SequenceContext, hidden: Tensor, state: Tensor) -> None:
         if self.pages is None:
-            super()._step(context, hidden, state, active)
+            super()._step(context, hidden, state)
             return
         if self.ssm_inputs is not None:
             at = context.positions[:, 0] % self.truncation
             self.ssm_inputs[self.pages, at] = hidden[:, 0].to(self.ssm_inputs.dtype)
-        self.activated_count.add_(active[:, 0])
         self.ssm_state.index_copy_(0, self.pages, state)
 
 
