@@ -17,8 +17,10 @@ from torch import Tensor
 from .triton_launch_seqboat import jit, kernel, power_of_two, tl
 
 # (largest B, slots a program reads, V columns a block, programs that share the V blocks of a split, warps): few rows
-# must be cut finely to reach every multiprocessor, many rows are better off with the scores computed once.
-_SPLITS = ((2, 32, 128, 16, 2), (8, 32, 256, 2, 4), (1 << 31, 64, 256, 1, 4))
+# must be cut finely to reach every multiprocessor. Of many rows a program reads one wide block, all of whose loads are
+# under way at once; a second one would not fit into registers.
+_SPLITS = ((2, 32, 128, 16, 2), (8, 32, 256, 2, 4), (1 << 31, 32, 1024, 1 << 31, 4))
+_BLOCK_BYTES = 2048
 _COMBINE_V = 128
 _COMBINE_SPLITS = 16
 _STEP_D = 32
@@ -263,6 +265,7 @@ def memory_step_triton(
     v_new = v_new.contiguous()
     out = torch.empty_like(v_new)
     block_w, block_v, groups, warps = next(entry[1:] for entry in _SPLITS if batch <= entry[0])
+    block_v = min(block_v, _BLOCK_BYTES // values.element_size(), power_of_two(v_width, 16))
     groups = min(groups, -(-v_width // block_v))
     splits = -(-memory // block_w)
     part = torch.empty(batch, splits, v_width, dtype=torch.float32, device=q.device)

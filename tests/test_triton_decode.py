@@ -305,7 +305,8 @@ def test_launches_of_a_decode_step(monkeypatch):
 
     counts = []
     for layers in (2, 3):
-        model = small_lm(num_hidden_layers=layers, kernel_backend="triton").to(DEVICE, torch.bfloat16).eval()
+        model = small_lm(num_hidden_layers=layers).to(DEVICE, torch.bfloat16).eval()
+        model.config.kernel_backend = "triton"
         cache, ids = SeqBoatCache(model.config, static=True), torch.zeros(2, 1, dtype=torch.int64, device=DEVICE)
         with torch.no_grad():
             model(ids, past_key_values=cache)
