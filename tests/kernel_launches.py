@@ -67,7 +67,7 @@ def run_every_op():
             memory_step_triton(
                 zeros(2, 16), zeros(2, 16), zeros(2, 24), *ring, count, marks[:, 0], count, activation=kind,
                 scale=0.1, bias_table=zeros(9), bias_center=4, bias_by_index=kind == "laplace",
-                pages=count if kind == "laplace" else None,
+                pages=count if kind == "laplace" else None, gate=zeros(2, 24) if kind == "softmax" else None,
             )  # fmt: skip
 
 
