@@ -472,6 +472,27 @@ def test_finished_classifications_are_measured_on_their_test_rows(finished, tmp_
         patterns.main(["--model", f"image={tmp_path / 'text'}", *options])
 
 
+def test_few_rows_of_generated_data_are_none_of_the_run(finished, tmp_path, monkeypatch):
+    """--rows draws by the next seed, beside what was measured before; the page is made again of the records alone."""
+    from classification_tasks import draw_little, run, write_generated
+
+    patterns = module("activation_patterns")
+    draw_little(monkeypatch)
+    run("lra-listops", tmp_path / "listops", **write_generated(tmp_path))
+    options, model = ["--toy", "--device", "cpu", "--output", str(tmp_path / "out")], f"--model=listops={tmp_path}/"
+    patterns.main([model + "listops", *options])
+    (tmp_path / "listops").rename(tmp_path / "again")
+    patterns.main([model + "again", "--rows", "3", *options])
+    assert len(list((tmp_path / "generated").glob("listops-seed1-*"))) == 1
+    page = (tmp_path / "out/activation_patterns.md").read_text("utf-8")
+    assert "| listops | listops | 0" in page and "| listops | again | 0" in page
+    records = str(tmp_path / "out/activation_patterns.jsonl")
+    patterns.main(["--from-results", records, "--write-docs", str(tmp_path / "docs")])
+    assert (tmp_path / "docs/activation_patterns.md").read_text("utf-8") == page
+    with pytest.raises(SystemExit, match="--rows must be at least 1, got 0"):
+        patterns.main([model + "again", "--rows", "0", *options])
+
+
 def test_folders_of_models_are_measured(finished, tmp_path, capsys):
     runs, run_data, patterns = module("runs"), module("run_data"), module("activation_patterns")
     recipe = toy().lm
