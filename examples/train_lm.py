@@ -7,8 +7,8 @@
 
 Writes to `output_dir`: `checkpoint-N/` to resume from, `best/` (the model with the lowest validation loss), `final/`,
 `metrics.jsonl`, `training_record.json` and TensorBoard logs. Ctrl-C, or SIGTERM, saves a checkpoint after the current
-step and ends. A checkpoint is read without running anything in it, and resumed from only if every file is as it was
-written.
+step, or of several processes the next one, and ends. A checkpoint is read without running anything in it, and resumed
+from only if every file is as it was written.
 
 `--average_decay` keeps an average of the weights beside them, scores it at each validation and writes it to
 `averaged/`. A layer whose router stops choosing is an entry `router/collapse` of `metrics.jsonl`.
@@ -195,8 +195,8 @@ def evaluate(a: TrainArguments, accelerator: Accelerator, parts: Parts, model, h
 class Agreement:
     """What all processes go by: whether any was asked to stop, and one reading of their clocks.
 
-    Of several processes it is that of the step before: reading the present one would have each host wait for its
-    device, at every step.
+    Of several processes it is that of the step before, which has come to the host meanwhile: waiting for the present
+    one would keep each host from launching the next step before its device is done.
     """
 
     def __init__(self, accelerator: Accelerator):
@@ -205,11 +205,17 @@ class Agreement:
     def __call__(self, asked: bool, seconds: float) -> tuple[bool, float]:
         if self.accelerator.num_processes == 1:
             return asked, seconds
-        told = torch.tensor([float(asked), seconds])
+        told, arrived = torch.tensor([float(asked), seconds]), None
         if self.accelerator.device.type == "cuda":
-            told = told.pin_memory()
-        mean = self.accelerator.reduce(told.to(self.accelerator.device, non_blocking=True), "mean")
-        read, self.before = mean if self.before is None else self.before, mean
+            mean = self.accelerator.reduce(told.pin_memory().to(self.accelerator.device, non_blocking=True), "mean")
+            told, arrived = torch.empty(2, pin_memory=True), torch.cuda.Event()
+            told.copy_(mean, non_blocking=True)
+            arrived.record()
+        else:
+            told = self.accelerator.reduce(told, "mean")
+        (read, ready), self.before = self.before or (told, arrived), (told, arrived)
+        if ready is not None:
+            ready.synchronize()
         asked_share, seconds = read.tolist()
         return asked_share > 0, seconds
 

@@ -224,6 +224,10 @@ def _state_of_metrics(path: Path, folder: str) -> dict[str, Any]:
         entries = [entry for entry in entries if entry["step"] <= last]
     history = []
     for entry in entries:
+        if folder == "averaged":
+            # The average is another model, whose rates and loss were not logged.
+            kept = [name for name in entry if name != "train/loss" and not _RATE_KEY.fullmatch(name)]
+            entry = {name: entry[name] for name in kept}
         renamed = {_TRAINER_NAMES.get(name, name): value for name, value in entry.items()}
         scores = [renamed.pop(name, None) for name in (_VALIDATION, _AVERAGED_VALIDATION)]
         score = scores[folder == "averaged"]

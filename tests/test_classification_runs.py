@@ -205,10 +205,13 @@ def test_a_model_of_strips_goes_on_with_whole_pictures(tmp_path, monkeypatch):
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in kept)
     third = run("lra-pathx", tmp_path / "third", rate, **data, init_from=tmp_path / "second/best")
     assert third["steps_before"] == 2
+    # As train_lm, the same command goes on with a run, and keeps where it came from.
+    go_on = {"max_steps": 2, "resume_from_checkpoint": "latest"}
+    resumed = run("lra-pathx", tmp_path / "second", rate, **(data | start | go_on))
+    assert (resumed["init_from"], resumed["steps_before"], resumed["steps"]) == ("first/best", 1, 2)
     cases = [
         ({"hidden_size": 16}, {}, "is of another shape: hidden_size is 8 there and 16 in this run"),
         ({}, {"init_from": tmp_path}, "it has no config.json"),
-        ({}, {"resume_from_checkpoint": "latest"}, "leave out init_from"),
     ]
     for overrides, settings, message in cases:
         with pytest.raises(ValueError, match=message):

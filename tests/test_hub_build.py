@@ -331,7 +331,8 @@ def test_the_log_of_train_lm_is_read_up_to_the_weights_it_belongs_to(tmp_path):
 
 def test_an_average_of_weights_has_a_score_of_its_own(tmp_path):
     scores = {"validation/bits_per_byte": 2.5, "validation/averaged_bits_per_byte": 2.25}
-    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 10} | scores) + "\n")
+    logged = {"train/loss": 1.5, "router/activation_rate_0": 0.25}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 10} | scores | logged) + "\n")
     metrics = [{"type": "bits_per_byte", "value": 2.625}]
     evaluation = {"results": [{"task": "text-generation", "dataset": {"name": "some"}, "metrics": metrics}]}
     (tmp_path / "evaluation.json").write_text(json.dumps(evaluation))
@@ -339,6 +340,8 @@ def test_an_average_of_weights_has_a_score_of_its_own(tmp_path):
     assert averaged.plain_results == {"bits_per_byte": 2.25} and averaged.procedure["Optimizer steps"] == "10"
     assert final.plain_results == {"bits_per_byte": 2.5}
     assert averaged.results == [] and final.results != []
+    assert averaged.activation_rates == [] and final.activation_rates == [0.25]
+    assert not any("loss" in name for name in averaged.procedure)
 
 
 def test_the_flat_file_of_save_metrics_is_read(copied, tmp_path):

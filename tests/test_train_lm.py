@@ -133,6 +133,18 @@ def test_the_rate_is_held_and_is_no_part_of_the_loss(tmp_path, examples):
     assert held[20]["train/loss"] < free[1]["train/loss"]
 
 
+def test_several_processes_go_by_the_step_before(examples):
+    class Two:
+        num_processes, device = 2, torch.device("cpu")
+
+        def reduce(self, told, how):
+            return (told + torch.tensor([0.0, 30.0])) / 2
+
+    agreement = examples.Agreement(Two())
+    found = [agreement(step == 2, 10.0 * step) for step in range(1, 5)]
+    assert found == [(False, 20.0), (False, 20.0), (True, 25.0), (False, 30.0)]
+
+
 def test_a_layer_that_stops_choosing_is_an_event_of_the_log(tmp_path, examples, monkeypatch):
     run(examples, tmp_path / "run", steps=4, config_overrides='{"activation_bias": 1000.0}')
     entries = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text("utf-8").splitlines()]

@@ -62,7 +62,7 @@ class ClassificationArguments(DataArguments):
     config_overrides: str | None = field(default=None, metadata={"help": "JSON of config fields to change"})
     init_from: str | None = field(
         default=None,
-        metadata={"help": "a model folder, such as best/ of another run, to start from the weights of"},
+        metadata={"help": "a model folder, such as best/ of another run, whose weights a run starts from"},
     )
     batch_size: int = field(default=32, metadata={"help": "rows a process and micro-batch"})
     eval_batch_size: int | None = field(default=None, metadata={"help": "default: batch_size"})
@@ -265,11 +265,6 @@ def check_arguments(a: ClassificationArguments) -> None:
         raise ValueError(f"optimizer must be adamw or muon, got {a.optimizer!r}")
     if a.lr_scheduler_type not in ("linear", "cosine"):
         raise ValueError(f"lr_scheduler_type must be linear or cosine, got {a.lr_scheduler_type!r}")
-    if a.init_from is not None and a.resume_from_checkpoint is not None:
-        raise ValueError(
-            f"resume_from_checkpoint {a.resume_from_checkpoint!r} brings the weights, init_from {a.init_from!r} other "
-            "ones: leave out init_from, or start a new run without the former"
-        )
     if a.mixed_precision not in (None, "no", "bf16", "fp16"):
         raise ValueError(f"mixed_precision must be one of no, bf16, fp16, got {a.mixed_precision!r}")
 
@@ -358,10 +353,11 @@ def run_test(trainer: ClassificationTrainer, data: TaskData) -> dict:
 
 
 def build_trainer(
-    a: ClassificationArguments, config: SeqBoatConfig, data: TaskData, budget: TimeBudget | None = None
+    a: ClassificationArguments, config: SeqBoatConfig, data: TaskData, budget: TimeBudget | None, fresh: bool
 ) -> ClassificationTrainer:
+    """`fresh`: a run at its start, with the weights of `init_from` if that is given."""
     set_seed(a.seed)
-    model = start_model(data.model_class, config, a.init_from)
+    model = start_model(data.model_class, config, a.init_from if fresh else None)
     if a.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     steps = min(a.eval_steps, a.max_steps)
@@ -416,7 +412,7 @@ def main(argv: list[str] | None = None) -> dict:
     check_output_folder(a.output_dir, checkpoint is not None, a.overwrite_output_dir)
     config = build_config(a)
     before = training_before(a.init_from)
-    if a.init_from is not None:
+    if a.init_from is not None and checkpoint is None:
         check_same_shape(Path(a.init_from), config, FREE_FIELDS)
     data = load_task(a.task, a, config.pad_token_id)
     fit_config(config, data, a)
@@ -428,7 +424,7 @@ def main(argv: list[str] | None = None) -> dict:
         rows = len(data.validation) + len(data.test)
         step_rows = a.batch_size * a.gradient_accumulation_steps
         budget = TimeBudget(a.max_minutes, began, rows, step_rows, checkpoint)
-    trainer = build_trainer(a, config, data, budget)
+    trainer = build_trainer(a, config, data, budget, fresh=checkpoint is None)
     folder = take_folder_once(a.output_dir, checkpoint, a.overwrite_output_dir)
     try:
         return run(
