@@ -47,6 +47,17 @@ class TrainArguments:
     muon_learning_rate: float = field(
         default=0.02, metadata={"help": "peak rate of the layers' matrices with optimizer muon"}
     )
+    muon_row_beta: float | None = field(
+        default=None,
+        metadata={"help": "evens out the rows of Muon's updates, such as 0.95: their mean's factor; 0: no"},
+    )
+    muon_split: bool = field(
+        default=False,
+        metadata={"help": "attention's input projection is three matrices to Muon"},
+    )
+    qk_learning_rate: float | None = field(
+        default=None, metadata={"help": "peak rate of the scales and offsets of queries and keys"}
+    )
     router_gain: float = field(
         default=0.1,
         metadata={"help": "holds router_target_rate by moving the routers' biases; 0: by a term of the loss"},
@@ -94,6 +105,9 @@ class TrainArguments:
             self.max_steps = 500 if self.max_minutes is None else math.inf
 
 
+# Those that optimizer muon alone reads.
+MUON_ARGUMENTS = ("muon_learning_rate", "muon_row_beta", "muon_split")
+
 # Of every argument that is a number.
 RANGES: dict[str, Range] = {
     **dict.fromkeys(("batch_size", "gradient_accumulation_steps", "eval_batch_size"), at_least(1)),
@@ -107,7 +121,8 @@ RANGES: dict[str, Range] = {
     "save_total_limit": at_least(1),
     "validation_fraction": PART,
     "learning_rate": at_least(0),
-    **dict.fromkeys(("router_learning_rate", "muon_learning_rate", "router_gain"), at_least(0)),
+    **dict.fromkeys(("router_learning_rate", "muon_learning_rate", "qk_learning_rate", "router_gain"), at_least(0)),
+    "muon_row_beta": BETA,
     "average_decay": PART,
     "weight_decay": at_least(0),
     "warmup_steps": at_least(0),

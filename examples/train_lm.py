@@ -36,7 +36,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, GradientAccumulationPlugin, set_seed
-from lm_arguments import TrainArguments, check_arguments, check_graphs, check_parts
+from lm_arguments import MUON_ARGUMENTS, TrainArguments, check_arguments, check_graphs, check_parts
 from lm_checkpoints import Clock, Progress, Saver, resume
 from lm_data import HeldOut, StreamPlaces, build_loader, load_data
 from lm_parts import Parts
@@ -122,15 +122,16 @@ def rate_factor(a: TrainArguments, step: int, time_share: float = 0.0) -> float:
 
 
 def build_optimizer(a: TrainArguments, model: torch.nn.Module, device: torch.device) -> torch.optim.Optimizer:
+    muon = a.optimizer == "muon"
     groups = parameter_groups(
-        model, a.weight_decay, router_learning_rate=a.router_learning_rate,
-        muon_learning_rate=a.muon_learning_rate if a.optimizer == "muon" else None,
+        model, a.weight_decay, router_learning_rate=a.router_learning_rate, qk_learning_rate=a.qk_learning_rate,
+        muon_learning_rate=a.muon_learning_rate if muon else None, muon_split=muon and a.muon_split,
     )  # fmt: skip
     settings = dict(lr=a.learning_rate, betas=(a.beta1, a.beta2))
     if a.optimizer == "radam":
         return torch.optim.RAdam(groups, **settings, decoupled_weight_decay=True)
-    if a.optimizer == "muon":
-        return MuonAdamW(groups, **settings)
+    if muon:
+        return MuonAdamW(groups, **settings, row_beta=a.muon_row_beta or None)
     # One launch for many parameters; the CPU keeps the arithmetic of its records.
     return torch.optim.AdamW(groups, **settings, fused=device.type == "cuda")
 
@@ -363,7 +364,8 @@ def run_record(a: TrainArguments, argv: list[str], accelerator: Accelerator, par
         "optimizer": a.optimizer,
         "learning_rate": a.learning_rate,
         "router_learning_rate": a.router_learning_rate,
-        **({"muon_learning_rate": a.muon_learning_rate} if a.optimizer == "muon" else {}),
+        **({} if a.qk_learning_rate is None else {"qk_learning_rate": a.qk_learning_rate}),
+        **({name: getattr(a, name) for name in MUON_ARGUMENTS} if a.optimizer == "muon" else {}),
         **({} if a.average_decay is None else {"average_decay": a.average_decay}),
         "lr_scheduler_type": a.schedule,
         "warmup_steps": a.warmup_steps,

@@ -116,6 +116,9 @@ def _ssm_type(name: str, value: Any) -> str:
 _PositiveInteger = Annotated[int, _integer(1)]
 _Positive = Annotated[float, _real("a finite number above 0", lambda value: value > 0)]
 _NotNegative = Annotated[float, _real("a finite number of at least 0", lambda value: value >= 0)]
+_OptionalNotNegative = Annotated[
+    float | None, _real("a finite number of at least 0", lambda value: value >= 0, optional=True)
+]
 _Probability = Annotated[float, _real("a number from 0 up to, but not including, 1", lambda value: 0 <= value < 1)]
 _Boolean = Annotated[bool, _boolean]
 _Activation = Annotated[str, _one_of(*sorted(ACT2FN))]
@@ -261,6 +264,8 @@ class SeqBoatConfig(PreTrainedConfig):
         classifier_act: activation of the classifier, a name that transformers knows.
         hidden_dropout, attention_dropout, value_dropout, activation_dropout: probabilities in [0, 1).
         initializer_range: standard deviation of the truncated normal that linears start from.
+        qk_initializer_range: that of the scales of queries and keys, router_initializer_range: that of the routers'
+            weights; None for `initializer_range`.
         tie_word_embeddings: the output matrix is the embedding matrix.
         use_cache: return a cache; None means `not bidirectional`, True is an error for an encoder.
         pad_token_id, bos_token_id, eos_token_id: ids or None. The defaults are the byte tokenizer's, and None where
@@ -319,6 +324,8 @@ class SeqBoatConfig(PreTrainedConfig):
     value_dropout: _Probability = 0.0
     activation_dropout: _Probability = 0.0
     initializer_range: _NotNegative = 0.02
+    qk_initializer_range: _OptionalNotNegative = None
+    router_initializer_range: _OptionalNotNegative = None
     tie_word_embeddings: _Boolean = True
     use_cache: Annotated[bool | None, _boolean] = None
     pad_token_id: Annotated[int | None, _token_id()] = _DefaultTokenId(256)

@@ -241,14 +241,15 @@ class SeqBoatPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        std = self.config.initializer_range
+        config = self.config
+        std = config.initializer_range
         if isinstance(module, nn.Linear):
             _trunc_normal(module.weight, std)
             if module.bias is not None:
                 init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
-            values = torch.empty_like(module.weight).normal_(0.0, self.config.hidden_size**-0.5)
-            pad = self.config.pad_token_id
+            values = torch.empty_like(module.weight).normal_(0.0, config.hidden_size**-0.5)
+            pad = config.pad_token_id
             if pad is not None and pad < values.shape[0]:
                 values[pad] = 0
             init.copy_(module.weight, values)
@@ -256,12 +257,14 @@ class SeqBoatPreTrainedModel(PreTrainedModel):
             module.draw_initial_values()
         elif isinstance(module, SeqBoatRouter):
             if module.learned:
-                _trunc_normal(module.weight, std)
+                own = config.router_initializer_range
+                _trunc_normal(module.weight, std if own is None else own)
                 init.zeros_(module.bias)
-                start = self.config.router_temperature_init * math.sqrt(self.config.hidden_size)
+                start = config.router_temperature_init * math.sqrt(config.hidden_size)
                 init.constant_(module.log_temperature, math.log(start))
         elif isinstance(module, SeqBoatAttention):
-            _trunc_normal(module.qk_scale, std)
+            own = config.qk_initializer_range
+            _trunc_normal(module.qk_scale, std if own is None else own)
             init.zeros_(module.qk_offset)
         elif isinstance(module, SeqBoatPositionBias):
             _trunc_normal(module.weight, std)
@@ -269,7 +272,7 @@ class SeqBoatPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, 0.0, 1.0)
             init.normal_(module.bias, 0.0, 0.1)
         elif isinstance(module, SeqBoatAbsolutePositions):
-            init.constant_(module.scale, self.config.hidden_size**-0.5)
+            init.constant_(module.scale, config.hidden_size**-0.5)
         elif isinstance(module, SeqBoatScaleNorm) and module.weight is not None:
             init.ones_(module.weight)
 

@@ -51,16 +51,21 @@ class MuonAdamW(torch.optim.Optimizer):
 
     The update is that of `torch.optim.Muon` (Nesterov momentum, decoupled weight decay, a rate times
     sqrt(max(1, rows / columns))), but all matrices of one shape are orthogonalised together: torch's goes through them
-    one by one, some 30 kernels each.
+    one by one, some 30 kernels each. A group with `sections`, row counts, has matrices that are several, one below the
+    other: each is orthogonalised by itself, with a rate by its own shape.
 
     Args:
         groups: parameters, or dictionaries of parameters and their settings.
         lr, betas, eps, weight_decay: AdamW's, where a group has none of its own; `lr` and `weight_decay` also Muon's.
         momentum: Muon's. ns_steps: Newton-Schulz steps.
+        row_beta: in [0, 1), or None. Each row of an orthogonalised matrix is divided by the root of its mean square, a
+            running mean by this factor a step, and the matrix gets its norm back: neurons learn at rates that are
+            more alike (NorMuon, arXiv 2510.05491). One number more a row is kept.
         fused: AdamW as one kernel; by default for groups whose parameters are all on a GPU when `step` is called.
 
     Raises:
-        ValueError: for a `muon` group with a tensor that is no whole matrix: of another rank, or sharded.
+        ValueError: for a `muon` group with a tensor that is no whole matrix: of another rank, or sharded; for
+            `sections` that do not add up to its rows.
     """
 
     def __init__(
@@ -73,6 +78,7 @@ class MuonAdamW(torch.optim.Optimizer):
         momentum: float = 0.95,
         ns_steps: int = 5,
         fused: bool | None = None,
+        row_beta: float | None = None,
     ):
         groups = list(groups)
         if groups and not isinstance(groups[0], dict):
@@ -82,11 +88,14 @@ class MuonAdamW(torch.optim.Optimizer):
             raise ValueError(f"momentum must be from 0 up to, but not including, 1, got {momentum}")
         if ns_steps < 1:
             raise ValueError(f"ns_steps must be at least 1, got {ns_steps}")
+        if row_beta is not None and not 0 <= row_beta < 1:
+            raise ValueError(f"row_beta must be from 0 up to, but not including, 1, or None, got {row_beta}")
         self._fused = fused
         # It holds the AdamW groups' settings under their names and steps them; the state is kept here.
         stand_in = nn.Parameter(torch.zeros(1))
         self._adamw = torch.optim.AdamW([stand_in], lr, betas, eps, weight_decay, fused=fused)
-        super().__init__(groups, {**self._adamw.defaults, "momentum": momentum, "ns_steps": ns_steps, "muon": False})
+        own = {"momentum": momentum, "ns_steps": ns_steps, "muon": False, "row_beta": row_beta, "sections": None}
+        super().__init__(groups, self._adamw.defaults | own)
 
     def __getstate__(self) -> dict:
         # torch's has groups, state and defaults alone: a copy could not step.
@@ -96,6 +105,12 @@ class MuonAdamW(torch.optim.Optimizer):
         if group.get("muon"):
             group["params"] = list(group["params"])
             _expect_matrices(group["params"])
+            sections = group.get("sections")
+            for parameter in group["params"] if sections is not None else ():
+                if sum(sections) != parameter.shape[0]:
+                    raise ValueError(
+                        f"sections {sections} add up to {sum(sections)} rows, a matrix has {len(parameter)}"
+                    )
         super().add_param_group(group)
 
     @torch.no_grad()
@@ -144,11 +159,28 @@ class MuonAdamW(torch.optim.Optimizer):
             grads = [parameter.grad for parameter in parameters]
             averages = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
             torch._foreach_lerp_(averages, grads, 1 - momentum)
-            ahead = torch._foreach_lerp(grads, averages, momentum)
-            update = orthogonalized(torch.stack(ahead), group["ns_steps"]).to(parameters[0].dtype)
+            ahead = torch.stack(torch._foreach_lerp(grads, averages, momentum))
+            parts = ahead.split(group.get("sections") or shape[0], dim=1)
+            factors = [math.sqrt(max(1, part.shape[1] / shape[1])) for part in parts]
+            found = [orthogonalized(part, group["ns_steps"]).to(ahead.dtype) for part in parts]
+            update = torch.cat([part * factor for part, factor in zip(found, factors, strict=True)], 1)
+            if group.get("row_beta") is not None:
+                update = self._with_even_rows(update, parameters, group["row_beta"])
             torch._foreach_mul_(parameters, 1 - rate * group["weight_decay"])
-            step = rate * math.sqrt(max(1, shape[0] / shape[1]))
-            if isinstance(step, Tensor):
-                torch._foreach_sub_(parameters, list((update * step).unbind()))
+            if isinstance(rate, Tensor):
+                torch._foreach_sub_(parameters, list((update * rate).unbind()))
             else:
-                torch._foreach_add_(parameters, list(update.unbind()), alpha=-step)
+                torch._foreach_add_(parameters, list(update.unbind()), alpha=-rate)
+
+    def _with_even_rows(self, update: Tensor, parameters: list[nn.Parameter], beta: float) -> Tensor:
+        """update: (S, R, C), the matrices of `parameters`. The same with rows divided, as `row_beta` says."""
+        squares = update.square().mean(2, keepdim=True)
+        for parameter, square in zip(parameters, squares, strict=True):
+            # Not in a checkpoint from before either.
+            if "row_square" not in self.state[parameter]:
+                self.state[parameter]["row_square"] = torch.zeros_like(square)
+        means = [self.state[parameter]["row_square"] for parameter in parameters]
+        torch._foreach_lerp_(means, list(squares.unbind()), 1 - beta)
+        even = update * (torch.stack(means) + 1e-10).rsqrt()
+        before, after = (rows.norm(dim=(1, 2), keepdim=True) for rows in (update, even))
+        return even * (before / after.clamp_min(1e-7))

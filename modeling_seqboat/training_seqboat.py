@@ -24,10 +24,15 @@ logger = logging.get_logger(__name__)
 _LAYER = re.compile(r"\blayers\.(\d+)\.")
 
 
-def _routers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def _modules(model: nn.Module, kind: str) -> Iterator[tuple[str, nn.Module]]:
+    """By the name of their class: code that came with a checkpoint has classes of its own."""
     for name, module in model.named_modules():
-        if any(cls.__name__ == "SeqBoatRouter" for cls in type(module).__mro__) and module.learned:
+        if any(cls.__name__ == kind for cls in type(module).__mro__):
             yield name, module
+
+
+def _routers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    return ((name, module) for name, module in _modules(model, "SeqBoatRouter") if module.learned)
 
 
 def model_and_head(model: nn.Module) -> tuple[nn.Module, nn.Module]:
@@ -68,6 +73,8 @@ def parameter_groups(
     decay_embeddings: bool = False,
     router_learning_rate: float | None = None,
     muon_learning_rate: float | None = None,
+    muon_split: bool = False,
+    qk_learning_rate: float | None = None,
 ) -> list[dict]:
     """Parameter groups for any torch optimizer, in model order; frozen parameters are left out, empty groups too.
 
@@ -77,31 +84,44 @@ def parameter_groups(
             own; by default they learn at the optimizer's rate.
         muon_learning_rate: peak rate of the matrices of the layers' linears, which then are a group of their own that
             `MuonAdamW` trains by Muon.
+        muon_split: a group of its own for the input projections of attention, which `MuonAdamW` then orthogonalises as
+            what they are: the matrices of queries and keys, gate, and values, one below the other.
+        qk_learning_rate: peak rate of the scales and offsets of queries and keys, which then are a group of their own.
 
     Example: `Trainer(..., optimizers=(torch.optim.AdamW(parameter_groups(model, 0.1), lr=2e-3), None))`.
     """
     if weight_decay < 0:
         raise ValueError(f"weight_decay must be at least 0, got {weight_decay}")
+    if muon_split and muon_learning_rate is None:
+        raise ValueError("muon_split splits the matrices that Muon trains; give muon_learning_rate, got None")
     decaying = set(decay_parameter_names(model, decay_embeddings))
-    router_ids = {id(parameter) for _, router in _routers(model) for parameter in router.parameters()}
     groups = [{"params": [], "weight_decay": weight_decay}, {"params": [], "weight_decay": 0.0}]
     router_group = {"params": [], "weight_decay": 0.0, "lr": router_learning_rate}
+    qk_group = {"params": [], "weight_decay": 0.0, "lr": qk_learning_rate}
     muon_group = {"params": [], "weight_decay": weight_decay, "lr": muon_learning_rate, "muon": True}
+    split_group = {**muon_group, "params": []}
+    # Of parameters that have a rate of their own, by their identity.
+    own: dict[int, dict] = {}
+    if router_learning_rate is not None:
+        own |= {id(parameter): router_group for _, router in _routers(model) for parameter in router.parameters()}
+    for _, unit in _modules(model, "SeqBoatAttention"):
+        if qk_learning_rate is not None:
+            own |= {id(unit.qk_scale): qk_group, id(unit.qk_offset): qk_group}
+        if muon_split:
+            own[id(unit.in_proj.weight)] = split_group
+            split_group["sections"] = unit.config.qk_head_dim, unit.config.v_head_dim, unit.config.v_head_dim
     for name, module, parameter in _owned_parameters(model):
         if not parameter.requires_grad:
             continue
-        if router_learning_rate is not None and id(parameter) in router_ids:
-            router_group["params"].append(parameter)
-        elif (
+        if (
             muon_learning_rate is not None
             and isinstance(module, nn.Linear)
             and name in decaying
             and _LAYER.search(name)
         ):
-            muon_group["params"].append(parameter)
-        else:
-            groups[name not in decaying]["params"].append(parameter)
-    return [group for group in (*groups, router_group, muon_group) if group["params"]]
+            own.setdefault(id(parameter), muon_group)
+        own.get(id(parameter), groups[name not in decaying])["params"].append(parameter)
+    return [group for group in (*groups, router_group, qk_group, muon_group, split_group) if group["params"]]
 
 
 @dataclass

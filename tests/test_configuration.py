@@ -57,6 +57,8 @@ def test_defaults_are_the_enwik8_shape_with_the_byte_vocabulary():
         ("hidden_size", True),
         ("num_hidden_layers", "2"),
         ("ssm_truncation", 0),
+        ("qk_initializer_range", -0.1),
+        ("router_initializer_range", "0.02"),
         ("intermediate_size", -1),
         ("norm_eps", 0),
         ("rope_theta", 10**400),

@@ -274,8 +274,8 @@ def test_a_budget_in_a_graph_moves_routers_as_in_an_eager_training(update_in_a_g
     graphed = copy.deepcopy(eager)
     step, sides = GraphedStep(graphed, headroom=1.0), []
     for model in (eager, graphed):
-        groups = parameter_groups(model, 0.1, router_learning_rate=1e-4, muon_learning_rate=1e-3)
-        optimizer = MuonAdamW(groups, lr=1e-4)
+        rates = dict(router_learning_rate=1e-4, muon_learning_rate=1e-3, qk_learning_rate=4e-4)
+        optimizer = MuonAdamW(parameter_groups(model, 0.1, **rates, muon_split=True), lr=1e-4, row_beta=0.95)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda turn: 1 - turn / 20)
         sides.append((model, optimizer, schedule, RouterBudget(model, gain=0.05)))
     update = GraphedUpdate(sides[1][1], 0.5, [sides[1][3].step])

@@ -432,8 +432,8 @@ def test_gradients_travel_also_in_the_step_that_gives_its_graph_up(emulated, tig
 
 
 def muon(model) -> MuonAdamW:
-    groups = parameter_groups(model, 0.1, router_learning_rate=1e-3, muon_learning_rate=0.02)
-    return MuonAdamW(groups, lr=4e-3, fused=True)
+    rates = dict(router_learning_rate=1e-3, muon_learning_rate=0.02, qk_learning_rate=0.016)
+    return MuonAdamW(parameter_groups(model, 0.1, **rates, muon_split=True), lr=4e-3, row_beta=0.95, fused=True)
 
 
 def test_an_update_as_a_graph_is_that_of_plain_calls(emulated, tight):

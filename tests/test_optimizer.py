@@ -90,6 +90,72 @@ def test_muon_takes_the_matrices_of_the_layers_and_nothing_else():
     assert sorted(held) == sorted(names)
 
 
+def test_a_projection_that_is_three_is_a_group_that_says_so():
+    model = tiny_lm()
+    config, units = model.config, [layer.attention for layer in model.model.layers]
+    options = {**RATES, "muon_split": True, "qk_learning_rate": 1e-2}
+    groups = parameter_groups(model, 0.1, **options)
+    (split,) = [group for group in groups if "sections" in group]
+    assert split["sections"] == (config.qk_head_dim, config.v_head_dim, config.v_head_dim)
+    assert list(map(id, split["params"])) == [id(unit.in_proj.weight) for unit in units]
+    assert split["muon"] and split["lr"] == 0.02 and split["weight_decay"] == 0.1
+    (scales,) = [group for group in groups if group.get("lr") == 1e-2]
+    assert {id(p) for p in scales["params"]} == {id(p) for unit in units for p in (unit.qk_scale, unit.qk_offset)}
+    assert scales["weight_decay"] == 0 and not scales.get("muon")
+    held = [id(parameter) for group in groups for parameter in group["params"]]
+    assert sorted(held) == sorted(map(id, model.parameters()))
+    with pytest.raises(ValueError, match="give muon_learning_rate, got None"):
+        parameter_groups(model, 0.1, muon_split=True)
+
+
+def steps_of(groups, grads, **options) -> list[torch.Tensor]:
+    """The parameters after two steps with these gradients, and again with them halved."""
+    optimizer = MuonAdamW(groups, lr=0.1, weight_decay=0.1, **options)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for scale in (1, 1, 0.5):
+        for parameter, grad in zip(parameters, grads, strict=True):
+            parameter.grad = scale * grad
+        optimizer.step()
+    return [parameter.detach() for parameter in parameters]
+
+
+def test_sections_are_trained_as_matrices_of_their_own():
+    torch.manual_seed(0)
+    sections, width = (3, 8, 8), 5
+    whole, grad = torch.randn(19, width), torch.randn(19, width)
+    grad[:3] *= 1e-3  # which would be lost beside the others
+
+    def matrices(tensor):
+        return [torch.nn.Parameter(part.clone()) for part in tensor.split(sections)]
+
+    group = {"params": [torch.nn.Parameter(whole.clone())], "muon": True}
+    (found,) = steps_of([{**group, "sections": sections}], [grad])
+    apart = steps_of([{"params": matrices(whole), "muon": True}], grad.split(sections))
+    torch.testing.assert_close(found, torch.cat(apart))
+    (together,) = steps_of([{"params": [torch.nn.Parameter(whole.clone())], "muon": True}], [grad])
+    assert (together - found)[:3].abs().max() > 0.05
+    with pytest.raises(ValueError, match=r"sections \(3, 8\) add up to 11 rows, a matrix has 19"):
+        MuonAdamW([{**group, "sections": (3, 8)}])
+
+
+def test_even_rows_are_a_running_mean_and_keep_the_norm():
+    torch.manual_seed(0)
+    beta, rate, decay = 0.9, 0.1, 0.1
+    start, grads = torch.randn(2, 9, 5), torch.randn(2, 9, 5) * torch.logspace(0, 2, 9)[:, None]
+    found = steps_of([{"params": [torch.nn.Parameter(m.clone()) for m in start], "muon": True}], grads, row_beta=beta)
+    for matrix, grad, ours in zip(start, grads, found, strict=True):
+        wanted, average, mean = matrix.clone(), torch.zeros(9, 5), torch.zeros(9)
+        for scale in (1, 1, 0.5):
+            average = 0.95 * average + 0.05 * scale * grad
+            update = orthogonalized((0.95 * average + 0.05 * scale * grad)[None])[0] * (9 / 5) ** 0.5
+            mean = beta * mean + (1 - beta) * update.square().mean(1)
+            even = update / mean.sqrt()[:, None]
+            wanted = wanted * (1 - rate * decay) - rate * even * update.norm() / even.norm()
+        torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="row_beta must be from 0 up to, but not including, 1, or None, got 1"):
+        MuonAdamW([torch.nn.Parameter(torch.eye(2))], row_beta=1)
+
+
 def test_the_layers_of_other_models_are_found_too():
     llama = LlamaForCausalLM(
         LlamaConfig(
@@ -114,7 +180,12 @@ def test_one_schedule_moves_the_rates_of_both_halves():
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
 
-def test_a_resumed_training_equals_an_uninterrupted_one(tmp_path):
+@pytest.mark.parametrize("options", [{}, {"row_beta": 0.95, "groups": {"muon_split": True, "qk_learning_rate": 1e-2}}])
+def test_a_resumed_training_equals_an_uninterrupted_one(tmp_path, options):
+    def build(model):
+        groups = parameter_groups(model, 0.1, **RATES, **options.get("groups", {}))
+        return MuonAdamW(groups, lr=4e-3, betas=(0.9, 0.95), row_beta=options.get("row_beta"))
+
     whole = tiny_lm().train()
     optimizer = build(whole)
     train(whole, optimizer, steps=2)

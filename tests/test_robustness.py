@@ -346,6 +346,19 @@ def test_a_standard_deviation_of_zero_starts_linears_at_zero():
     assert not model.model.layers[0].hidden_proj.weight.any()
 
 
+def test_scales_of_queries_and_keys_and_routers_may_start_otherwise_than_linears():
+    width = {"hidden_size": 64, "v_head_dim": 64, "qk_head_dim": 64}
+    own = {"initializer_range": 0.04, "qk_initializer_range": 0.3, "router_initializer_range": 0.0}
+    for ranges, wanted in ((own, (0.04, 0.3, 0.0)), ({"initializer_range": 0.1}, (0.1, 0.1, 0.1))):
+        torch.manual_seed(0)
+        (layer, *_) = SeqBoatForCausalLM(SeqBoatConfig(**{**SMALL, **width, **ranges})).model.layers
+        found = layer.attention.in_proj.weight, layer.attention.qk_scale, layer.router.weight
+        # Cut at two deviations, a normal keeps 0.88 of one.
+        for tensor, std in zip(found, wanted, strict=True):
+            assert tensor.std().item() == pytest.approx(0.88 * std, rel=0.2)
+            assert tensor.abs().max().item() <= 2 * std
+
+
 def test_a_mask_that_does_not_fit_a_filled_cache_is_refused():
     model = small_lm()
     cache = model(IDS).past_key_values

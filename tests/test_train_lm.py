@@ -96,6 +96,7 @@ HELD = '{"hidden_dropout": 0.1, "router_target_rate": 0.3}'
         ("adamw", {}),
         ("radam", {}),
         ("muon", {"config_overrides": HELD, "average_decay": 0.9}),
+        ("muon", {"muon_split": True, "muon_row_beta": 0.95, "qk_learning_rate": 1e-2}),
         ("adamw", {"config_overrides": HELD, "router_gain": 0}),
     ],
 )
@@ -379,6 +380,8 @@ def test_bad_input_is_refused_before_training(tmp_path, examples):
         (ValueError, "score_test is for enwik8, whole", dict(score_test=True)),
         (ValueError, "router_gain must be at least 0, got -0.1", dict(router_gain=-0.1)),
         (ValueError, "muon_learning_rate must be at least 0, got -1", dict(muon_learning_rate=-1.0)),
+        (ValueError, "muon_row_beta must be at least 0 and below 1, got 1", dict(muon_row_beta=1.0)),
+        (ValueError, "qk_learning_rate must be at least 0, got -1", dict(qk_learning_rate=-1.0)),
         (ValueError, "average_decay must lie between 0 and 1, got 1", dict(average_decay=1.0)),
         (ValueError, "too few for one batch of 400 rows", dict(batch_size=400)),
         (ValueError, "context_parallel 2 does not divide the 1 processes", dict(context_parallel=2)),
@@ -606,7 +609,8 @@ def test_the_compared_recipes_differ_in_what_is_each_models_own(examples):
         for name in ("enwik8-base", "enwik8-llama")
     )
     own = {"model_type", "preset", "config_overrides", "learning_rate", "router_learning_rate", "max_grad_norm",
-           "optimizer", "weight_decay", "cuda_graphs", "eval_steps", "save_steps"}  # fmt: skip
+           "optimizer", "muon_row_beta", "muon_split", "qk_learning_rate", "weight_decay", "cuda_graphs", "eval_steps",
+           "save_steps"}  # fmt: skip
     different = {name for name in vars(boat) if getattr(boat, name) != getattr(llama, name)}
     assert different <= own
     sizes = []

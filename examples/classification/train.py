@@ -129,8 +129,8 @@ RANGES: dict[str, Range] = {
 # Config fields in which a model may differ from the one it starts from.
 FREE_FIELDS = (
     "router_target_rate", "router_target_scope", "router_target_weight", "router_temperature_init",
-    "initializer_range", "ssm_truncation", "hidden_dropout", "attention_dropout", "value_dropout",
-    "activation_dropout", "id2label", "label2id",
+    "initializer_range", "qk_initializer_range", "router_initializer_range", "ssm_truncation", "hidden_dropout",
+    "attention_dropout", "value_dropout", "activation_dropout", "id2label", "label2id",
 )  # fmt: skip
 
 
