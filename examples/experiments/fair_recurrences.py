@@ -46,9 +46,9 @@ def grid(bases: Bases) -> list[Planned]:
 
 
 def draw(learnt: list[Row], timed: list[Row], path: Path) -> None:
-    """Quality of each recurrence by its learning rate, a panel a task; and speed."""
-    figure, (*tasks, speeds) = panels(3)
-    for axes, task in zip(tasks, ("lm", "pathfinder"), strict=True):
+    """Quality of each recurrence by its learning rate, a panel a task; and speed, if any run was timed."""
+    figure, axes_of = panels(3 if timed else 2)
+    for axes, task in zip(axes_of[:2], ("lm", "pathfinder"), strict=True):
         rows = of_task(learnt, task)
         groups = by_setting(rows)
         for place, (setting, records) in enumerate(groups):
@@ -59,12 +59,13 @@ def draw(learnt: list[Row], timed: list[Row], path: Path) -> None:
         names = [f"{setting['recurrence']}, {setting['rate']}" for setting, _ in groups]
         axes.set_yticks(range(len(names)), names, fontsize="small")
         axes.set(title=task, xlabel=quality_label(rows) if rows else "")
-    bars = speeds.barh(
-        [labels["recurrence"] for labels, _ in timed], [record["tokens_per_second"] / 1e3 for _, record in timed]
-    )
-    speeds.bar_label(bars, fmt="{:,.1f}", padding=3)
-    speeds.set(xlabel="1,000 tokens/s of training, without a CUDA graph", title="published shape")
-    speeds.margins(x=0.2)
+    if timed:
+        speeds = axes_of[2]
+        names = [labels["recurrence"] for labels, _ in timed]
+        bars = speeds.barh(names, [record["tokens_per_second"] / 1e3 for _, record in timed])
+        speeds.bar_label(bars, fmt="{:,.1f}", padding=3)
+        speeds.set(xlabel="1,000 tokens/s of training, without a CUDA graph", title="published shape")
+        speeds.margins(x=0.2)
     save(figure, path)
 
 
@@ -74,8 +75,8 @@ EXPERIMENT = Experiment(
     "parameters, `shared` the one of everything else that AdamW trains (4e-3); matrices are trained by Muon, and "
     "routers are held to a budget. The RG-LRU (arXiv 2402.19427) gates its decay by the input; it is an extension, "
     "written in `examples/experiments/rglru.py` by the protocol that `register_recurrence` takes. All have about as "
-    "many parameters as the EMA. Timed steps are launched kernel by kernel; in training, EMA and RG-LRU replay a CUDA "
-    "graph.",
+    "many parameters as the EMA. In training, EMA and RG-LRU replay a CUDA graph. `lm, published shape` is not "
+    "trained: 39.1 M parameters on 4 rows of 8,192 bytes, whose steps are timed, launched kernel by kernel.",
     grid,
     draw,
 )
