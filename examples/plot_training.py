@@ -1,6 +1,7 @@
 """Runs of `train_lm.py` side by side: bits per byte over training time, activation rates by layer, and a table.
 
     python examples/plot_training.py SeqBoat=outputs/boat Llama=outputs/llama --output curves.png
+    python examples/plot_training.py SeqBoat=outputs/boat Llama=outputs/llama --output curves.png --over tokens
 
 Each argument is a name and a run's folder or its `metrics.jsonl`. The curves are those of the test split where all
 runs logged it (`--score_test True`), else of the validation split. The table goes to standard output as Markdown.
@@ -23,6 +24,11 @@ from matplotlib import pyplot as plt  # noqa: E402
 
 SPLITS = ("test/bits_per_byte", "validation/bits_per_byte")
 RATE = "router/activation_rate_"
+# What the pictures go over: the entry of a log, what divides it, and the axis' name.
+AXES = {
+    "minutes": ("train/seconds", 60, "minutes of training"),
+    "tokens": ("train/tokens", 1e6, "million tokens"),
+}
 
 
 class Run(NamedTuple):
@@ -124,7 +130,8 @@ def comparison(runs: list[Run]) -> str:
     return "\n".join(lines)
 
 
-def plot(runs: list[Run], path: Path) -> None:
+def plot(runs: list[Run], path: Path, over: str) -> None:
+    place, unit, xlabel = AXES[over]
     key = shared_splits(runs)[0]
     routed = [run for run in runs if run.layers]
     figure, axes = plt.subplots(
@@ -132,19 +139,19 @@ def plot(runs: list[Run], path: Path) -> None:
     )
     curves, *maps = axes.flat
     for run in runs:
-        minutes = [entry["train/seconds"] / 60 for entry in run.scores]
+        places = [entry[place] / unit for entry in run.scores]
         label = f"{run.name}, {run.tokens_per_second / 1000:,.0f} k tokens/s"
-        curves.plot(minutes, [entry[key] for entry in run.scores], marker="o", markersize=3.5, label=label)
+        curves.plot(places, [entry[key] for entry in run.scores], marker="o", markersize=3.5, label=label)
     # What is scored while training is a part of the split.
-    curves.set(xlabel="minutes of training", ylabel=f"bits per byte, a part of the {key.split('/')[0]} split")
+    curves.set(xlabel=xlabel, ylabel=f"bits per byte, a part of the {key.split('/')[0]} split")
     curves.grid(alpha=0.3)
     curves.legend()
     for run, ax in zip(routed, maps, strict=True):
         rates = [[entry[f"{RATE}{layer}"] for entry in run.losses] for layer in range(run.layers)]
-        edges = [0.0] + [entry["train/seconds"] / 60 for entry in run.losses]
+        edges = [0.0] + [entry[place] / unit for entry in run.losses]
         layers = [layer - 0.5 for layer in range(run.layers + 1)]
         mesh = ax.pcolormesh(edges, layers, rates, vmin=0, vmax=1, cmap="viridis", rasterized=True)
-        ax.set(xlabel="minutes of training", ylabel="layer", title=f"{run.name}: activation rate")
+        ax.set(xlabel=xlabel, ylabel="layer", title=f"{run.name}: activation rate")
         figure.colorbar(mesh, ax=ax)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
@@ -155,12 +162,13 @@ def main(argv: list[str] | None = None) -> None:
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="NAME=FOLDER")
     parser.add_argument("--output", type=Path, required=True, help="PNG to write")
+    parser.add_argument("--over", choices=AXES, default="minutes", help="what the pictures go over")
     arguments = parser.parse_args(argv)
     try:
         runs = [read_run(argument) for argument in arguments.runs]
     except ValueError as error:
         parser.error(str(error))
-    plot(runs, arguments.output)
+    plot(runs, arguments.output, arguments.over)
     print(table(runs))
     if len(runs) > 1:
         print("\n" + comparison(runs))

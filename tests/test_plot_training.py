@@ -46,6 +46,10 @@ def test_runs_are_compared_at_equal_time(plot_training, tmp_path, capsys):
     assert "test" not in printed
     with Image.open(output) as image:
         assert image.width > image.height > 100
+        by_minutes = image.convert("RGB").tobytes()
+    plot_training.main([f"SeqBoat={boat}", f"Llama={llama}", "--output", str(output), "--over", "tokens"])
+    with Image.open(output) as image:
+        assert image.convert("RGB").tobytes() != by_minutes
 
 
 def test_steps_that_a_resumed_run_repeats_count_once(plot_training, tmp_path):
