@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from .configuration_seqboat import LEARNED_ROUTERS, SeqBoatConfig
 from .kernels_seqboat import op
 from .ops_ema_seqboat import without_autocast
-from .triton_rows_seqboat import route_triton
+from .triton_rows_seqboat import route_opaque, route_triton
 
 _WORD = 2**32 - 1
 
@@ -49,7 +49,24 @@ def random_activation(places: Tensor, layer: int, rate: float, seed: int) -> Ten
     return drawn < round(rate * 2**32)
 
 
-@op("route", triton=route_triton, used=lambda facts: facts.routes, needs=(lambda facts: facts.noisy,))
+def _route_compiled(
+    x: Tensor, weight: Tensor, bias: Tensor, log_temperature: Tensor, real: Tensor | None, shift: float
+) -> tuple[Tensor, Tensor]:
+    """`route` in a compiled graph: the kernel, in place of the three that a compiler takes for two logits; where
+    gradients are wanted, which it does not have there, the torch twin."""
+    inputs = x.contiguous(), weight, bias, log_temperature
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
+        return route(*inputs, real, shift)
+    return route_opaque(*inputs, real, shift)
+
+
+@op(
+    "route",
+    triton=route_triton,
+    compiled=_route_compiled,
+    used=lambda facts: facts.routes,
+    needs=(lambda facts: facts.noisy,),
+)
 def route(
     x: Tensor, weight: Tensor, bias: Tensor, log_temperature: Tensor, real: Tensor | None, shift: float
 ) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ a decode step can be captured in a CUDA graph. Rows that do not take part return
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -290,8 +291,8 @@ def memory_step_triton(
     return out
 
 
-# For compilers, which take it as it is. A copy of this file that came with a checkpoint registers its own.
-memory_step_compiled = torch.library.custom_op(
+# For compilers. A copy of this file that came with a checkpoint registers its own.
+memory_step_opaque = torch.library.custom_op(
     f"{re.sub(r'[^0-9a-zA-Z]', '_', __name__)}::memory_step",
     memory_step_triton,
     mutates_args=("keys", "values", "positions", "activated_count"),
@@ -302,6 +303,18 @@ memory_step_compiled = torch.library.custom_op(
 )
 
 
-@memory_step_compiled.register_fake
+@memory_step_opaque.register_fake
 def _(q, k_new, v_new, *others, **options) -> Tensor:
     return torch.empty_like(v_new)
+
+
+def memory_step_compiled(
+    q: Tensor, k_new: Tensor, v_new: Tensor, keys: Tensor, values: Tensor, positions: Tensor, activated_count: Tensor,
+    active: Tensor, position: Tensor, *, gate: Tensor | None = None, **options: Any,
+) -> Tensor:
+    """`memory_step_triton` in a compiled graph. Values and gate are slices of one tensor: made contiguous here, where
+    the compiler sees it, they are written so, and not copied inside."""
+    q, k_new, v_new, active, position = (part.contiguous() for part in (q, k_new, v_new, active, position))
+    gate = None if gate is None else gate.contiguous()
+    memory = keys, values, positions, activated_count
+    return memory_step_opaque(q, k_new, v_new, *memory, active, position, gate=gate, **options)

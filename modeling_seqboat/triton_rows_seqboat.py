@@ -10,6 +10,7 @@ hand every gradient is a gather too, and nothing is added atomically.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import torch
@@ -294,6 +295,21 @@ def route_triton(
     weight, bias and log_temperature."""
     real = None if real is None else real.contiguous()
     return _Route.apply(x.contiguous(), weight.contiguous(), bias, log_temperature, real, float(shift))
+
+
+# For compilers, without gradients. A copy of this file that came with a checkpoint registers its own.
+route_opaque = torch.library.custom_op(
+    f"{re.sub(r'[^0-9a-zA-Z]', '_', __name__)}::route",
+    route_triton,
+    mutates_args=(),
+    schema="(Tensor x, Tensor weight, Tensor bias, Tensor log_temperature, Tensor? real=None, float shift=0.0) -> "
+    "(Tensor, Tensor)",
+)
+
+
+@route_opaque.register_fake
+def _(x, *others, **options) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape[:-1], dtype=torch.float32), x.new_empty(x.shape[:-1], dtype=torch.bool)
 
 
 @kernel("count", "length", "memory", "capacity")

@@ -141,16 +141,33 @@ def test_a_step_by_kernels_is_the_step_in_torch(options, compiles, monkeypatch):
 
 
 def test_a_compiler_is_not_taken_for_an_export(monkeypatch):
-    """torch 2.11 has `torch.compiler.is_exporting` True under `torch.compile`; a step would leave the kernels out."""
+    """torch 2.11 has `torch.compiler.is_exporting` True under `torch.compile`; a step would leave the kernels out.
+    They are given what is contiguous: no copy is hidden from the compiler."""
     monkeypatch.setenv("SEQBOAT_KERNEL_BACKEND", "triton")
     seen, model = [], small_lm(num_hidden_layers=1).eval().to(DEVICE)
 
     def backend(graph, inputs):
-        seen.extend(str(node.target) for node in graph.graph.nodes)
+        seen.extend(node for node in graph.graph.nodes if "_seqboat." in str(node.target))
         return graph.forward
 
     cache = SeqBoatCache(model.config, static=True)
     step = torch.compile(model.forward, fullgraph=True, backend=backend)
     with torch.no_grad():
         step(random_ids(2, 1).to(DEVICE), past_key_values=cache, use_cache=True)
-    assert sum("memory_step" in target for target in seen) == model.config.num_hidden_layers
+    assert [node.target._schema.name.split("::")[1] for node in seen] == ["route", "memory_step"]
+    for node in seen:
+        given = [value for value in (*node.args, *node.kwargs.values()) if isinstance(value, torch.fx.Node)]
+        assert given and all(value.meta["example_value"].is_contiguous() for value in given)
+
+
+def test_gradients_of_a_compiled_training_forward_of_one_column(monkeypatch):
+    """The router's kernel as an op of compiled graphs has none: where they are wanted its torch twin runs."""
+    monkeypatch.setenv("SEQBOAT_KERNEL_BACKEND", "triton")
+    model, ids, found = small_lm(num_hidden_layers=1).train().to(DEVICE), random_ids(6, 1).to(DEVICE), []
+    for forward in (model.forward, torch.compile(model.forward, backend="aot_eager")):
+        model.zero_grad()
+        with torch.enable_grad():
+            forward(ids, use_cache=False).logits.square().sum().backward()
+        found.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    assert all(bool(grad.any()) for name, grad in found[0].items() if "router" in name)
+    torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=1e-4)

@@ -9,7 +9,13 @@ from modeling_seqboat.ops_ema_seqboat import ema_parameters
 from modeling_seqboat.ops_layout_seqboat import segment_bounds
 from modeling_seqboat.ops_packed_seqboat import pack, write_memory
 from modeling_seqboat.triton_ema_seqboat import ema_parameters_triton
-from modeling_seqboat.triton_rows_seqboat import norm_residual_triton, pack_triton, route_triton, write_memory_triton
+from modeling_seqboat.triton_rows_seqboat import (
+    norm_residual_triton,
+    pack_triton,
+    route_opaque,
+    route_triton,
+    write_memory_triton,
+)
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -52,6 +58,18 @@ def test_a_temperature_below_the_clamp_has_no_gradient():
     assert torch.equal(confidence > 0, active) and bool((confidence[active] == 1).all())
     confidence.sum().backward()
     assert heat.grad.item() == 0
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_route_for_compilers_tells_them_what_it_gives(padded):
+    """Shapes, strides, dtypes and aliases, for any number of rows; the values are the kernel's."""
+    x, weight, bias = (t.to(DEVICE) for t in draw((3, 2, 24), (2, 24), (2,)))
+    real = torch.tensor([[True, False]] * 3, device=DEVICE) if padded else None
+    inputs = x, weight, bias, torch.tensor([1.2], device=DEVICE), real, 0.25
+    torch.library.opcheck(route_opaque, inputs)
+    told = route_opaque(*(t.to("meta") if torch.is_tensor(t) else t for t in inputs))
+    for found, wanted, fake in zip(route_opaque(*inputs), route_triton(*inputs), told, strict=True):
+        assert torch.equal(found, wanted) and found.stride() == fake.stride()
 
 
 def test_route_names_what_does_not_fit():
