@@ -310,6 +310,7 @@ def test_bad_settings_are_refused(tmp_path, monkeypatch):
         ({"easy_passes": 1}, "easy_passes must be .* 0 without easy_rows, got 1"),
         ({"easy_passes": 2, "easy_rows": -1}, "easy_rows must be at least 0"),
         ({"optimizer": "lion"}, "optimizer must be adamw or muon, got 'lion'"),
+        ({"muon_row_beta": 1.0}, "muon_row_beta must be at least 0 and below 1, got 1"),
         ({"cuda_graphs": True}, "cuda_graphs needs a GPU"),
     ]
     for settings, message in cases:
@@ -357,16 +358,19 @@ def test_a_budget_and_muon_hold_in_a_resumed_run(tmp_path):
     """Biases move as the budget says, whatever the loss does; nothing else is kept for it in a checkpoint."""
     settings = {
         **write_reviews(tmp_path), "optimizer": "muon", "router_gain": 0.5, "learning_rate": 1e-2, "max_steps": 6,
-        "eval_steps": 3, "save_total_limit": 5, "augment": True,
+        "eval_steps": 3, "save_total_limit": 5, "augment": True, "muon_split": True, "muon_row_beta": 0.95,
+        "qk_learning_rate": 0.04,
     }  # fmt: skip
     target = {"router_target_rate": 0.9, "router_target_scope": "layer"}
     run("lra-text", tmp_path / "whole", target, **settings)
     run("lra-text", tmp_path / "again", target, resume_from_checkpoint=tmp_path / "whole/checkpoint-3", **settings)
     run("lra-text", tmp_path / "free", target, **(settings | {"router_gain": 0}))
-    whole, again, free = (
-        load_file(tmp_path / name / "checkpoint-6/model.safetensors") for name in ("whole", "again", "free")
+    run("lra-text", tmp_path / "joint", target, **(settings | {"muon_split": False}))
+    whole, again, free, joint = (
+        load_file(tmp_path / name / "checkpoint-6/model.safetensors") for name in ("whole", "again", "free", "joint")
     )
     torch.testing.assert_close(whole, again, rtol=0, atol=0)
+    assert any(not torch.equal(whole[name], joint[name]) for name in whole if name.endswith("in_proj.weight"))
     biases = [name for name in whole if name.endswith("router.bias")]
     assert biases and any(not torch.equal(whole[name], free[name]) for name in biases)
     with pytest.raises(ValueError, match="router_gain 0.5 needs a rate to hold"):

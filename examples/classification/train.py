@@ -24,6 +24,7 @@ import shlex
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -76,6 +77,16 @@ class ClassificationArguments(DataArguments):
     router_learning_rate: float | None = field(default=None, metadata={"help": "peak rate of the routers"})
     optimizer: str = field(default="adamw", metadata={"help": "adamw, or muon for the matrices of the layers"})
     muon_learning_rate: float = field(default=0.02, metadata={"help": "peak rate of what optimizer muon trains"})
+    muon_row_beta: float | None = field(
+        default=None,
+        metadata={"help": "evens out the rows of Muon's updates, such as 0.95: their mean's factor; 0: no"},
+    )
+    muon_split: bool = field(
+        default=False, metadata={"help": "attention's input projection is three matrices to Muon"}
+    )
+    qk_learning_rate: float | None = field(
+        default=None, metadata={"help": "peak rate of the scales and offsets of queries and keys"}
+    )
     router_gain: float = field(
         default=0.0,
         metadata={"help": "above 0 a budget of this gain holds the routers to router_target_rate, not the loss"},
@@ -117,7 +128,8 @@ RANGES: dict[str, Range] = {
     **dict.fromkeys(("batch_size", "eval_batch_size", "gradient_accumulation_steps", "max_steps"), at_least(1)),
     **dict.fromkeys(("eval_steps", "logging_steps", "save_total_limit"), at_least(1)),
     **dict.fromkeys(("learning_rate", "router_learning_rate", "weight_decay"), at_least(0)),
-    **dict.fromkeys(("muon_learning_rate", "router_gain"), at_least(0)),
+    **dict.fromkeys(("muon_learning_rate", "qk_learning_rate", "router_gain"), at_least(0)),
+    "muon_row_beta": BETA,
     **dict.fromkeys(("warmup_steps", "easy_passes", "num_workers"), at_least(0)),
     "max_grad_norm": MAX_NORM,
     "beta1": BETA,
@@ -144,11 +156,24 @@ class EpochOfOrder(TrainerCallback):
         self.order.set_epoch(int(state.epoch or 0))
 
 
+def build_optimizer(a: ClassificationArguments, model: torch.nn.Module) -> torch.optim.Optimizer:
+    muon = a.optimizer == "muon"
+    groups = parameter_groups(
+        model, a.weight_decay, router_learning_rate=a.router_learning_rate, qk_learning_rate=a.qk_learning_rate,
+        muon_learning_rate=a.muon_learning_rate if muon else None, muon_split=muon and a.muon_split,
+    )  # fmt: skip
+    settings = {"lr": a.learning_rate, "betas": (a.beta1, a.beta2)}
+    if muon:
+        return MuonAdamW(groups, **settings, row_beta=a.muon_row_beta or None)
+    # One launch for all parameters; the CPU keeps the arithmetic that its records were made with.
+    return torch.optim.AdamW(groups, **settings, fused=next(model.parameters()).device.type == "cuda")
+
+
 class ClassificationTrainer(RunTrainer):
-    """Counts the real tokens it trains on and the time spent in evaluations; routers may learn at a rate of their own.
+    """Counts the real tokens it trains on and the time spent in evaluations.
 
     Args:
-        muon_learning_rate: of the layers' matrices, which Muon trains then; None for AdamW alone.
+        build_optimizer: makes the optimizer of a model that is where it is trained.
         easy: that many training rows, the last ones, are easy.
         easy_passes: how often they are gone through before the others come.
         augment: turns a batch's inputs into variants of them, or None.
@@ -158,17 +183,15 @@ class ClassificationTrainer(RunTrainer):
     def __init__(
         self,
         *args,
-        router_learning_rate: float | None,
+        build_optimizer: Callable[[torch.nn.Module], torch.optim.Optimizer],
         group_by_length: bool,
-        muon_learning_rate: float | None = None,
         easy: int = 0,
         easy_passes: int = 0,
         augment: Callable[..., torch.Tensor] | None = None,
         budget: TimeBudget | None = None,
         **kwargs,
     ):
-        self.router_learning_rate, self.group_by_length = router_learning_rate, group_by_length
-        self.muon_learning_rate = muon_learning_rate
+        self.build_optimizer, self.group_by_length = build_optimizer, group_by_length
         self.easy, self.easy_passes, self.augment, self.budget = easy, easy_passes, augment, budget
         self.tokens: torch.Tensor | int = 0
         self.evaluation_seconds = 0.0
@@ -179,17 +202,7 @@ class ClassificationTrainer(RunTrainer):
 
     def create_optimizer(self, model=None):
         if self.optimizer is None:
-            groups = parameter_groups(
-                self.model, self.args.weight_decay, router_learning_rate=self.router_learning_rate,
-                muon_learning_rate=self.muon_learning_rate,
-            )  # fmt: skip
-            betas = (self.args.adam_beta1, self.args.adam_beta2)
-            if self.muon_learning_rate is not None:
-                self.optimizer = MuonAdamW(groups, lr=self.args.learning_rate, betas=betas)
-                return self.optimizer
-            # One launch for all parameters; the CPU keeps the arithmetic that its records were made with.
-            fused = self.args.device.type == "cuda"
-            self.optimizer = torch.optim.AdamW(groups, lr=self.args.learning_rate, betas=betas, fused=fused)
+            self.optimizer = self.build_optimizer(self.model)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps, optimizer=None):
@@ -362,10 +375,9 @@ def build_trainer(
         model.gradient_checkpointing_enable()
     steps = min(a.eval_steps, a.max_steps)
     trainer = ClassificationTrainer(
-        model=model, router_learning_rate=a.router_learning_rate, group_by_length=a.group_by_length,
+        model=model, build_optimizer=partial(build_optimizer, a), group_by_length=a.group_by_length,
         easy=data.easy, easy_passes=a.easy_passes, augment=data.augment if a.augment else None, budget=budget,
         cuda_graphs=a.cuda_graphs, router_gain=a.router_gain or None,
-        muon_learning_rate=a.muon_learning_rate if a.optimizer == "muon" else None,
         compute_metrics=accuracy, data_collator=data.collate,
         train_dataset=data.train, eval_dataset=data.validation,
         args=TrainingArguments(
