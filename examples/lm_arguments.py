@@ -150,6 +150,8 @@ def check_arguments(a: TrainArguments) -> None:
         raise ValueError(f"give one of train_file and dataset_name, got {a.train_file!r} and {a.dataset_name!r}")
     if a.score_test and a.train_file is None:
         raise ValueError("score_test is for enwik8 as train_file; a dataset_name has no test split here")
+    if a.model_type == "llama" and (a.muon_split or a.qk_learning_rate is not None):
+        raise ValueError("muon_split and qk_learning_rate are for SeqBoat's attention, this run trains a llama")
     check_ranges(a, RANGES)
     if a.eval_context is not None and a.eval_context >= a.sequence_length:
         raise ValueError(f"eval_context must be from 1 to {a.sequence_length - 1}, got {a.eval_context}")

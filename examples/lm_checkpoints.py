@@ -153,7 +153,15 @@ def resume(
     manifest = read_manifest(checkpoint)
     saved = manifest["state"]
     with weights_only(checkpoint):
-        accelerator.load_state(str(checkpoint))
+        try:
+            accelerator.load_state(str(checkpoint))
+        except ValueError as error:
+            if "parameter group" not in str(error):
+                raise
+            raise ValueError(
+                f"its optimizer has other groups of parameters ({error}): resume with the optimizer, muon_split, "
+                "router_learning_rate and qk_learning_rate of its run"
+            ) from error
         # Accelerate leaves the random states as they are if it cannot set them.
         if manifest["processes"] == accelerator.num_processes:
             _restore_random_states(checkpoint / f"random_states_{accelerator.process_index}.pkl")

@@ -311,6 +311,9 @@ def train(
         states["stream"] = places
     if checkpoint is not None:
         resume(accelerator, checkpoint, states, averaged, a.seed)
+        for group in optimizer.param_groups if a.optimizer == "muon" else ():
+            # The groups are the checkpoint's now.
+            group["row_beta"] = a.muon_row_beta or None
         if not (folder.path / "best").is_dir():
             # The model of that value lies elsewhere: this folder's best one is still to come.
             progress.best = math.inf

@@ -41,6 +41,9 @@ RECORD_LABELS = {
     "learning_rate": "Peak learning rate",
     "router_learning_rate": "Peak learning rate of the routers",
     "muon_learning_rate": "Peak learning rate of Muon",
+    "muon_row_beta": "Even rows of Muon's updates: factor of their mean",
+    "muon_split": "Attention's input projection is three matrices to Muon",
+    "qk_learning_rate": "Peak learning rate of the scales of queries and keys",
     "weight_decay": "Weight decay",
     "betas": "Betas",
     "max_grad_norm": "Gradient clipping",
@@ -302,6 +305,8 @@ def _read_record(record: dict[str, Any], path: Path, sources: Sources) -> None:
             continue
         if isinstance(value, list) and value and all(_is_number(v) or isinstance(v, str) for v in value):
             sources.procedure[label] = ", ".join(format_number(v) if _is_number(v) else one_line(v) for v in value)
+        elif key == "muon_split" and isinstance(value, bool):
+            sources.procedure[label] = "yes" if value else "no"
         elif _is_number(value):
             sources.procedure[label] = str(value) if key == "seed" else format_number(value)
         elif isinstance(value, str) and value.strip():

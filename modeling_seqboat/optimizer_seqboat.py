@@ -174,13 +174,14 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def _with_even_rows(self, update: Tensor, parameters: list[nn.Parameter], beta: float) -> Tensor:
         """update: (S, R, C), the matrices of `parameters`. The same with rows divided, as `row_beta` says."""
-        squares = update.square().mean(2, keepdim=True)
+        squares = update.float().square().mean(2, keepdim=True)
+        means = []
         for parameter, square in zip(parameters, squares, strict=True):
-            # Not in a checkpoint from before either.
-            if "row_square" not in self.state[parameter]:
-                self.state[parameter]["row_square"] = torch.zeros_like(square)
-        means = [self.state[parameter]["row_square"] for parameter in parameters]
+            # float32, which loading a checkpoint turns into the parameter's dtype: a mean of many steps needs it.
+            kept = self.state[parameter].get("row_square", torch.zeros_like(square))
+            means.append(kept.to(square.dtype))
+            self.state[parameter]["row_square"] = means[-1]
         torch._foreach_lerp_(means, list(squares.unbind()), 1 - beta)
         even = update * (torch.stack(means) + 1e-10).rsqrt()
-        before, after = (rows.norm(dim=(1, 2), keepdim=True) for rows in (update, even))
-        return even * (before / after.clamp_min(1e-7))
+        before, after = (rows.float().norm(dim=(1, 2), keepdim=True) for rows in (update, even))
+        return (even * (before / after.clamp_min(1e-7))).to(update.dtype)

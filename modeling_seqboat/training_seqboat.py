@@ -88,28 +88,36 @@ def parameter_groups(
             what they are: the matrices of queries and keys, gate, and values, one below the other.
         qk_learning_rate: peak rate of the scales and offsets of queries and keys, which then are a group of their own.
 
+    Raises:
+        ValueError: for `muon_split` without Muon; for it, or a rate of queries and keys, with a model of another kind.
+
     Example: `Trainer(..., optimizers=(torch.optim.AdamW(parameter_groups(model, 0.1), lr=2e-3), None))`.
     """
     if weight_decay < 0:
         raise ValueError(f"weight_decay must be at least 0, got {weight_decay}")
     if muon_split and muon_learning_rate is None:
         raise ValueError("muon_split splits the matrices that Muon trains; give muon_learning_rate, got None")
+    units = [unit for _, unit in _modules(model, "SeqBoatAttention")]
+    if (muon_split or qk_learning_rate is not None) and not units:
+        raise ValueError(f"muon_split and qk_learning_rate are for SeqBoat's attention, got a {type(model).__name__}")
     decaying = set(decay_parameter_names(model, decay_embeddings))
     groups = [{"params": [], "weight_decay": weight_decay}, {"params": [], "weight_decay": 0.0}]
     router_group = {"params": [], "weight_decay": 0.0, "lr": router_learning_rate}
     qk_group = {"params": [], "weight_decay": 0.0, "lr": qk_learning_rate}
     muon_group = {"params": [], "weight_decay": weight_decay, "lr": muon_learning_rate, "muon": True}
-    split_group = {**muon_group, "params": []}
+    split_groups: dict[tuple[int, ...], dict] = {}
     # Of parameters that have a rate of their own, by their identity.
     own: dict[int, dict] = {}
     if router_learning_rate is not None:
         own |= {id(parameter): router_group for _, router in _routers(model) for parameter in router.parameters()}
-    for _, unit in _modules(model, "SeqBoatAttention"):
+    for unit in units:
         if qk_learning_rate is not None:
             own |= {id(unit.qk_scale): qk_group, id(unit.qk_offset): qk_group}
-        if muon_split:
-            own[id(unit.in_proj.weight)] = split_group
-            split_group["sections"] = unit.config.qk_head_dim, unit.config.v_head_dim, unit.config.v_head_dim
+        # Some quantised layers have no weight.
+        if muon_split and hasattr(unit.in_proj, "weight"):
+            sections = unit.config.qk_head_dim, unit.config.v_head_dim, unit.config.v_head_dim
+            split_group = {**muon_group, "params": [], "sections": sections}
+            own[id(unit.in_proj.weight)] = split_groups.setdefault(sections, split_group)
     for name, module, parameter in _owned_parameters(model):
         if not parameter.requires_grad:
             continue
@@ -121,7 +129,8 @@ def parameter_groups(
         ):
             own.setdefault(id(parameter), muon_group)
         own.get(id(parameter), groups[name not in decaying])["params"].append(parameter)
-    return [group for group in (*groups, router_group, qk_group, muon_group, split_group) if group["params"]]
+    found = (*groups, router_group, qk_group, muon_group, *split_groups.values())
+    return [group for group in found if group["params"]]
 
 
 @dataclass

@@ -104,19 +104,26 @@ def test_a_projection_that_is_three_is_a_group_that_says_so():
     assert scales["weight_decay"] == 0 and not scales.get("muon")
     held = [id(parameter) for group in groups for parameter in group["params"]]
     assert sorted(held) == sorted(map(id, model.parameters()))
+    wider = torch.nn.ModuleList([model, tiny_lm(qk_head_dim=model.config.qk_head_dim + 2)])
+    assert len({group["sections"] for group in parameter_groups(wider, 0.1, **options) if "sections" in group}) == 2
     with pytest.raises(ValueError, match="give muon_learning_rate, got None"):
         parameter_groups(model, 0.1, muon_split=True)
 
 
 def steps_of(groups, grads, **options) -> list[torch.Tensor]:
-    """The parameters after two steps with these gradients, and again with them halved."""
+    """The parameters after three steps: with these gradients, with their rows in reverse and with these halved."""
     optimizer = MuonAdamW(groups, lr=0.1, weight_decay=0.1, **options)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for scale in (1, 1, 0.5):
+    for turn in range(3):
         for parameter, grad in zip(parameters, grads, strict=True):
-            parameter.grad = scale * grad
+            parameter.grad = grad_of(turn, grad)
         optimizer.step()
     return [parameter.detach() for parameter in parameters]
+
+
+def grad_of(turn: int, grad: torch.Tensor) -> torch.Tensor:
+    """By columns, so that rows may be taken apart."""
+    return (grad, grad.flip(1) * torch.arange(1, 6), 0.5 * grad)[turn]
 
 
 def test_sections_are_trained_as_matrices_of_their_own():
@@ -138,22 +145,39 @@ def test_sections_are_trained_as_matrices_of_their_own():
         MuonAdamW([{**group, "sections": (3, 8)}])
 
 
-def test_even_rows_are_a_running_mean_and_keep_the_norm():
+@pytest.mark.parametrize("beta", [0.0, 0.9])
+def test_even_rows_are_a_running_mean_and_keep_the_norm(beta):
     torch.manual_seed(0)
-    beta, rate, decay = 0.9, 0.1, 0.1
+    rate, decay = 0.1, 0.1
     start, grads = torch.randn(2, 9, 5), torch.randn(2, 9, 5) * torch.logspace(0, 2, 9)[:, None]
     found = steps_of([{"params": [torch.nn.Parameter(m.clone()) for m in start], "muon": True}], grads, row_beta=beta)
     for matrix, grad, ours in zip(start, grads, found, strict=True):
         wanted, average, mean = matrix.clone(), torch.zeros(9, 5), torch.zeros(9)
-        for scale in (1, 1, 0.5):
-            average = 0.95 * average + 0.05 * scale * grad
-            update = orthogonalized((0.95 * average + 0.05 * scale * grad)[None])[0] * (9 / 5) ** 0.5
+        for turn in range(3):
+            average = 0.95 * average + 0.05 * grad_of(turn, grad)
+            update = orthogonalized((0.95 * average + 0.05 * grad_of(turn, grad))[None])[0] * (9 / 5) ** 0.5
             mean = beta * mean + (1 - beta) * update.square().mean(1)
             even = update / mean.sqrt()[:, None]
             wanted = wanted * (1 - rate * decay) - rate * even * update.norm() / even.norm()
         torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="row_beta must be from 0 up to, but not including, 1, or None, got 1"):
         MuonAdamW([torch.nn.Parameter(torch.eye(2))], row_beta=1)
+
+
+def test_the_mean_of_rows_is_float32_after_a_checkpoint_too():
+    def build():
+        weight = torch.nn.Parameter(torch.eye(3, dtype=torch.bfloat16))
+        weight.grad = torch.ones_like(weight)
+        return MuonAdamW([{"params": [weight], "muon": True}], lr=0.1, row_beta=0.95)
+
+    optimizer, again = build(), build()
+    optimizer.step()
+    again.load_state_dict(optimizer.state_dict())
+    again.step()
+    for one in (optimizer, again):
+        (state,) = one.state.values()
+        assert state["row_square"].dtype == torch.float32
+        assert one.param_groups[0]["params"][0].dtype == torch.bfloat16
 
 
 def test_the_layers_of_other_models_are_found_too():
@@ -165,6 +189,9 @@ def test_the_layers_of_other_models_are_found_too():
     )  # fmt: skip
     (group,) = [group for group in parameter_groups(llama, 0.1, muon_learning_rate=0.02) if group.get("muon")]
     assert len(group["params"]) == 14
+    for options in ({"muon_split": True}, {"qk_learning_rate": 1e-2}):
+        with pytest.raises(ValueError, match="are for SeqBoat's attention, got a LlamaForCausalLM"):
+            parameter_groups(llama, 0.1, muon_learning_rate=0.02, **options)
 
 
 def test_one_schedule_moves_the_rates_of_both_halves():

@@ -123,6 +123,27 @@ def test_resumed_run_repeats_the_uninterrupted_one_exactly(tmp_path, examples, o
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
+def test_a_run_has_the_optimizer_that_it_asks_for_resumed_or_not(tmp_path, examples, monkeypatch):
+    made, build = [], examples.build_optimizer
+    monkeypatch.setattr(examples, "build_optimizer", lambda *args: made.append(build(*args)) or made[-1])
+    early = dict(muon_split=True, qk_learning_rate=0.5)
+    run(examples, tmp_path / "run", steps=2, save_steps=1, optimizer="muon", **early)
+    again = dict(steps=2, save_steps=1, optimizer="muon", resume_from_checkpoint=tmp_path / "run/checkpoint-1")
+    # Even rows, and what weights are drawn from, may be asked for later.
+    ranges = '{"initializer_range": 0.1, "qk_initializer_range": 0.3, "router_initializer_range": 0.01}'
+    run(examples, tmp_path / "even", **again, **early, muon_row_beta=0.95, config_overrides=ranges)
+    for optimizer, beta in zip(made, (None, 0.95), strict=True):
+        sections = [group["sections"] for group in optimizer.param_groups if group["muon"]]
+        assert len(sections) == 2 and sum(part is not None for part in sections) == 1
+        assert any(group["initial_lr"] == 0.5 for group in optimizer.param_groups)
+        assert {group["row_beta"] for group in optimizer.param_groups if group["muon"]} == {beta}
+        assert any("row_square" in state for state in optimizer.state.values()) == (beta is not None)
+    record = json.loads((tmp_path / "even/training_record.json").read_text("utf-8"))
+    assert (record["muon_split"], record["muon_row_beta"], record["qk_learning_rate"]) == (True, 0.95, 0.5)
+    with pytest.raises(ValueError, match="its optimizer has other groups of parameters .* muon_split"):
+        run(examples, tmp_path / "joint", **again)
+
+
 def test_the_rate_is_held_and_is_no_part_of_the_loss(tmp_path, examples):
     text = '{"router_target_rate": 0.25, "router_target_weight": 100.0}'
     run(examples, tmp_path / "held", steps=40, config_overrides=text, router_gain=0.5, logging_steps=20)
@@ -382,6 +403,8 @@ def test_bad_input_is_refused_before_training(tmp_path, examples):
         (ValueError, "muon_learning_rate must be at least 0, got -1", dict(muon_learning_rate=-1.0)),
         (ValueError, "muon_row_beta must be at least 0 and below 1, got 1", dict(muon_row_beta=1.0)),
         (ValueError, "qk_learning_rate must be at least 0, got -1", dict(qk_learning_rate=-1.0)),
+        (ValueError, "are for SeqBoat's attention, this run trains a llama",
+         dict(model_type="llama", optimizer="muon", muon_split=True)),
         (ValueError, "average_decay must lie between 0 and 1, got 1", dict(average_decay=1.0)),
         (ValueError, "too few for one batch of 400 rows", dict(batch_size=400)),
         (ValueError, "context_parallel 2 does not divide the 1 processes", dict(context_parallel=2)),
