@@ -7,14 +7,15 @@
 
 A plan is a list of runs, each a mapping with `name`, optionally `script`, `minutes` and arguments of the script:
 
-* `recall`, the default, is examples/long_context/train_recall.py, and `classification` is
-  examples/classification/train.py; both have a `recipe`, a file named from the plan's folder.
+* `recall`, the default, is examples/long_context/train_recall.py, `classification` is
+  examples/classification/train.py, and `lm` examples/train_lm.py; all have a `recipe`, a file named from the plan's
+  folder. An `lm` with `max_steps` trains for these, and not for its minutes.
 * `experiments` is examples/experiments/run_all.py, with the `experiment` that it makes.
 
 Each run writes to its folder in `output_dir`, with its output in `run.log`; one that is finished is left out, one that
 was interrupted goes on. A run that fails or takes longer than its minutes and five more is noted in `queue.jsonl`, and
 the next one begins. Runs start in the order of the plan. After `stop_after` minutes no run is started, and those under
-way are ended (classification saves a checkpoint then): the same command goes on from what they have saved.
+way are ended (classification and lm save a checkpoint then): the same command goes on from what they have saved.
 """
 
 import sys
@@ -102,6 +103,14 @@ def _classification_flags(run: Run, folder: Path, gpu: str) -> dict[str, Any]:
     return flags
 
 
+def _lm_flags(run: Run, folder: Path, gpu: str) -> dict[str, Any]:
+    flags = _classification_flags(run, folder, gpu)
+    flags["cpu"] = flags.pop("use_cpu")
+    if "max_steps" in run.arguments:
+        flags.pop("max_minutes")
+    return flags
+
+
 def _experiment_flags(run: Run, folder: Path, gpu: str) -> dict[str, Any]:
     return {"output": folder, "device": "cpu" if gpu == "cpu" else "cuda"}
 
@@ -114,6 +123,7 @@ SCRIPTS = {
         "classification/train.py", "recipe", lambda run, folder: (folder / "run/results.json").is_file(),
         _classification_flags,
     ),
+    "lm": Script("train_lm.py", "recipe", lambda run, folder: (folder / "run/final").is_dir(), _lm_flags),
     # Pages are written when all runs of an experiment were made.
     "experiments": Script(
         "experiments/run_all.py", "experiment", lambda run, folder: (folder / f"{run.subject}.md").is_file(),

@@ -597,7 +597,7 @@ def test_plans_with_mistakes_are_refused_before_anything_runs(queue, tmp_path):
         ([{"recipe": "r.yaml"}], "each with a name"),
         ([{"name": "a"}], "must have a recipe's file"),
         ([{"name": "a", "script": "experiments"}], "must have an experiment"),
-        ([{"name": "a", "script": "play"}], "script must be one of recall, classification, experiments, got 'play'"),
+        ([{"name": "a", "script": "play"}], "must be one of recall, classification, lm, experiments, got 'play'"),
         ([{"name": "a", "recipe": "r.yaml"}] * 2, "occur twice"),
         ([{"name": "a", "recipe": "none.yaml"}], "run 'a': there is no recipe"),
     ):

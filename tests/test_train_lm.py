@@ -645,6 +645,24 @@ def test_the_compared_recipes_differ_in_what_is_each_models_own(examples):
     assert sizes == [39_108_986, 37_890_560]
 
 
+def test_the_plan_names_recipes_and_arguments_that_exist(examples, monkeypatch, tmp_path):
+    for queue in imported(monkeypatch, "run_queue"):
+        path = ROOT / "configuration/recipes/pretraining/plan.yaml"
+        runs = queue.read_plan(str(path), [], ["train_file=enwik8"])
+        assert len(runs) > 5
+        for run in runs:
+            words = queue.command(run, tmp_path / run.name, "0")[2:]
+            arguments = sys.modules["recipes"].parse_arguments(examples.TrainArguments, words)
+            sys.modules["lm_arguments"].check_arguments(arguments)
+            examples.build_config(arguments, examples.load_tokenizer("byte"))
+            # Steps or minutes, not both.
+            assert (arguments.max_minutes is None) == ("max_steps" in run.arguments)
+        (tmp_path / runs[0].name / "run/checkpoint-5").mkdir(parents=True)
+        words = queue.command(runs[0], tmp_path / runs[0].name, "cpu")
+        assert words[words.index("--resume_from_checkpoint") + 1] == "latest"
+        assert words[words.index("--cpu") + 1] == "True"
+
+
 def test_cuda_graphs_are_refused_without_a_gpu(examples, tmp_path):
     with pytest.raises(ValueError, match="cuda_graphs cannot be used: it needs a GPU"):
         run(examples, tmp_path / "run", "--cuda_graphs")
