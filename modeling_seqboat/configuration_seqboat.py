@@ -7,6 +7,7 @@ import difflib
 import json
 import math
 import numbers
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -465,6 +466,13 @@ class SeqBoatConfig(PreTrainedConfig):
         for message in _ids_without_rows(self.__dict__):
             raise ValueError(f"SeqBoatConfig: {message}")
         super().save_pretrained(*args, **kwargs)
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict[str, Any]:
+        values = super()._dict_from_json_file(json_file)
+        if not isinstance(values, dict):
+            raise ValueError(f"{str(json_file)!r} must hold a JSON object, got {values!r:.80}")
+        return values
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "SeqBoatConfig":

@@ -250,6 +250,13 @@ def test_every_way_of_copying_restores_the_config(tmp_path):
     assert copies[2].num_labels == 3 and copies[2].own_note == "kept"
 
 
+@pytest.mark.parametrize("text", ["7", "null", "[1, 2]", '"a"', "true"])
+def test_a_file_that_holds_no_object_is_named(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"config.json' must hold a JSON object, got"):
+        SeqBoatConfig.from_pretrained(tmp_path)
+
+
 def test_overrides_of_from_pretrained_are_checked_together_in_any_order(tmp_path):
     SeqBoatConfig().save_pretrained(tmp_path)
     for names in (("use_cache", "bidirectional"), ("bidirectional", "use_cache")):
