@@ -19,7 +19,7 @@ FOLDERS = (EXAMPLES, EXAMPLES / "classification", EXPERIMENTS)
 TEXT = EXAMPLES / "data/tinyshakespeare.txt"
 NAMES = (
     "activation_patterns", "memory_size", "configurators", "recurrences", "activation_rate", "scale", "agreement",
-    "memory_span", "fair_recurrences",
+    "memory_span", "fair_recurrences", "early_attention",
 )  # fmt: skip
 
 
@@ -350,7 +350,7 @@ def test_the_plan_names_experiments_recipes_and_arguments_that_exist(tmp_path):
     data = ["experiments.train_file=enwik8", *(f"{task}.data_path=file" for task in ("text", "image", "speech"))]
     runs = queue.read_plan(str(path), [], [*data, "image.labels_path=labels"])
     assert {run.subject for run in runs if run.script == "experiments"} == {
-        "agreement", "scale", "fair_recurrences", "memory_span",
+        "agreement", "scale", "fair_recurrences", "memory_span", "early_attention",
     }  # fmt: skip
     for run in runs:
         words = queue.command(run, tmp_path / run.name, "0")[2:]
@@ -397,6 +397,8 @@ def test_a_queue_goes_on_with_a_classification(tmp_path, monkeypatch):
         ({"lerning_rate": 1e-3}, "'lerning_rate' is neither a field of a run"),
         ({"task": "poetry"}, "task must be one of lm, pathfinder, listops, got 'poetry'"),
         ({"learning_rate": "fast"}, "learning_rate must be a number, got 'fast'"),
+        ({"muon_split": 1}, "muon_split must be true or false, got 1"),
+        ({"muon_row_beta": 1.0}, "muon_row_beta must be from 0 up to, but not including, 1, got 1.0"),
         ({"learning_rate": 0}, "learning_rate must be above 0, got 0.0"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"steps": True}, "steps must be an integer, got True"),

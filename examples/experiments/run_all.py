@@ -13,6 +13,7 @@ import activation_patterns
 import activation_rate
 import agreement
 import configurators
+import early_attention
 import fair_recurrences
 import memory_size
 import memory_span
@@ -22,7 +23,7 @@ from experiment import build_parser, launch
 
 MODULES = (
     activation_patterns, memory_size, configurators, recurrences, activation_rate, scale, agreement, memory_span,
-    fair_recurrences,
+    fair_recurrences, early_attention,
 )  # fmt: skip
 EXPERIMENTS = {module.EXPERIMENT.name: module.EXPERIMENT for module in MODULES}
 

@@ -17,9 +17,10 @@ POSITIVE = ("sequence_length", "batch_size", "steps", "evaluation_rows", "histor
 # Fields younger than the records in docs/: at these values they are no part of a run's key.
 YOUNGER = {
     "optimizer": "adamw", "muon_learning_rate": 0.02, "ssm_learning_rate": None, "router_gain": 0.0,
-    "schedule": "cosine", "beta2": 0.98,
+    "schedule": "cosine", "beta2": 0.98, "muon_split": False, "muon_row_beta": None, "qk_learning_rate": None,
 }  # fmt: skip
 
+RATES = ("learning_rate", "router_learning_rate", "ssm_learning_rate", "muon_learning_rate", "qk_learning_rate")
 _NOTHING = object()
 
 
@@ -35,6 +36,7 @@ class RunRecipe:
         router_learning_rate: peak rate of the routers' parameters, None for `learning_rate`.
         ssm_learning_rate: peak rate of the recurrences' parameters, which then do not decay; None for `learning_rate`.
         optimizer: `adamw`, or `muon` for the matrices of the layers' linears, at `muon_learning_rate`.
+        muon_split, qk_learning_rate: of `parameter_groups`; muon_row_beta: `row_beta` of `MuonAdamW`.
         router_gain: above 0 a `RouterBudget` of this gain holds the routers to `router_target_rate`.
         schedule: after a linear warm-up of `warmup_steps` the rate falls to `final_rate` times the peak, as a
             `cosine` or `linear`.
@@ -72,6 +74,9 @@ class RunRecipe:
     router_gain: float = YOUNGER["router_gain"]
     schedule: str = YOUNGER["schedule"]
     beta2: float = YOUNGER["beta2"]
+    muon_split: bool = YOUNGER["muon_split"]
+    muon_row_beta: float | None = YOUNGER["muon_row_beta"]
+    qk_learning_rate: float | None = YOUNGER["qk_learning_rate"]
     model: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -89,11 +94,13 @@ class RunRecipe:
             )
         if not 0 <= self.warmup_steps <= self.steps:
             raise ValueError(f"recipe: warmup_steps must be from 0 to steps {self.steps}, got {self.warmup_steps}")
-        for name in ("learning_rate", "router_learning_rate", "ssm_learning_rate", "muon_learning_rate"):
+        for name in RATES:
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"recipe: {name} must be above 0, got {getattr(self, name)}")
-        if not 0 <= self.beta2 < 1:
-            raise ValueError(f"recipe: beta2 must be from 0 up to, but not including, 1, got {self.beta2}")
+        for name in ("beta2", "muon_row_beta"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1:
+                raise ValueError(f"recipe: {name} must be from 0 up to, but not including, 1, got {value}")
         if self.router_gain < 0:
             raise ValueError(f"recipe: router_gain must be at least 0, got {self.router_gain}")
         config = self.config()
@@ -146,12 +153,14 @@ def from_flat(values: dict[str, Any]) -> RunRecipe:
 def _typed(name: str, value: Any, kind: Any) -> Any:
     if value is None and kind == float | None:
         return None
+    if kind is bool and isinstance(value, bool):
+        return value
     if kind in (float, float | None):
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             return float(value)
     elif isinstance(value, kind) and not isinstance(value, bool):
         return value
-    wanted = {int: "an integer", str: "a text"}.get(kind, "a number")
+    wanted = {int: "an integer", str: "a text", bool: "true or false"}.get(kind, "a number")
     raise ValueError(f"recipe: {name} must be {wanted}, got {value!r}")
 
 

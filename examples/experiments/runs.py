@@ -54,7 +54,8 @@ def optimizer_of(recipe: RunRecipe, model: PreTrainedModel) -> torch.optim.Optim
     muon = recipe.optimizer == "muon"
     groups = parameter_groups(
         model, recipe.weight_decay, router_learning_rate=recipe.router_learning_rate,
-        muon_learning_rate=recipe.muon_learning_rate if muon else None,
+        muon_learning_rate=recipe.muon_learning_rate if muon else None, muon_split=muon and recipe.muon_split,
+        qk_learning_rate=recipe.qk_learning_rate,
     )  # fmt: skip
     if recipe.ssm_learning_rate is not None:
         modules = [module for module in model.modules() if isinstance(module, Recurrence)]
@@ -65,7 +66,7 @@ def optimizer_of(recipe: RunRecipe, model: PreTrainedModel) -> torch.optim.Optim
         groups.append({"params": list(own.values()), "weight_decay": 0.0, "lr": recipe.ssm_learning_rate})
     settings = {"lr": recipe.learning_rate, "betas": (0.9, recipe.beta2)}
     return (
-        MuonAdamW(groups, **settings)
+        MuonAdamW(groups, **settings, row_beta=recipe.muon_row_beta)
         if muon
         else torch.optim.AdamW(groups, **settings, fused=model.device.type == "cuda")
     )
