@@ -177,9 +177,9 @@ class MuonAdamW(torch.optim.Optimizer):
         squares = update.float().square().mean(2, keepdim=True)
         means = []
         for parameter, square in zip(parameters, squares, strict=True):
+            kept = self.state[parameter].get("row_square")
             # float32, which loading a checkpoint turns into the parameter's dtype: a mean of many steps needs it.
-            kept = self.state[parameter].get("row_square", torch.zeros_like(square))
-            means.append(kept.to(square.dtype))
+            means.append(torch.zeros_like(square) if kept is None else kept.to(square.dtype))
             self.state[parameter]["row_square"] = means[-1]
         torch._foreach_lerp_(means, list(squares.unbind()), 1 - beta)
         even = update * (torch.stack(means) + 1e-10).rsqrt()
