@@ -40,6 +40,7 @@ from lm_arguments import MUON_ARGUMENTS, TrainArguments, check_arguments, check_
 from lm_checkpoints import Clock, Progress, Saver, resume
 from lm_data import HeldOut, StreamPlaces, build_loader, load_data
 from lm_parts import Parts
+from optimizers import build_optimizer
 from recipes import (
     check_launch,
     check_model_folder,
@@ -63,12 +64,10 @@ from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PreTrainedCo
 
 from modeling_seqboat import SeqBoatConfig, SeqBoatForCausalLM
 from modeling_seqboat.graphed_step_seqboat import GraphedStep, GraphedUpdate
-from modeling_seqboat.optimizer_seqboat import MuonAdamW
 from modeling_seqboat.training_seqboat import (
     CollapseWarning,
     RouterBudget,
     RouterMonitor,
-    parameter_groups,
     statistics_as_logs,
 )
 
@@ -119,21 +118,6 @@ def rate_factor(a: TrainArguments, step: int, time_share: float = 0.0) -> float:
     done = min(1.0, max(steps_done, time_share))
     fall = done if a.schedule == "linear" else 0.5 * (1 - math.cos(math.pi * done))
     return min(rise, 1 - (1 - a.final_rate) * fall)
-
-
-def build_optimizer(a: TrainArguments, model: torch.nn.Module, device: torch.device) -> torch.optim.Optimizer:
-    muon = a.optimizer == "muon"
-    groups = parameter_groups(
-        model, a.weight_decay, router_learning_rate=a.router_learning_rate, qk_learning_rate=a.qk_learning_rate,
-        muon_learning_rate=a.muon_learning_rate if muon else None, muon_split=muon and a.muon_split,
-    )  # fmt: skip
-    settings = dict(lr=a.learning_rate, betas=(a.beta1, a.beta2))
-    if a.optimizer == "radam":
-        return torch.optim.RAdam(groups, **settings, decoupled_weight_decay=True)
-    if muon:
-        return MuonAdamW(groups, **settings, row_beta=a.muon_row_beta or None)
-    # One launch for many parameters; the CPU keeps the arithmetic of its records.
-    return torch.optim.AdamW(groups, **settings, fused=device.type == "cuda")
 
 
 def check_sharding(a: TrainArguments, kind: DistributedType) -> None:

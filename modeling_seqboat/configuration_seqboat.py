@@ -116,10 +116,9 @@ def _ssm_type(name: str, value: Any) -> str:
 
 _PositiveInteger = Annotated[int, _integer(1)]
 _Positive = Annotated[float, _real("a finite number above 0", lambda value: value > 0)]
-_NotNegative = Annotated[float, _real("a finite number of at least 0", lambda value: value >= 0)]
-_OptionalNotNegative = Annotated[
-    float | None, _real("a finite number of at least 0", lambda value: value >= 0, optional=True)
-]
+_AT_LEAST_0 = ("a finite number of at least 0", lambda value: value >= 0)
+_NotNegative = Annotated[float, _real(*_AT_LEAST_0)]
+_OptionalNotNegative = Annotated[float | None, _real(*_AT_LEAST_0, optional=True)]
 _Probability = Annotated[float, _real("a number from 0 up to, but not including, 1", lambda value: 0 <= value < 1)]
 _Boolean = Annotated[bool, _boolean]
 _Activation = Annotated[str, _one_of(*sorted(ACT2FN))]

@@ -33,7 +33,16 @@ RECIPES = [
 ]
 
 
-SIBLINGS = ("lm_arguments", "lm_checkpoints", "lm_data", "lm_parts", "recipes", "run_record", "text_data")
+SIBLINGS = (
+    "lm_arguments",
+    "lm_checkpoints",
+    "lm_data",
+    "lm_parts",
+    "optimizers",
+    "recipes",
+    "run_record",
+    "text_data",
+)
 
 
 def forget_accelerator():

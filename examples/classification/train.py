@@ -30,6 +30,7 @@ import numpy as np
 import torch
 import transformers
 from budget import TimeBudget
+from optimizers import build_optimizer
 from pictures import write_activations, write_confusion_matrix
 from ranges import BETA, LARGEST_SEED, MAX_NORM, Range, at_least, check_ranges, from_to
 from recipes import (
@@ -51,8 +52,7 @@ from transformers import TrainerCallback, TrainingArguments, set_seed
 
 import modeling_seqboat
 from modeling_seqboat import SeqBoatConfig
-from modeling_seqboat.optimizer_seqboat import MuonAdamW
-from modeling_seqboat.training_seqboat import RouterCallback, parameter_groups
+from modeling_seqboat.training_seqboat import RouterCallback
 
 
 @dataclass
@@ -156,24 +156,11 @@ class EpochOfOrder(TrainerCallback):
         self.order.set_epoch(int(state.epoch or 0))
 
 
-def build_optimizer(a: ClassificationArguments, model: torch.nn.Module) -> torch.optim.Optimizer:
-    muon = a.optimizer == "muon"
-    groups = parameter_groups(
-        model, a.weight_decay, router_learning_rate=a.router_learning_rate, qk_learning_rate=a.qk_learning_rate,
-        muon_learning_rate=a.muon_learning_rate if muon else None, muon_split=muon and a.muon_split,
-    )  # fmt: skip
-    settings = {"lr": a.learning_rate, "betas": (a.beta1, a.beta2)}
-    if muon:
-        return MuonAdamW(groups, **settings, row_beta=a.muon_row_beta or None)
-    # One launch for all parameters; the CPU keeps the arithmetic that its records were made with.
-    return torch.optim.AdamW(groups, **settings, fused=next(model.parameters()).device.type == "cuda")
-
-
 class ClassificationTrainer(RunTrainer):
     """Counts the real tokens it trains on and the time spent in evaluations.
 
     Args:
-        build_optimizer: makes the optimizer of a model that is where it is trained.
+        build_optimizer: makes the optimizer of a model that is on a device.
         easy: that many training rows, the last ones, are easy.
         easy_passes: how often they are gone through before the others come.
         augment: turns a batch's inputs into variants of them, or None.
@@ -183,7 +170,7 @@ class ClassificationTrainer(RunTrainer):
     def __init__(
         self,
         *args,
-        build_optimizer: Callable[[torch.nn.Module], torch.optim.Optimizer],
+        build_optimizer: Callable[[torch.nn.Module, torch.device], torch.optim.Optimizer],
         group_by_length: bool,
         easy: int = 0,
         easy_passes: int = 0,
@@ -202,7 +189,7 @@ class ClassificationTrainer(RunTrainer):
 
     def create_optimizer(self, model=None):
         if self.optimizer is None:
-            self.optimizer = self.build_optimizer(self.model)
+            self.optimizer = self.build_optimizer(self.model, self.args.device)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps, optimizer=None):

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import optimizers
 import torch
 import transformers
 from run_data import Batch, LabelledRows, Sources, TextData, load_data
@@ -20,9 +21,8 @@ import modeling_seqboat
 from modeling_seqboat import SeqBoatForCausalLM, SeqBoatForImageClassification, SeqBoatForSequenceClassification
 from modeling_seqboat.analysis_seqboat import ActivationReport, analyse_activations
 from modeling_seqboat.graphed_step_seqboat import GraphedStep, GraphedUpdate
-from modeling_seqboat.optimizer_seqboat import MuonAdamW
 from modeling_seqboat.ssm_seqboat import Recurrence
-from modeling_seqboat.training_seqboat import RouterBudget, parameter_groups
+from modeling_seqboat.training_seqboat import RouterBudget
 
 MODELS = {
     "lm": SeqBoatForCausalLM,
@@ -51,12 +51,7 @@ def rate_factor(recipe: RunRecipe, step: int) -> float:
 
 def optimizer_of(recipe: RunRecipe, model: PreTrainedModel) -> torch.optim.Optimizer:
     """AdamW, or with Muon for the layers' matrices; routers and recurrences at rates of their own."""
-    muon = recipe.optimizer == "muon"
-    groups = parameter_groups(
-        model, recipe.weight_decay, router_learning_rate=recipe.router_learning_rate,
-        muon_learning_rate=recipe.muon_learning_rate if muon else None, muon_split=muon and recipe.muon_split,
-        qk_learning_rate=recipe.qk_learning_rate,
-    )  # fmt: skip
+    groups = optimizers.groups_of(recipe, model)
     if recipe.ssm_learning_rate is not None:
         modules = [module for module in model.modules() if isinstance(module, Recurrence)]
         own = {id(parameter): parameter for module in modules for parameter in module.parameters()}
@@ -64,12 +59,7 @@ def optimizer_of(recipe: RunRecipe, model: PreTrainedModel) -> torch.optim.Optim
             group["params"] = [parameter for parameter in group["params"] if id(parameter) not in own]
         groups = [group for group in groups if group["params"]]
         groups.append({"params": list(own.values()), "weight_decay": 0.0, "lr": recipe.ssm_learning_rate})
-    settings = {"lr": recipe.learning_rate, "betas": (0.9, recipe.beta2)}
-    return (
-        MuonAdamW(groups, **settings, row_beta=recipe.muon_row_beta)
-        if muon
-        else torch.optim.AdamW(groups, **settings, fused=model.device.type == "cuda")
-    )
+    return optimizers.optimizer_of(recipe, groups, (0.9, recipe.beta2), recipe.muon_row_beta, model.device)
 
 
 class Run:
