@@ -311,7 +311,6 @@ class _WindowedAttention(torch.autograd.Function):
             torch.mm(weights.to(v.dtype), v[block.keys], out=out[block.queries])
         return out
 
-    @staticmethod
     @first_derivative_only
     def backward(ctx, grad_out):
         with without_autocast(grad_out.device):

@@ -286,7 +286,6 @@ class _BorderScan(torch.autograd.Function):
         ctx.save_for_backward(borders, decay, linked)
         return borders
 
-    @staticmethod
     @first_derivative_only
     def backward(ctx, grad):
         borders, decay, linked = ctx.saved_tensors
@@ -344,7 +343,6 @@ class _Recomputed(torch.autograd.Function):
         with torch.no_grad():
             return function(*tensors)
 
-    @staticmethod
     @first_derivative_only
     def backward(ctx, *grads):
         needed = ctx.needs_input_grad[1:]

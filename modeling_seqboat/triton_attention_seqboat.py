@@ -728,7 +728,6 @@ class _WindowedAttention(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, table, gate, kept, row_stats, plan, *ranges)
         return out if gate is None else gated
 
-    @staticmethod
     @first_derivative_only
     def backward(ctx, grad):
         if ctx.call.list_size == 0:

@@ -775,7 +775,6 @@ class _EmaScan(torch.autograd.Function):
             ctx.set_materialize_grads(False)
         return out, final
 
-    @staticmethod
     @first_derivative_only
     def backward(ctx, grad, final_grad):
         x, skip, state, delayed, real, reset, pack, local, span, y = ctx.saved_tensors
@@ -870,7 +869,6 @@ class _EmaParameters(torch.autograd.Function):
         ctx.save_for_backward(delta, alpha, beta)
         return out.unbind()
 
-    @staticmethod
     @first_derivative_only
     def backward(ctx, *grads):
         delta, alpha, beta = ctx.saved_tensors

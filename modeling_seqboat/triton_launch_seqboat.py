@@ -38,8 +38,8 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def first_derivative_only(backward: Callable) -> Callable:
-    """For the backward of an autograd function that is not differentiable itself.
+def first_derivative_only(backward: Callable) -> staticmethod:
+    """The static method `backward` of an autograd function that is not differentiable itself.
 
     torch's `once_differentiable` lets `torch.autograd.grad` with respect to an input pass by what is missing, and
     gives a wrong number; this one raises RuntimeError.
@@ -55,7 +55,7 @@ def first_derivative_only(backward: Callable) -> Callable:
             )
         return backward(ctx, *grads)
 
-    return checked
+    return staticmethod(checked)
 
 
 class Kernel:

@@ -127,7 +127,6 @@ class _NormResidual(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         return out, x
 
-    @staticmethod
     @first_derivative_only
     def backward(ctx, grad, residual_grad):
         x, weight, bias, mean, scale = ctx.saved_tensors
@@ -267,7 +266,6 @@ class _Route(torch.autograd.Function):
         ctx.mark_non_differentiable(active)
         return confidence, active
 
-    @staticmethod
     @first_derivative_only
     def backward(ctx, grad, _):
         x, weight, bias, log_temperature, confidence, margin = ctx.saved_tensors
@@ -479,7 +477,6 @@ class _GatherRows(torch.autograd.Function):
         ctx.save_for_backward(packed_index)
         return _gather(x, index)
 
-    @staticmethod
     @first_derivative_only
     def backward(ctx, grad):
         (packed_index,) = ctx.saved_tensors
@@ -573,7 +570,6 @@ class _ExtractResidual(torch.autograd.Function):
         )
         return result
 
-    @staticmethod
     @first_derivative_only
     def backward(ctx, grad):
         hidden, residual, out, confidence, packed_index, seed = ctx.saved_tensors
@@ -654,7 +650,6 @@ class _BiasGradient(torch.autograd.Function):
         ctx.dtype = bias.dtype
         return y.view_as(y)
 
-    @staticmethod
     @first_derivative_only
     def backward(ctx, grad):
         return grad, column_sums(grad).to(ctx.dtype)

@@ -223,7 +223,6 @@ class _ProjectUnit(torch.autograd.Function):
         width = (projected.shape[1] - scale.shape[1]) // 2
         return _project(projected, scale, offset, cos, sin, table_rows, width, True)
 
-    @staticmethod
     @first_derivative_only
     def backward(ctx, *grads):
         # Read once: under gradient checkpointing a second reading is an error.
@@ -267,7 +266,6 @@ class _GatedUnit(torch.autograd.Function):
         ctx.mark_non_differentiable(k, v)
         return gated, k, v
 
-    @staticmethod
     @first_derivative_only
     def backward(ctx, grad, *_):
         if ctx.call.list_size == 0:
