@@ -157,25 +157,19 @@ class SeqBoatAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Every token over the activated tokens around it."""
         config = self.config
-        options = {}
+        options = {"attention": config.attention_activation, "attention_scale": self.scale, "keep": keep}
+        options |= {"activation": self.activation, "max_keys": self.most_keys}
+        if memory is not None:
+            options["memory"] = packed.memory, memory.keys, memory.values
         if context.cos is not None:
             cos, sin = context.cos.flatten(0, 1), context.sin.flatten(0, 1)
-            options = {"cos": cos, "sin": sin, "table_rows": packed.index}
+            options |= {"cos": cos, "sin": sin, "table_rows": packed.index}
         if self.position_bias is not None:
             options |= self._bias(packed, context, memory)
         if self.training:
             options |= {"value_dropout": config.value_dropout, "attention_dropout": config.attention_dropout}
         inputs = projected, self.qk_scale, self.qk_offset, packed.key_start, packed.key_end
-        return context.ops.gated_unit(
-            *inputs,
-            attention=config.attention_activation,
-            attention_scale=self.scale,
-            activation=self.activation,
-            max_keys=self.most_keys,
-            memory=None if memory is None else (packed.memory, memory.keys, memory.values),
-            keep=keep,
-            **options,
-        )
+        return context.ops.gated_unit(*inputs, **options)
 
     def _bias(self, packed: Packed, context: SequenceContext, memory: Memory) -> dict:
         join = packed.memory
@@ -195,29 +189,18 @@ class SeqBoatAttention(nn.Module):
     ) -> Tensor:
         """One token a row over the cache's memory, which takes it in. rows: (R,) int64, those in `projected`, or None
         for all."""
-        config, cos, sin, options = self.config, None, None, {}
+        config, cos, sin = self.config, None, None
         if context.cos is not None:
             cos, sin = context.cos[:, 0], context.sin[:, 0]
         tables = cos, sin, rows
         q, k, v, gate = context.ops.project_unit(projected, self.qk_scale, self.qk_offset, *tables, self.activation)
         v = F.dropout(v, config.value_dropout, self.training)
+        options = {"activation": config.attention_activation, "scale": self.scale, "rows": rows, "pages": cache.pages}
         if self.position_bias is not None:
-            options = {"bias_table": self.position_bias(), "bias_center": self.position_bias.center}
+            options |= {"bias_table": self.position_bias(), "bias_center": self.position_bias.center}
             options["bias_by_index"] = config.position_embedding_type == "local"
-        token, ring = (q, k, v), (cache.keys, cache.values, cache.positions)
-        return context.ops.memory_step(
-            *token,
-            *ring,
-            cache.activated_count,
-            active,
-            context.positions[:, 0],
-            activation=config.attention_activation,
-            scale=self.scale,
-            rows=rows,
-            pages=cache.pages,
-            gate=gate,
-            **options,
-        )
+        memory = cache.keys, cache.values, cache.positions, cache.activated_count
+        return context.ops.memory_step(q, k, v, *memory, active, context.positions[:, 0], gate=gate, **options)
 
     def exported(
         self, x: Tensor, active: Tensor, context: SequenceContext, cache: CacheLayer, scanned: tuple | None

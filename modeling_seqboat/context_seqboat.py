@@ -68,13 +68,7 @@ class SequenceContext:
         self.real, self.reset, self.segment, self.positions = real, reset, segment, positions
         self.ops, self.part = ops, part
         self.dtype = torch.float32
-        self.cos: Tensor | None = None
-        self.sin: Tensor | None = None
-        self.places: Tensor | None = None
-        self.plan: ScanPlan | None = None
-        self.reverse_plan: ScanPlan | None = None
-        self.bounds: Tensor | None = None
-        self.stepped: list | None = None
+        self.cos = self.sin = self.places = self.plan = self.reverse_plan = self.bounds = self.stepped = None
 
     def but(self, **changes: Any) -> SequenceContext:
         """A copy with other values of these attributes."""
@@ -98,18 +92,6 @@ class SequenceContext:
             return None, F.pad(segment[:, 1:] != segment[:, :-1], (1, 0))
         before = _real_before(real)
         return real, real & (before >= 0) & (segment != segment.gather(1, before.clamp_min(0)))
-
-    def ends(self) -> Tensor | None:
-        """(B, L) bool, True at the last real token of each segment, where a scan that runs backwards starts anew; None
-        where every row is one segment."""
-        ends = self.reversed_marks()[1]
-        return None if ends is None else ends.flip(1)
-
-    def reversed_plan(self, chunk_size: int) -> ScanPlan:
-        """The layout of the scan that runs from the last column to the first."""
-        real, ends = self.reversed_marks()
-        batch, length = self.positions.shape
-        return build_scan_plan(batch, length, chunk_size, self.positions.device, real, ends)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> SequenceContext:
         """A copy on `device`: layers of one model may live on several."""
@@ -321,7 +303,9 @@ def build_context(
     context = SequenceContext(real, reset, segment, places if position_ids is None else position_ids, ops, part=part)
     if ops is None:
         return context
-    context.dtype = _compute_dtype(device, dtype)
+    kind = device.type
+    autocast = kind in ("cpu", "cuda", "xpu", "mps") and torch.is_autocast_enabled(kind)
+    context.dtype = torch.get_autocast_dtype(kind) if autocast else dtype
     if counts_places:
         context.places = places
     if config.position_embedding_type == "rotary":
@@ -331,15 +315,8 @@ def build_context(
         size = chunk_size_for(length)
         context.plan = build_scan_plan(batch, length, size, device, real, reset)
         if config.bidirectional:
-            context.reverse_plan = context.reversed_plan(size)
+            context.reverse_plan = build_scan_plan(batch, length, size, device, *context.reversed_marks())
     return context
-
-
-def _compute_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    kind = device.type
-    if kind in ("cpu", "cuda", "xpu", "mps") and torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return dtype
 
 
 def leave_marks(outputs: ModelOutput, context: SequenceContext) -> None:

@@ -249,7 +249,5 @@ class SeqBoatDecoderLayer(GradientCheckpointingLayer):
         kernels, and would add nothing to them."""
         return self.forward(hidden_states, context.but(ops=eager_ops(context.ops)), past_key_values)
 
-    @torch.compiler.disable
-    def _attend_outside_of_graphs(self, *args):
-        """`_attend` where a compiled model breaks its graph: sizes depend on the data."""
-        return self._attend(*args)
+    # Where a compiled model breaks its graph: sizes depend on the data.
+    _attend_outside_of_graphs = torch.compiler.disable(_attend)

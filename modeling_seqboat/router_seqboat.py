@@ -135,12 +135,16 @@ class SeqBoatRouter(nn.Module):
             confidence (B, L) float32, 0 where skipped or a pad; active (B, L) bool; and with `router_target_rate` the
             rate with a gradient (see `_rate`), a scalar, else None; None also where a `RouterBudget` holds the rate.
         """
+        config = self.config
         if not self.learned:
-            active = self._fixed(x, places)
+            if config.router_type == "random":
+                draw = config.router_random_rate, config.router_random_seed
+                active = random_activation(places, self.layer_idx, *draw)
+            else:
+                active = torch.full(x.shape[:2], config.router_type == "always", dtype=torch.bool, device=x.device)
             if real is not None:
                 active = active & real
             return active.float(), active, None
-        config = self.config
         pulled = config.router_target_rate is not None and not self.rate_is_held
         decides_plainly = config.router_type == "tempered_softmax" or (
             config.router_type == "gumbel" and not self.training
@@ -152,7 +156,9 @@ class SeqBoatRouter(nn.Module):
             skip, run = _logits(x, self.weight, self.bias, config.activation_bias)
             noisy = run
             if self.training and config.router_type != "tempered_softmax":
-                noisy = run + _logistic_noise(run)
+                # The difference of two independent Gumbel variables.
+                uniform = torch.rand_like(run).clamp(2**-25, 1 - 2**-24)
+                noisy = run + (uniform.log() - torch.log1p(-uniform))
             active = noisy > skip
             if real is not None:
                 active = active & real
@@ -167,12 +173,6 @@ class SeqBoatRouter(nn.Module):
                 rate = self._rate(torch.sigmoid((run - skip) * sharpness.detach()), active, real)
             return torch.where(active, confidence, 0), active, rate
 
-    def _fixed(self, x: Tensor, places: Tensor | None) -> Tensor:
-        config, shape = self.config, x.shape[:2]
-        if config.router_type == "random":
-            return random_activation(places, self.layer_idx, config.router_random_rate, config.router_random_seed)
-        return torch.full(shape, config.router_type == "always", dtype=torch.bool, device=x.device)
-
     def _rate(self, probability: Tensor, active: Tensor, real: Tensor | None) -> Tensor:
         """The share of real tokens that are activated, with the gradient of the mean soft probability.
 
@@ -186,9 +186,3 @@ class SeqBoatRouter(nn.Module):
             count = real.sum().clamp_min(1)
         soft = probability.sum() / count
         return active.sum() / count + (soft - soft.detach())
-
-
-def _logistic_noise(like: Tensor) -> Tensor:
-    """The difference of two independent Gumbel variables for each entry."""
-    uniform = torch.rand_like(like).clamp(2**-25, 1 - 2**-24)
-    return uniform.log() - torch.log1p(-uniform)

@@ -235,7 +235,7 @@ class SeqBoatEMA(Recurrence):
                 step = ops.ema_step if overwrite else ema_step
                 starts = None if tokens is None else (tokens % truncation == 0)[:, None]
                 y, state = step(x, *tables, skip, state, block_start=starts, **arguments)
-            elif self._renews_within(x.shape[1]):
+            elif truncation is not None and not is_exporting() and truncation <= RENEWED_COLUMNS < x.shape[1]:
                 y, state = self._in_pieces(x, context, (*tables, skip), state, history, arguments)
             else:
                 scan = ops.ema_scan if x.shape[1] > 1 else ema_scan
@@ -271,12 +271,6 @@ class SeqBoatEMA(Recurrence):
                 block = _last_block_state(tables, window, tokens[:, None])
             return torch.stack((state, block), dim=1)
 
-    def _renews_within(self, length: int) -> bool:
-        """Whether one forward is so long that its state is made anew on the way; never in an exported graph."""
-        if self.truncation is None or is_exporting():
-            return False
-        return self.truncation <= RENEWED_COLUMNS < length
-
     def _in_pieces(
         self, x: Tensor, context: SequenceContext, tables: tuple[Tensor, ...], state, history, arguments: dict
     ) -> tuple[Tensor, Tensor | None]:
@@ -299,10 +293,11 @@ class SeqBoatEMA(Recurrence):
         return torch.cat(ys, dim=1), state
 
     def _backwards(self, x: Tensor, tables: tuple[Tensor, ...], context: SequenceContext) -> Tensor:
-        arguments = {"real": context.real, "reset": context.ends(), "plan": context.reverse_plan}
+        real, ends = context.reversed_marks()
+        reset = None if ends is None else ends.flip(1)
+        arguments = {"real": context.real, "reset": reset, "plan": context.reverse_plan}
         if self.truncation is not None:
             # The delayed input is made from the columns in the order in which the scan reads them.
-            real, ends = context.reversed_marks()
             arguments["delayed"] = shift_real_tokens(x.flip(1), self.truncation, real, ends, None).flip(1)
             arguments["delay_decay"] = tables[0] ** self.truncation
         scan = context.ops.ema_scan if x.shape[1] > 1 else ema_scan
