@@ -9,7 +9,6 @@ rows of different counts, packed segments, and a memory that precedes each row's
 
 import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -258,26 +257,13 @@ def _blocks(key_start: Tensor, key_end: Tensor) -> list[tuple[int, int, int, int
     return [tuple(span) for span in spans if span[3] > span[2]]
 
 
-class _Block(NamedTuple):
-    """A block of queries and all keys that any of them sees.
+def _computed(q, k, table, places, blocks, seed, *, activation, scale, center, dropout_p) -> Iterator[tuple]:
+    """Block after block of queries with all keys that any of them sees; the same seed draws the same dropout.
 
-    Attributes:
-        queries, keys: which, as slices.
-        scores: (queries, keys); visible: bool; entries: int64, of the bias table, or None.
-        weights: after dropout `kept`, which is what dropout multiplies with, or None.
+    Yields:
+        queries, keys: which, as slices; scores (queries, keys), visible bool, entries int64 of the bias table or None;
+        weights, before dropout, and what dropout multiplies them with or None.
     """
-
-    queries: slice
-    keys: slice
-    scores: Tensor
-    visible: Tensor
-    entries: Tensor | None
-    weights: Tensor
-    kept: Tensor | None
-
-
-def _computed(q, k, table, places, blocks, seed, *, activation, scale, center, dropout_p) -> Iterator[_Block]:
-    """Block after block; the same seed draws the same dropout."""
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     generator = torch.Generator(device=q.device).manual_seed(seed) if dropout_p > 0 else None
     for q0, q1, k0, k1 in blocks:
@@ -297,7 +283,7 @@ def _computed(q, k, table, places, blocks, seed, *, activation, scale, center, d
         if generator is not None:
             drawn = torch.rand(weights.shape, device=weights.device, generator=generator)
             kept = (drawn >= dropout_p).to(weights.dtype) / (1 - dropout_p)
-        yield _Block(queries, keys, scores, visible, entries, weights, kept)
+        yield queries, keys, scores, visible, entries, weights, kept
 
 
 class _WindowedAttention(torch.autograd.Function):
@@ -306,9 +292,9 @@ class _WindowedAttention(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, table, *places)
         ctx.blocks, ctx.seed, ctx.numbers = blocks, seed, numbers
         out = v.new_zeros(q.shape[0], v.shape[1])
-        for block in _computed(q, k, table, places, blocks, seed, **numbers):
-            weights = block.weights if block.kept is None else block.weights * block.kept
-            torch.mm(weights.to(v.dtype), v[block.keys], out=out[block.queries])
+        for queries, keys, _, _, _, weights, kept in _computed(q, k, table, places, blocks, seed, **numbers):
+            weights = weights if kept is None else weights * kept
+            torch.mm(weights.to(v.dtype), v[keys], out=out[queries])
         return out
 
     @first_derivative_only

@@ -346,18 +346,13 @@ class _Recomputed(torch.autograd.Function):
     @first_derivative_only
     def backward(ctx, *grads):
         needed = ctx.needs_input_grad[1:]
-        leaves = [
-            None if tensor is None else tensor.detach().requires_grad_(need)
-            for tensor, need in zip(ctx.saved_tensors, needed, strict=True)
-        ]
+        saved = zip(ctx.saved_tensors, needed, strict=True)
+        leaves = [None if tensor is None else tensor.detach().requires_grad_(need) for tensor, need in saved]
         with torch.enable_grad(), without_autocast(leaves[0].device):
             outputs = ctx.function(*leaves)
             wanted = [leaf for leaf, need in zip(leaves, needed, strict=True) if need]
-            pairs = [
-                (output, grad)
-                for output, grad in zip(outputs, grads, strict=True)
-                if output.requires_grad and grad is not None
-            ]
+            pairs = zip(outputs, grads, strict=True)
+            pairs = [(output, grad) for output, grad in pairs if output.requires_grad and grad is not None]
             outputs, grads = zip(*pairs, strict=True)
             found = iter(torch.autograd.grad(outputs, wanted, grads, allow_unused=True))
         return None, *(next(found) if need else None for need in needed)

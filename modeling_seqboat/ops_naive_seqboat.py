@@ -30,15 +30,14 @@ def windowed_attention_naive(
     k_place: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """`windowed_attention` query by query (arXiv 2306.11197, section 3.3): keys key_start[i] <= j < key_end[i]."""
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     rows = []
     for i in range(q.shape[0]):
         keys = slice(int(key_start[i]), int(key_end[i]))
         if keys.start >= keys.stop:
             rows.append(v.new_zeros(v.shape[1]) + 0 * q[i].sum())
             continue
-        scores = (k[keys].float() if k.dtype != torch.float64 else k[keys]) @ (q[i] * scale).to(
-            torch.float64 if q.dtype == torch.float64 else torch.float32
-        )
+        scores = k[keys].to(dtype) @ (q[i] * scale).to(dtype)
         if bias_table is not None:
             entry = bias_center + k_place[keys] - q_place[i]
             scores = scores + bias_table[entry.clamp(0, bias_table.shape[0] - 1)]
