@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .triton_launch_seqboat import jit, kernel, power_of_two, tl
+from .triton_launch_seqboat import contiguous, jit, kernel, power_of_two, tl
 
 # (largest B, slots a program reads, V columns a block, programs that share the V blocks of a split, warps): few rows
 # must be cut finely to reach every multiprocessor. Of many rows a program reads one wide block, all of whose loads are
@@ -236,14 +236,11 @@ def ema_step_triton(
     float32, bfloat16 or float16."""
     batch, _, width = x.shape
     states = decay.shape[-1]
-    x = x.contiguous()
-    y = torch.empty_like(x)
+    tables = contiguous(x, decay, input_gain, output_gain, skip)
+    marks = contiguous(real, reset, delayed, delay_decay, block_start)
+    y = torch.empty_like(tables[0])
     _ema_step_kernel(
-        (-(-width // _STEP_D), batch), x, decay.contiguous(), input_gain.contiguous(), output_gain.contiguous(),
-        x if skip is None else skip, state, x if real is None else real.contiguous(),
-        x if reset is None else reset.contiguous(), x if delayed is None else delayed.contiguous(),
-        x if delay_decay is None else delay_decay.contiguous(),
-        x if block_start is None else block_start.contiguous(), y,
+        (-(-width // _STEP_D), batch), *tables, state, *marks, y,
         D=width, N=states, BLOCK_D=_STEP_D, BLOCK_N=power_of_two(states, 1), HAS_SKIP=skip is not None,
         HAS_REAL=real is not None, HAS_RESET=reset is not None, HAS_DELAY=delayed is not None,
         HAS_BLOCK=block_start is not None, SILU=activation == "silu",
@@ -263,7 +260,8 @@ def memory_step_triton(
     nothing and give 0, so `rows` is None here."""
     batch, (_, memory, qk_width), v_width = len(q), keys.shape, values.shape[-1]
     bias = 0 if bias_table is None else bias_table.numel()
-    v_new = v_new.contiguous()
+    q, k_new, v_new, active, position = contiguous(q, k_new, v_new, active, position)
+    bias_table, gate = contiguous(bias_table, gate)
     out = torch.empty_like(v_new)
     block_w, block_v, groups, warps = next(entry[1:] for entry in _SPLITS if batch <= entry[0])
     block_v = min(block_v, _BLOCK_BYTES // values.element_size(), power_of_two(v_width, 16))
@@ -272,10 +270,8 @@ def memory_step_triton(
     part = torch.empty(batch, splits, v_width, dtype=torch.float32, device=q.device)
     before = torch.empty_like(activated_count)
     top, total = torch.empty(2, batch, splits, dtype=torch.float32, device=q.device)
-    bias_ = q if bias_table is None else bias_table.contiguous()
-    q, position, active = q.contiguous(), position.contiguous(), active.contiguous()
-    shared = (keys, values, positions, activated_count, active, position, bias_, active if pages is None else pages)
-    shared += (keys.stride(0), values.stride(0), positions.stride(0))
+    shared = keys, values, positions, activated_count, active, position, bias_table, pages
+    shared += keys.stride(0), values.stride(0), positions.stride(0)
     sizes = {"W": memory, "Z": qk_width, "V": v_width, "S": splits, "BIAS": bias, "ACTIVATION": activation}
     sizes |= {"BLOCK_W": block_w, "BLOCK_Z": power_of_two(qk_width, 1), "HAS_PAGES": pages is not None}
     _memory_partial_kernel(
@@ -283,8 +279,8 @@ def memory_step_triton(
         options={"num_warps": warps}, **sizes, BLOCK_V=block_v, GROUPS=groups, BY_INDEX=bias_by_index,
     )
     _memory_combine_kernel(
-        (-(-v_width // _COMBINE_V), batch), q, k_new.contiguous(), v_new, *shared, top, total, part, before,
-        v_new if gate is None else gate.contiguous(), out, float(scale), bias_center, **sizes, BLOCK_V=_COMBINE_V,
+        (-(-v_width // _COMBINE_V), batch), q, k_new, v_new, *shared, top, total, part, before, gate, out,
+        float(scale), bias_center, **sizes, BLOCK_V=_COMBINE_V,
         BLOCK_S=_COMBINE_SPLITS, SPLITS=power_of_two(splits, _COMBINE_SPLITS), HAS_GATE=gate is not None,
     )
     _overwritten(keys, values, positions, activated_count)
@@ -293,13 +289,8 @@ def memory_step_triton(
 
 # For compilers. A copy of this file that came with a checkpoint registers its own.
 memory_step_opaque = torch.library.custom_op(
-    f"{re.sub(r'[^0-9a-zA-Z]', '_', __name__)}::memory_step",
-    memory_step_triton,
+    f"{re.sub(r'[^0-9a-zA-Z]', '_', __name__)}::memory_step", memory_step_triton,
     mutates_args=("keys", "values", "positions", "activated_count"),
-    schema="(Tensor q, Tensor k_new, Tensor v_new, Tensor(a!) keys, Tensor(b!) values, Tensor(c!) positions, "
-    "Tensor(d!) activated_count, Tensor active, Tensor position, str activation, float scale, "
-    "Tensor? bias_table=None, int bias_center=0, bool bias_by_index=False, Tensor? rows=None, Tensor? pages=None, "
-    "Tensor? gate=None) -> Tensor",
 )
 
 
@@ -314,7 +305,6 @@ def memory_step_compiled(
 ) -> Tensor:
     """`memory_step_triton` in a compiled graph. Values and gate are slices of one tensor: made contiguous here, where
     the compiler sees it, they are written so, and not copied inside."""
-    q, k_new, v_new, active, position = (part.contiguous() for part in (q, k_new, v_new, active, position))
-    gate = None if gate is None else gate.contiguous()
+    q, k_new, v_new, active, position, gate = contiguous(q, k_new, v_new, active, position, gate)
     memory = keys, values, positions, activated_count
     return memory_step_opaque(q, k_new, v_new, *memory, active, position, gate=gate, **options)

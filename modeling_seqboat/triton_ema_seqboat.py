@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .triton_launch_seqboat import first_derivative_only, jit, kernel, power_of_two, tl
+from .triton_launch_seqboat import contiguous, first_derivative_only, jit, kernel, power_of_two, tl
 
 # (largest L, C): a chunk depends on the length alone, so that a row is computed alike whatever its batch mates.
 # Longer chunks save traffic of chunk states, shorter ones fill the chip at batch 1.
@@ -688,10 +688,6 @@ def _parameters_backward_kernel(
     tl.store(gamma_grad + at, (of_output * factor).to(kind), mask=inside)
 
 
-def _chunk_length(length: int) -> int:
-    return next((chunk for longest, chunk in _CHUNKS if length <= longest), _LONGEST_CHUNK)
-
-
 def _entries(pack: Tensor, state: Tensor | None, local: Tensor, span: Tensor | None, chunk: int) -> Tensor:
     """z at the entry of each chunk, (B, chunks, N, D), from what each chunk makes of nothing."""
     batch, chunks, states, width = local.shape
@@ -723,7 +719,7 @@ class _EmaScan(torch.autograd.Function):
     ):
         batch, length, width = x.shape
         states = decay.shape[1]
-        chunk = _chunk_length(length)
+        chunk = next((chunk for longest, chunk in _CHUNKS if length <= longest), _LONGEST_CHUNK)
         chunks = -(-length // chunk)
         training = any(ctx.needs_input_grad)
         has_span = real is not None or reset is not None
@@ -850,14 +846,8 @@ def ema_scan_triton(
     """
     if x.numel() == 0:
         return x, x.new_zeros(x.shape[0], *decay.shape, dtype=torch.float32) if state is None else state
-    real = None if real is None else real.contiguous()
-    reset = None if reset is None else reset.contiguous()
-    if delayed is not None:
-        delayed, delay_decay = delayed.contiguous(), delay_decay.contiguous()
-    return _EmaScan.apply(
-        x.contiguous(), decay.contiguous(), input_gain.contiguous(), output_gain.contiguous(), skip, real, reset,
-        None if state is None else state.contiguous(), delayed, delay_decay, reverse, activation == "silu", relay,
-    )
+    tensors = contiguous(x, decay, input_gain, output_gain, skip, real, reset, state, delayed, delay_decay)
+    return _EmaScan.apply(*tensors, reverse, activation == "silu", relay)
 
 
 class _EmaParameters(torch.autograd.Function):
@@ -873,14 +863,13 @@ class _EmaParameters(torch.autograd.Function):
     def backward(ctx, *grads):
         delta, alpha, beta = ctx.saved_tensors
         count, factor = delta.numel(), delta.shape[-2] ** -0.5
-        grads = [grad.contiguous() for grad in grads]
         results = *(torch.empty_like(delta) for _ in range(3)), delta.new_empty(delta.shape[:-1])
         _parameters_backward_kernel(
-            (-(-count // _BLOCK),), delta, alpha, beta, *grads, *results, count, factor, BLOCK=_BLOCK
+            (-(-count // _BLOCK),), delta, alpha, beta, *contiguous(*grads), *results, count, factor, BLOCK=_BLOCK
         )
         return results
 
 
 def ema_parameters_triton(delta: Tensor, alpha: Tensor, beta: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """`ema_parameters` on a GPU, for parameters of one floating dtype but float64. Gradients for all four."""
-    return _EmaParameters.apply(delta.contiguous(), alpha.contiguous(), beta.contiguous(), gamma.contiguous())
+    return _EmaParameters.apply(*contiguous(delta, alpha, beta, gamma))

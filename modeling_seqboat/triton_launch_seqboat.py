@@ -140,6 +140,11 @@ def kernel(*varying: str) -> Callable[[Callable], Kernel]:
     return declare
 
 
+def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    """The tensors, made contiguous where they are not; None stays None."""
+    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
+
+
 @functools.cache
 def power_of_two(size: int, least: int = 16) -> int:
     """The smallest power of two that is at least `size` and `least`."""
