@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers.utils import ModelOutput
 
 from .configuration_seqboat import SeqBoatConfig
-from .kernels_seqboat import Ops, reselect_ops, select_ops
+from .kernels_seqboat import Ops, select_ops
 from .ops_attention_seqboat import rotary_tables
 from .ops_ema_seqboat import chunk_size_for
 from .ops_layout_seqboat import ScanPlan, build_scan_plan, is_exporting, must_not_wait, segment_bounds
@@ -95,7 +95,7 @@ class SequenceContext:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> SequenceContext:
         """A copy on `device`: layers of one model may live on several."""
-        moved = {} if self.ops is None else {"ops": reselect_ops(self.ops, torch.device(device))}
+        moved = {} if self.ops is None else {"ops": self.ops.but(device=torch.device(device).type)}
         for name, value in vars(self).items():
             if isinstance(value, Tensor):
                 moved[name] = value.to(device, non_blocking=non_blocking)

@@ -34,7 +34,7 @@ class Facts(NamedTuple):
     Attributes:
         requested: auto, torch or triton.
         device: the device's type; dtype: of the embeddings.
-        training, compiling: whether the model is in training mode, whether a compiler traces.
+        compiling: whether a compiler traces.
         interpreted: whether Triton's interpreter runs the kernels.
         routes: whether a learned router decides; noisy: whether it needs more than the tempered softmax of two logits.
         The others are fields of the config, dropouts 0 outside training.
@@ -43,7 +43,6 @@ class Facts(NamedTuple):
     requested: str
     device: str
     dtype: torch.dtype
-    training: bool
     compiling: bool
     interpreted: bool
     routes: bool
@@ -124,6 +123,11 @@ class Ops(SimpleNamespace):
         """Whether all of these ops run in Triton."""
         return all(name in self.choices and self.choices[name].backend == "triton" for name in names)
 
+    def but(self, **facts: Any) -> "Ops":
+        """The ops that would be chosen if these facts were others: for another `device`, outside of a compiler's
+        graph."""
+        return _select(self.facts._replace(**facts))
+
 
 def requested_backend(config_value: str) -> str:
     """What the environment asks for, else what the config does."""
@@ -133,7 +137,7 @@ def requested_backend(config_value: str) -> str:
     return value
 
 
-def _why_not_triton(entry: Op, facts: Facts) -> str | None:
+def _choice(name: str, entry: Op, facts: Facts) -> Choice:
     away = f"tensors are on {facts.device}, Triton needs a CUDA device"
     reasons = (
         (facts.requested == "torch", "kernel_backend='torch'"),
@@ -145,11 +149,7 @@ def _why_not_triton(entry: Op, facts: Facts) -> str | None:
         (facts.dtype == torch.float64, "the kernels have no float64"),
         *((need(facts) is not None, need(facts)) for need in entry.needs),
     )
-    return next((reason for applies, reason in reasons if applies), None)
-
-
-def _choice(name: str, entry: Op, facts: Facts) -> Choice:
-    reason = _why_not_triton(entry, facts)
+    reason = next((reason for applies, reason in reasons if applies), None)
     return Choice(name, "triton" if reason is None else "torch", reason)
 
 
@@ -166,7 +166,6 @@ def _facts(
         requested="torch" if is_exporting() else requested_backend(config.kernel_backend),
         device=device.type,
         dtype=dtype,
-        training=training,
         compiling=torch.compiler.is_compiling(),
         interpreted=interpreted(),
         routes=config.router_type in LEARNED_ROUTERS,
@@ -235,16 +234,6 @@ def select_ops(
         ValueError: where `triton` is requested and an op of the model cannot run there, with the reason.
     """
     return _select(_facts(config, device, dtype, training, rate_is_held))
-
-
-def reselect_ops(ops: Ops, device: torch.device) -> Ops:
-    """The same choice for another device."""
-    return ops if ops.facts.device == device.type else _select(ops.facts._replace(device=device.type))
-
-
-def eager_ops(ops: Ops) -> Ops:
-    """The same choice outside of a compiler's graph."""
-    return _select(ops.facts._replace(compiling=False))
 
 
 def explain(

@@ -16,7 +16,6 @@ from .attention_seqboat import SeqBoatAttention
 from .configuration_seqboat import SeqBoatConfig
 from .context_seqboat import SequenceContext
 from .diagonal_seqboat import SeqBoatS4D, SeqBoatS5
-from .kernels_seqboat import eager_ops
 from .ops_attention_seqboat import rotary_tables
 from .ops_layout_seqboat import Packed, is_exporting
 from .ops_packed_seqboat import pack_step
@@ -247,7 +246,7 @@ class SeqBoatDecoderLayer(GradientCheckpointingLayer):
     def _outside_of_graphs(self, hidden_states, context, past_key_values):
         """`forward` in Triton, where a compiled model breaks its graph: the compiler does not see through these
         kernels, and would add nothing to them."""
-        return self.forward(hidden_states, context.but(ops=eager_ops(context.ops)), past_key_values)
+        return self.forward(hidden_states, context.but(ops=context.ops.but(compiling=False)), past_key_values)
 
     # Where a compiled model breaks its graph: sizes depend on the data.
     _attend_outside_of_graphs = torch.compiler.disable(_attend)
