@@ -237,12 +237,9 @@ def select_ops(
 
 
 def explain(
-    config: SeqBoatConfig,
-    device: torch.device | str,
-    dtype: torch.dtype = torch.float32,
-    training: bool = False,
+    config: SeqBoatConfig, device: torch.device | str, dtype: torch.dtype = torch.float32, training: bool = False,
     rate_is_held: bool = False,
-) -> list[Choice]:
+) -> list[Choice]:  # fmt: skip
     """Which op of such a model runs where, and why not in Triton.
 
     Args:

@@ -168,14 +168,9 @@ def windowed_attention(
 
 @op("project_unit", triton=project_unit_triton, needs=(needs_silu,))
 def project_unit(
-    projected: Tensor,
-    scale: Tensor,
-    offset: Tensor,
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
-    table_rows: Tensor | None = None,
-    activation: Callable[[Tensor], Tensor] = F.silu,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    projected: Tensor, scale: Tensor, offset: Tensor, cos: Tensor | None = None, sin: Tensor | None = None,
+    table_rows: Tensor | None = None, activation: Callable[[Tensor], Tensor] = F.silu,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """What the unit makes of its input projection: q, k, v and the gate (arXiv 2306.11197, section 3.3).
 
     Args:

@@ -160,15 +160,10 @@ def ema_step(
 
 
 def one_step(
-    x: Tensor,
-    state_shape: tuple[int, ...],
-    after: Callable[[Tensor, Tensor], Tensor],
-    read: Callable[[Tensor], Tensor],
-    skip: Tensor | None,
-    real: Tensor | None,
-    reset: Tensor | None,
+    x: Tensor, state_shape: tuple[int, ...], after: Callable[[Tensor, Tensor], Tensor],
+    read: Callable[[Tensor], Tensor], skip: Tensor | None, real: Tensor | None, reset: Tensor | None,
     state: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """One column of a recurrence, without branches on values.
 
     Args:

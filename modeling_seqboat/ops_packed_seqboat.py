@@ -28,14 +28,9 @@ def _needs_row_norm(facts: Facts) -> str | None:
 
 @op("pack", triton=pack_triton)
 def pack(
-    active: Tensor,
-    memory_size: int,
-    bidirectional: bool,
-    bounds: Tensor | None = None,
-    *,
-    capacity: int | None = None,
-    memory: tuple[Tensor, Tensor | None] | None = None,
-) -> Packed:
+    active: Tensor, memory_size: int, bidirectional: bool, bounds: Tensor | None = None, *,
+    capacity: int | None = None, memory: tuple[Tensor, Tensor | None] | None = None,
+) -> Packed:  # fmt: skip
     """Compresses a batch (arXiv 2306.11197, section 3.2).
 
     Args:
@@ -138,14 +133,9 @@ def write_memory(
 
 @op("extract_residual", triton=extract_residual_triton, needs=(needs_silu,))
 def extract_residual(
-    hidden: Tensor,
-    residual: Tensor,
-    out: Tensor,
-    confidence: Tensor,
-    packed: Packed,
-    dropout_p: float = 0.0,
+    hidden: Tensor, residual: Tensor, out: Tensor, confidence: Tensor, packed: Packed, dropout_p: float = 0.0,
     activation: Callable[[Tensor], Tensor] = F.silu,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Extract and residual (arXiv 2306.11197, section 3.2):
     activation(dropout(hidden + confidence * out[packed_index]) + residual).
 

@@ -69,17 +69,10 @@ class MuonAdamW(torch.optim.Optimizer):
     """
 
     def __init__(
-        self,
-        groups: Iterable,
-        lr: float = 2e-3,
-        betas: tuple[float, float] = (0.9, 0.95),
-        eps: float = 1e-8,
-        weight_decay: float = 0.1,
-        momentum: float = 0.95,
-        ns_steps: int = 5,
-        fused: bool | None = None,
+        self, groups: Iterable, lr: float = 2e-3, betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8,
+        weight_decay: float = 0.1, momentum: float = 0.95, ns_steps: int = 5, fused: bool | None = None,
         row_beta: float | None = None,
-    ):
+    ):  # fmt: skip
         groups = list(groups)
         if groups and not isinstance(groups[0], dict):
             groups = [{"params": groups}]
