@@ -145,7 +145,17 @@ def real_columns(attention_mask: Tensor | None, batch: int, length: int, cache: 
     if stepping and (mask.device.type != "cpu" or torch.compiler.is_compiling()):
         # A decode step does not wait for the device to say whether a row is padded.
         return mask.bool()
-    return _checked(mask)
+    real = mask.bool()
+    every, plain = real.all(), ((mask == 0) | (mask == 1)).all()
+    # One wait for the device.
+    every, plain = torch.stack([every, plain]).tolist()
+    if not plain:
+        value = mask[(mask != 0) & (mask != 1)][0].item()
+        raise ValueError(
+            f"attention_mask must be 1 at real tokens and 0 at padding, got {value}: number packed texts by seq_idx "
+            "or by position_ids that start anew, and give no mask that is added to scores"
+        )
+    return None if every else real
 
 
 def expect_same_past(mask: Tensor, cache: SeqBoatCache) -> None:
@@ -168,21 +178,6 @@ def expect_same_past(mask: Tensor, cache: SeqBoatCache) -> None:
             f"took {int(read[row])} for real (row {row}): the state cannot leave out or add a token afterwards. Give "
             "the mask that the cache was filled under, or read the whole text anew"
         )
-
-
-def _checked(mask: Tensor) -> Tensor | None:
-    """(B, L) bool of a mask, None where every entry is real. Raises ValueError for entries other than 0 and 1."""
-    real = mask.bool()
-    every, plain = real.all(), ((mask == 0) | (mask == 1)).all()
-    # One wait for the device.
-    every, plain = torch.stack([every, plain]).tolist()
-    if not plain:
-        value = mask[(mask != 0) & (mask != 1)][0].item()
-        raise ValueError(
-            f"attention_mask must be 1 at real tokens and 0 at padding, got {value}: number packed texts by seq_idx "
-            "or by position_ids that start anew, and give no mask that is added to scores"
-        )
-    return None if every else real
 
 
 def segment_starts(

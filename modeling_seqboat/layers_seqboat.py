@@ -186,10 +186,8 @@ class SeqBoatDecoderLayer(GradientCheckpointingLayer):
             before, inputs = context.part.before(self.ssm, h, context)
         m, state, replay = self.ssm(h, context, before)
         m = F.dropout(m, config.hidden_dropout, self.training)
-        if ops.facts.routes:
-            confidence, active, rate = self.router(m, real, context.places, ops.route)
-        else:
-            confidence, active, rate = self.router(m, real, context.places)
+        # The op is there only for a learned router, which alone takes it.
+        confidence, active, rate = self.router(m, real, context.places, getattr(ops, "route", None))
         in_place = cache is not None and before.overwrite
         attend = self._attend
         if torch.compiler.is_compiling() and not in_place and not is_exporting():

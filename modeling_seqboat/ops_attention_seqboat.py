@@ -295,39 +295,35 @@ class _WindowedAttention(torch.autograd.Function):
     @first_derivative_only
     def backward(ctx, grad_out):
         with without_autocast(grad_out.device):
-            return _WindowedAttention._gradients(ctx, grad_out)
-
-    @staticmethod
-    def _gradients(ctx, grad_out):
-        q, k, v, table, *places, wrong_queries, wrong_keys = ctx.saved_tensors
-        if not must_not_wait(v.device) and not _are_finite(grad_out):
-            # What is behind such a query stays with the keys that it sees.
-            wrong = ~grad_out.isfinite().all(1, keepdim=True)
-            grad_out = grad_out.masked_fill(wrong, 0)
-            wrong_queries = wrong if wrong_queries is None else wrong | wrong_queries
-            wrong_keys = torch.zeros_like(k[:, :1], dtype=torch.bool) if wrong_keys is None else wrong_keys
-        places += wrong_queries, wrong_keys
-        dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-        grads = [None if t is None else torch.zeros(t.shape, dtype=dtype, device=t.device) for t in (q, k, v, table)]
-        grad_q, grad_k, grad_v, grad_table = grads
-        scale, activation = ctx.numbers["scale"], ctx.numbers["activation"]
-        for queries, keys, scores, visible, entries, weights, kept in _computed(
-            q, k, table, places, ctx.blocks, ctx.seed, **ctx.numbers
-        ):
-            grad = grad_out[queries].to(dtype)
-            grad_v[keys].addmm_((weights if kept is None else weights * kept).t(), grad)
-            grad_weights = grad @ v[keys].to(dtype).t()
-            grad_weights = grad_weights if kept is None else grad_weights * kept
-            grad_scores = _weights_backward(scores, weights, grad_weights, visible, activation)
-            if wrong_keys is not None:
-                # A row of NaN has them at keys that it does not see, too.
-                grad_scores = grad_scores.masked_fill(~visible, 0)
-            grad_q[queries] = grad_scores @ k[keys].to(dtype) * scale
-            grad_k[keys].addmm_(grad_scores.t(), q[queries].to(dtype), alpha=scale)
-            if grad_table is not None:
-                grad_table.index_add_(0, entries.flatten(), grad_scores.flatten())
-        found = (None if g is None else g.to(t.dtype) for t, g in zip((q, k, v, table), grads, strict=True))
-        return *found, *[None] * 4
+            q, k, v, table, *places, wrong_queries, wrong_keys = ctx.saved_tensors
+            if not must_not_wait(v.device) and not _are_finite(grad_out):
+                # What is behind such a query stays with the keys that it sees.
+                wrong = ~grad_out.isfinite().all(1, keepdim=True)
+                grad_out = grad_out.masked_fill(wrong, 0)
+                wrong_queries = wrong if wrong_queries is None else wrong | wrong_queries
+                wrong_keys = torch.zeros_like(k[:, :1], dtype=torch.bool) if wrong_keys is None else wrong_keys
+            places += wrong_queries, wrong_keys
+            dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+            grads = [None if t is None else q.new_zeros(t.shape, dtype=dtype) for t in (q, k, v, table)]
+            grad_q, grad_k, grad_v, grad_table = grads
+            scale, activation = ctx.numbers["scale"], ctx.numbers["activation"]
+            for queries, keys, scores, visible, entries, weights, kept in _computed(
+                q, k, table, places, ctx.blocks, ctx.seed, **ctx.numbers
+            ):
+                grad = grad_out[queries].to(dtype)
+                grad_v[keys].addmm_((weights if kept is None else weights * kept).t(), grad)
+                grad_weights = grad @ v[keys].to(dtype).t()
+                grad_weights = grad_weights if kept is None else grad_weights * kept
+                grad_scores = _weights_backward(scores, weights, grad_weights, visible, activation)
+                if wrong_keys is not None:
+                    # A row of NaN has them at keys that it does not see, too.
+                    grad_scores = grad_scores.masked_fill(~visible, 0)
+                grad_q[queries] = grad_scores @ k[keys].to(dtype) * scale
+                grad_k[keys].addmm_(grad_scores.t(), q[queries].to(dtype), alpha=scale)
+                if grad_table is not None:
+                    grad_table.index_add_(0, entries.flatten(), grad_scores.flatten())
+            found = (None if g is None else g.to(t.dtype) for t, g in zip((q, k, v, table), grads, strict=True))
+            return *found, *[None] * 4
 
 
 def _of_rows(ring: Tensor, at: Tensor | None) -> Tensor:

@@ -9,9 +9,6 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-# The quintic of Keller Jordan's Muon (https://kellerjordan.github.io/posts/muon/), which `torch.optim.Muon` uses too.
-_QUINTIC = (3.4445, -4.7750, 2.0315)
-
 
 def orthogonalized(matrices: Tensor, steps: int = 5) -> Tensor:
     """Matrices with the singular vectors of the given ones and singular values near 1 (between 0.7 and 1.2 mostly).
@@ -29,7 +26,8 @@ def orthogonalized(matrices: Tensor, steps: int = 5) -> Tensor:
     x = x.mT if tall else x
     # No singular value is above the Frobenius norm.
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
-    a, b, c = _QUINTIC
+    # The quintic of Keller Jordan's Muon (https://kellerjordan.github.io/posts/muon/), as in torch.optim.Muon.
+    a, b, c = 3.4445, -4.7750, 2.0315
     for _ in range(steps):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)

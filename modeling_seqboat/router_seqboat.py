@@ -146,10 +146,8 @@ class SeqBoatRouter(nn.Module):
                 active = active & real
             return active.float(), active, None
         pulled = config.router_target_rate is not None and not self.rate_is_held
-        decides_plainly = config.router_type == "tempered_softmax" or (
-            config.router_type == "gumbel" and not self.training
-        )
-        if decides_plainly and not pulled:
+        plain = ("tempered_softmax",) if self.training else ("tempered_softmax", "gumbel")
+        if config.router_type in plain and not pulled:
             found = route(x, self.weight, self.bias, self.log_temperature, real, config.activation_bias)
             return *found, None
         with without_autocast(x.device):

@@ -3,8 +3,8 @@
 Letters: M queries and Mk keys of one flat stream, Z query/key width, V value width.
 
 V is ten times Z, so a kernel that formed the weights again for every slice of V would spend 40 % of its time on q.k.
-Here the weights are written once, as a list of dense tiles that holds only the tiles some query sees, and every wide
-product (weights.v, grad.v^T, weights^T.grad) is a plain tiled product over that list:
+Here the weights are written once, as a list of dense BLOCK_M x BLOCK_N tiles, only those that some query sees, and
+every wide product (weights.v, grad.v^T, weights^T.grad) is a plain tiled product over that list:
 
     forward     weights_kernel      the list, and where its tiles lie
                 values_kernel       out = weights . v, times the gate
@@ -14,10 +14,8 @@ product (weights.v, grad.v^T, weights^T.grad) is a plain tiled product over that
                 table_grads_kernel  gradient of the bias table
 
 The list lives for one call: 34 MB at 16,384 queries and W = 1,024. Between forward and backward only row statistics
-are kept. Nothing here waits for the device, and no sum depends on the order in which programs run.
-
-The kernels share a list of dense BLOCK_M x BLOCK_N tiles, only those that some query sees, and int32 arrays ("plan")
-that the first kernel writes, so that nothing waits for the host:
+are kept. No sum depends on the order in which programs run, and nothing waits for the host: where the tiles lie is
+told by int32 arrays ("plan") that the first kernel writes.
     first, end (blocks of queries)   tiles of keys that a block sees: first <= tile < end
     base (blocks of queries)         the block's tile j lies at base + j in the list
     low, high (blocks of keys)       blocks of queries that see a tile of keys: low <= block < high
@@ -768,8 +766,7 @@ def windowed_attention_triton(
     gate may lie apart; places are below 2^31.
 
     Args: those of `windowed_attention`. max_keys (W + 1 causal, 2W + 1 bidirectional) sizes the scratch memory: None
-    reads
-        it from the ranges and so waits for the device; a bound that is too small makes the result NaN.
+        reads it from the ranges and so waits for the device; a bound that is too small makes the result NaN.
 
     Returns:
         (M, V) of v's dtype; gradients for q, k, v, bias_table and gate. The sums, bias_table's included, do not depend

@@ -292,13 +292,10 @@ def gated_unit_triton(
     memory: tuple | None = None, value_dropout: float = 0.0, attention_dropout: float = 0.0, keep: bool = False,
     project_unit: Callable | None = None, windowed_attention: Callable | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Everything between the unit's two linears, without dropouts.
+    """`gated_unit` with silu, without dropouts: `project_unit_triton` and `windowed_attention_triton` with its gate.
 
-    The same as `project_unit_triton` and `windowed_attention_triton` with its gate. For tokens that are their own
-    keys, silu(gate) and its product never take a pass of their own, and the gradient of `projected` is written in
-    place by the kernels that find it.
-
-    Args and returns: those of `gated_unit`; activation is silu.
+    For tokens that are their own keys, silu(gate) and its product never take a pass of their own, and the gradient of
+    `projected` is written in place by the kernels that find it.
     """
     if memory is not None:
         q, k, v, gate = project_unit_triton(projected, scale, offset, cos, sin, table_rows)

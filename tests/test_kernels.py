@@ -281,8 +281,8 @@ def test_padding_and_segments_are_read_off_the_device_once(monkeypatch):
     mask = torch.ones_like(ids)
     mask[0, :7] = 0
     positions = torch.cat([torch.arange(20), torch.arange(10)]).expand(2, -1)
-    for name in ("_checked", "segment_starts"):
+    for name in ("real_columns", "segment_starts"):
         function = getattr(context_seqboat, name)
         monkeypatch.setattr(context_seqboat, name, lambda *args, n=name, f=function: asked.append(n) or f(*args))
     built(ids, attention_mask=mask, position_ids=positions, labels=ids).loss.backward()
-    assert asked == ["_checked", "segment_starts"]
+    assert asked == ["real_columns", "segment_starts"]
