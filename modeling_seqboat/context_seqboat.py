@@ -19,7 +19,7 @@ from .configuration_seqboat import SeqBoatConfig
 from .kernels_seqboat import Ops, select_ops
 from .ops_attention_seqboat import rotary_tables
 from .ops_ema_seqboat import chunk_size_for
-from .ops_layout_seqboat import ScanPlan, build_scan_plan, is_exporting, must_not_wait, segment_bounds
+from .ops_layout_seqboat import ScanPlan, build_scan_plan, is_exporting, must_not_wait, real_ordinals, segment_bounds
 
 if TYPE_CHECKING:
     from .cache_seqboat import SeqBoatCache
@@ -283,13 +283,10 @@ def build_context(
     counts_places = ops is not None and config.router_type == "random"
     places = None
     if position_ids is None or counts_places:
-        places = torch.arange(length, device=device).expand(batch, -1) if real is None else real.long().cumsum(1) - 1
-        if reset is not None:
-            first = torch.where(reset, places, 0).cummax(1).values
-            places = places - first
-        if part is not None or (cache is not None and cache.is_initialized):
-            offset = (cache.layers[0].token_count.to(device) if part is None else part.offset)[:, None]
-            places = places + (offset if segment is None else torch.where(segment == 0, offset, 0))
+        before = None if part is None else part.offset
+        if part is None and cache is not None and cache.is_initialized:
+            before = cache.layers[0].token_count.to(device)
+        places = real_ordinals(batch, length, device, real, reset, before)
     context = SequenceContext(real, reset, segment, places if position_ids is None else position_ids, ops, part=part)
     if ops is None:
         return context

@@ -204,7 +204,7 @@ def build_scan_plan(
         chunks = (length + chunk_size - 1) // chunk_size + (0 if isinstance(length, int) else 1)
         first_chunk = None
         last_chunk = (counts - 1).clamp_min(0) // chunk_size
-        last_length = torch.where(counts > 0, counts - last_chunk * chunk_size, counts)
+        last_length = counts - last_chunk * chunk_size
     else:
         starts = reset & real
         ordinal = starts.long().cumsum(1)
@@ -221,15 +221,13 @@ def build_scan_plan(
         last_size = sizes.gather(1, last_ordinal)[:, 0]
         last_in_segment = (last_size - 1).clamp_min(0) // chunk_size
         last_chunk = chunk_start.gather(1, last_ordinal)[:, 0] + last_in_segment
-        last_length = torch.where(last_size > 0, last_size - last_in_segment * chunk_size, last_size)
+        last_length = last_size - last_in_segment * chunk_size
         # A border that a segment starts at: the state is dropped there. Segment 0 keeps border 0 and no drop.
         border = torch.zeros(batch, chunks + 1, dtype=torch.long, device=device)
-        started = starts.any(1)
         at = torch.where(starts, slot // chunk_size, 0)
         border.scatter_reduce_(1, at, torch.where(starts, at + 1, 0), "amax")
-        first_chunk = border.cummax(1).values - 1
         # -1 marks "no segment has started yet": such borders continue the incoming state.
-        first_chunk = torch.where(started[:, None], first_chunk, -1)
+        first_chunk = border.cummax(1).values - 1
     slots = chunks * chunk_size
     slot = torch.where(real, slot, slots)
     source = torch.full((batch, slots + 1), length, dtype=torch.long, device=device)
@@ -343,19 +341,19 @@ def last_real_tokens(x: Tensor, count: int, real: Tensor | None, reset: Tensor |
     return taken.masked_fill((wanted < first)[:, :, None], 0)
 
 
-def real_ordinals(length: int, tokens: Tensor, real: Tensor | None, reset: Tensor | None) -> Tensor:
+def real_ordinals(
+    batch: int, length: int, device: torch.device, real: Tensor | None, reset: Tensor | None, tokens: Tensor | None
+) -> Tensor:
     """(B, L) int64: how many real tokens of its segment stand before each column's, and before a pad's next real token
     one less.
 
     Args:
-        length: L.
-        tokens: (B,) int64, real tokens of the segment before column 0.
-        real, reset: as in `build_scan_plan`.
+        batch, length, device, real, reset: as in `build_scan_plan`.
+        tokens: (B,) int64, real tokens of the segment before column 0, or None for none.
     """
-    marks = tokens.new_ones(tokens.shape[0], length) if real is None else real.long()
-    order = marks.cumsum(1) - 1
+    order = torch.arange(length, device=device).expand(batch, -1) if real is None else real.long().cumsum(1) - 1
     if reset is None:
-        return order + tokens[:, None]
+        return order if tokens is None else order + tokens[:, None]
     starts = reset if real is None else reset & real
-    first = torch.where(starts, order, -tokens[:, None]).cummax(1).values
+    first = torch.where(starts, order, 0 if tokens is None else -tokens[:, None]).cummax(1).values
     return order - first

@@ -132,7 +132,7 @@ def _ema_state_of(window: Tensor, decay: Tensor, gain: Tensor, **marks: Tensor |
 
 def _block_state(tables: tuple[Tensor, Tensor], truncation: int, x, real, reset, block, history, tokens) -> Tensor:
     """The second state of `ema_step` after the columns, (B, D, N); arguments as a `Replay` has them."""
-    ordinal = real_ordinals(x.shape[1], tokens, real, reset)
+    ordinal = real_ordinals(*x.shape[:2], x.device, real, reset, tokens)
     if not is_exporting() and x.shape[1] <= truncation:
         starts = ordinal % truncation == 0
         return _ema_state_of(x, *tables, real=real, reset=starts if reset is None else starts | reset, state=block)
