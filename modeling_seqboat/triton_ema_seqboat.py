@@ -693,9 +693,9 @@ def _entries(pack: Tensor, state: Tensor | None, local: Tensor, span: Tensor | N
     batch, chunks, states, width = local.shape
     entry = torch.empty_like(local)
     _carry_kernel(
-        (-(-states * width // 128), batch), pack, pack if state is None else state, local,
-        pack if span is None else span, entry, chunk, chunks, D=width, N=states, BLOCK=128, UNROLL=16,
-        BITS=chunk.bit_length(), HAS_STATE=state is not None, HAS_SPAN=span is not None,
+        (-(-states * width // 128), batch), pack, state, local, pack if span is None else span, entry, chunk, chunks,
+        D=width, N=states, BLOCK=128, UNROLL=16, BITS=chunk.bit_length(), HAS_STATE=state is not None,
+        HAS_SPAN=span is not None,
     )
     return entry
 
@@ -727,46 +727,41 @@ class _EmaScan(torch.autograd.Function):
         has = sum(bit for bit, given in ((1, delayed), (2, real), (4, reset)) if given is not None)
         shape = {"D": width, "N": states, "BLOCK_D": _BLOCK_D, "BLOCK_N": power_of_two(states, 1)}
         shape |= {"DIRECTION": -1 if reverse else 1, "HAS": has}
-        has_state = state is not None
         grid = (-(-width // _BLOCK_D), chunks, batch)
-        size = states * width
         float32 = {"dtype": torch.float32, "device": x.device}
-        # Where an input is missing, another pointer stands in for it and is not read.
+        # The kernels add to these pointers: where one is missing, another stands in for it and is not read.
         tokens = x, x if delayed is None else delayed, x if real is None else real, x if reset is None else reset
         pack = torch.empty(4 if delayed is None else 5, states, width, **float32)
         _pack_kernel(
-            (-(-size // 256),), decay, input_gain, output_gain, decay if delay_decay is None else delay_decay, pack,
-            D=width, N=states, BLOCK=256, HAS_DELAY=delayed is not None,
+            (-(-states * width // 256),), decay, input_gain, output_gain, delay_decay, pack, D=width, N=states,
+            BLOCK=256, HAS_DELAY=delayed is not None,
         )
-        local = entry = span = pack
+        local, entry, span = pack, pack, None
         if chunks > 1 or training or relay is not None:
             local = torch.empty(batch, chunks, states, width, **float32)
             if has_span:
                 span = torch.empty(batch, chunks, dtype=torch.int32, device=x.device)
             _chunk_state_kernel(
-                grid, *tokens, pack, local, span, length, chunk, options=_WARPS, **shape,
+                grid, *tokens, pack, local, pack if span is None else span, length, chunk, options=_WARPS, **shape,
                 UNROLL=_UNROLL["chunk_state"][many],
             )
         if relay is not None:
             tail = length - (chunks - 1) * chunk
-            entry = _entries(pack, None, local, span if has_span else None, chunk)
-            state = relay.forward(_last_state(pack, local, entry, span if has_span else None, tail)).contiguous()
-            has_state = True
+            entry = _entries(pack, None, local, span, chunk)
+            state = relay.forward(_last_state(pack, local, entry, span, tail)).contiguous()
         if chunks > 1:
-            entry = _entries(pack, state, local, span if has_span else None, chunk)
+            entry = _entries(pack, state, local, span, chunk)
         out = torch.empty_like(x)
         save_y = silu and training
         y = torch.empty_like(x) if save_y else out
         final = torch.empty(batch, width, states, **float32)
         _output_kernel(
-            grid, *tokens, pack, pack if skip is None else skip, state if has_state else pack, entry, y, out, final,
-            length, chunk, options=_WARPS, **shape, UNROLL=_UNROLL["output"][many],
-            HAS_SKIP=skip is not None, HAS_STATE=has_state, HAS_ENTRY=chunks > 1, SILU=silu, SAVE_Y=save_y,
+            grid, *tokens, pack, skip, state, entry, y, out, final, length, chunk, options=_WARPS, **shape,
+            UNROLL=_UNROLL["output"][many], HAS_SKIP=skip is not None, HAS_STATE=state is not None,
+            HAS_ENTRY=chunks > 1, SILU=silu, SAVE_Y=save_y,
         )
         if training:
-            ctx.save_for_backward(
-                x, skip, state, delayed, real, reset, pack, local, span if has_span else None, y if silu else None
-            )
+            ctx.save_for_backward(x, skip, state, delayed, real, reset, pack, local, span, y if silu else None)
             ctx.chunk, ctx.shape, ctx.silu, ctx.many, ctx.relay = chunk, shape, silu, many, relay
             ctx.set_materialize_grads(False)
         return out, final
@@ -784,7 +779,7 @@ class _EmaScan(torch.autograd.Function):
         float32 = {"dtype": torch.float32, "device": x.device}
         grad = torch.zeros_like(x) if grad is None else grad.contiguous()
         tokens = x, x if delayed is None else delayed, x if real is None else real, x if reset is None else reset
-        state_, y_ = pack if state is None else state, x if y is None else y
+        y_ = x if y is None else y
         carry_out, product, entry, carry_in = torch.empty(4, *local.shape, **float32).unbind()
         _adjoint_kernel(
             grid, *tokens, pack, y_, grad, carry_out, product, length, chunk, options=_WARPS,
@@ -795,11 +790,10 @@ class _EmaScan(torch.autograd.Function):
 
         def carry_adjoints(final_grad: Tensor | None) -> None:
             _carry_adjoint_kernel(
-                (-(-size // 128), batch), pack, state_, local, pack if span is None else span, carry_out, product,
-                pack if final_grad is None else final_grad.contiguous(), entry, carry_in, gain_grad, state_grad,
-                length, chunk, chunks, D=width, N=states, BLOCK=128, UNROLL=8, BITS=chunk.bit_length(),
-                HAS_STATE=state is not None, HAS_FINAL_GRAD=final_grad is not None, HAS_SPAN=span is not None,
-                EAGER=eager,
+                (-(-size // 128), batch), pack, state, local, pack if span is None else span, carry_out, product,
+                *contiguous(final_grad), entry, carry_in, gain_grad, state_grad, length, chunk, chunks,
+                D=width, N=states, BLOCK=128, UNROLL=8, BITS=chunk.bit_length(), HAS_STATE=state is not None,
+                HAS_FINAL_GRAD=final_grad is not None, HAS_SPAN=span is not None, EAGER=eager,
             )
 
         carry_adjoints(final_grad)
@@ -811,9 +805,9 @@ class _EmaScan(torch.autograd.Function):
         delayed_grad = x_grad if delayed is None else torch.empty_like(delayed)
         parts = torch.empty(batch * chunks, rows, width, **float32)
         _input_grad_kernel(
-            grid, *tokens, pack, pack if skip is None else skip, y_, grad, entry, carry_in,
-            x_grad, delayed_grad, parts, length, chunk, options=_WARPS, **shape, UNROLL=_UNROLL["input_grad"][many],
-            HAS_SKIP=skip is not None, SILU=silu, EAGER=eager,
+            grid, *tokens, pack, skip, y_, grad, entry, carry_in, x_grad, delayed_grad, parts, length, chunk,
+            options=_WARPS, **shape, UNROLL=_UNROLL["input_grad"][many], HAS_SKIP=skip is not None, SILU=silu,
+            EAGER=eager,
         )
         sums = torch.empty((2 * states + rows) * width, **float32)
         columns = max(2 * size, rows * width)
