@@ -90,16 +90,14 @@ class SequenceContext:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> SequenceContext:
         """A copy on `device`: layers of one model may live on several."""
-        moved = {} if self.ops is None else {"ops": self.ops.but(device=torch.device(device).type)}
-        for name, value in vars(self).items():
-            if isinstance(value, Tensor):
-                moved[name] = value.to(device, non_blocking=non_blocking)
-            elif isinstance(value, ScanPlan):
-                tensors = {key: part for key, part in vars(value).items() if isinstance(part, Tensor)}
-                moved[name] = replace(
-                    value, **{key: part.to(device, non_blocking=non_blocking) for key, part in tensors.items()}
-                )
-        return self.but(**moved)
+
+        def moved(value: Any) -> Any:
+            if isinstance(value, ScanPlan):
+                return replace(value, **{name: moved(part) for name, part in vars(value).items()})
+            return value.to(device, non_blocking=non_blocking) if isinstance(value, Tensor) else value
+
+        ops = None if self.ops is None else self.ops.but(device=torch.device(device).type)
+        return self.but(**{name: moved(value) for name, value in vars(self).items()} | {"ops": ops})
 
 
 def _real_before(real: Tensor) -> Tensor:

@@ -215,18 +215,17 @@ class SeqBoatDecoderLayer(GradientCheckpointingLayer):
                 cache.start_segments(context.reset)
             cache.make_room(1)
             packed = pack_step(active, all_rows=ops.runs_triton("memory_step"))
-            hidden = ops.linear(self.hidden_proj, m)
         elif exporting:
-            hidden, packed = ops.linear(self.hidden_proj, m), Packed(None)
+            packed = Packed(None)
         else:
             before = None if memory is None else (memory.activated_count, context.segment)
             window = config.memory_size, config.bidirectional, context.segment_bounds()
-            pending = ops.pack(active, *window, capacity=self.stream_capacity, memory=before)
+            packed = ops.pack(active, *window, capacity=self.stream_capacity, memory=before)
             if self.counts_stream and cache is None and ops.captures:
-                self.stream_count = pending.count.clone()
-            # Before the wait, so that the device has work meanwhile.
-            hidden = ops.linear(self.hidden_proj, m)
-            packed = pending.wait()
+                self.stream_count = packed.count.clone()
+        # Before the wait, so that the device has work meanwhile.
+        hidden = ops.linear(self.hidden_proj, m)
+        packed = packed.wait()
         if exporting:
             out = self.attention.exported(m, active, context, cache, scanned and scanned[:2]).flatten(0, 1)
         else:
