@@ -34,7 +34,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .triton_launch_seqboat import contiguous, first_derivative_only, interpreted, jit, kernel, power_of_two, tl
+from .triton_launch_seqboat import first_derivative_only, interpreted, jit, kernel, power_of_two, tl
 
 _LOG2_E = 1.4426950408889634
 # Fixed-point steps between 0 and the largest gradient of one pair's bias, which leaves 29 bits for the sum of pairs.
@@ -776,5 +776,6 @@ def windowed_attention_triton(
         max_keys = int((key_end - key_start).max()) if len(key_end) else 0
     call = plan_attention(len(q), len(k), v.shape[1], q.dtype, activation, scale, bias_center, max(0, max_keys))
     rows = [None if t is None else t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v, gate)]
-    table, *ranges = contiguous(bias_table, key_start, key_end, q_place, k_place)
+    ranges = [None if t is None else t.contiguous() for t in (key_start, key_end, q_place, k_place)]
+    table = None if bias_table is None else bias_table.contiguous()
     return _WindowedAttention.apply(*rows[:3], table, rows[3], *ranges, call)

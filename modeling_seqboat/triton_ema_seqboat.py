@@ -791,9 +791,10 @@ class _EmaScan(torch.autograd.Function):
         def carry_adjoints(final_grad: Tensor | None) -> None:
             _carry_adjoint_kernel(
                 (-(-size // 128), batch), pack, state, local, pack if span is None else span, carry_out, product,
-                *contiguous(final_grad), entry, carry_in, gain_grad, state_grad, length, chunk, chunks,
-                D=width, N=states, BLOCK=128, UNROLL=8, BITS=chunk.bit_length(), HAS_STATE=state is not None,
-                HAS_FINAL_GRAD=final_grad is not None, HAS_SPAN=span is not None, EAGER=eager,
+                None if final_grad is None else final_grad.contiguous(), entry, carry_in, gain_grad, state_grad,
+                length, chunk, chunks, D=width, N=states, BLOCK=128, UNROLL=8, BITS=chunk.bit_length(),
+                HAS_STATE=state is not None, HAS_FINAL_GRAD=final_grad is not None, HAS_SPAN=span is not None,
+                EAGER=eager,
             )
 
         carry_adjoints(final_grad)
@@ -857,13 +858,14 @@ class _EmaParameters(torch.autograd.Function):
     def backward(ctx, *grads):
         delta, alpha, beta = ctx.saved_tensors
         count, factor = delta.numel(), delta.shape[-2] ** -0.5
+        grads = [grad.contiguous() for grad in grads]
         results = *(torch.empty_like(delta) for _ in range(3)), delta.new_empty(delta.shape[:-1])
         _parameters_backward_kernel(
-            (-(-count // _BLOCK),), delta, alpha, beta, *contiguous(*grads), *results, count, factor, BLOCK=_BLOCK
+            (-(-count // _BLOCK),), delta, alpha, beta, *grads, *results, count, factor, BLOCK=_BLOCK
         )
         return results
 
 
 def ema_parameters_triton(delta: Tensor, alpha: Tensor, beta: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """`ema_parameters` on a GPU, for parameters of one floating dtype but float64. Gradients for all four."""
-    return _EmaParameters.apply(*contiguous(delta, alpha, beta, gamma))
+    return _EmaParameters.apply(delta.contiguous(), alpha.contiguous(), beta.contiguous(), gamma.contiguous())

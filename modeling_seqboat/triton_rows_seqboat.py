@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.nn.modules import module as hooks
 
 from .ops_layout_seqboat import Packed, lead_with_memory, memory_before
-from .triton_launch_seqboat import contiguous, first_derivative_only, jit, kernel, program_sums, row_block, tl
+from .triton_launch_seqboat import first_derivative_only, jit, kernel, power_of_two, program_sums, row_block, tl
 
 # Programs that share sums over all rows: enough to fill the chip, few enough to add up at no cost.
 _PROGRAMS = 512
@@ -139,7 +139,8 @@ class _NormResidual(torch.autograd.Function):
         rows, columns = row_block(width)
         programs, repeats, parts = program_sums(count, rows, _PROGRAMS, x, 2, width if affine else 0)
         grad_x = torch.empty_like(x)
-        grad, residual_grad = contiguous(grad, residual_grad)
+        grad = grad.contiguous()
+        residual_grad = None if residual_grad is None else residual_grad.contiguous()
         _norm_backward_kernel(
             (programs,), grad, residual_grad, x, weight, mean, scale, grad_x, parts, count, repeats,
             CENTERED=ctx.centered, AFFINE=affine, RESIDUAL=residual_grad is not None,
@@ -163,7 +164,8 @@ def norm_residual_triton(
         weight, bias: (D,), or None; eps: added to the variance; dtype: of the normalised output, float32 inside.
         centered: whether the mean is taken off, as layer norm does and RMS norm does not.
     """
-    return _NormResidual.apply(*contiguous(x, weight, bias), eps, centered, dtype)
+    weight, bias = None if weight is None else weight.contiguous(), None if bias is None else bias.contiguous()
+    return _NormResidual.apply(x.contiguous(), weight, bias, eps, centered, dtype)
 
 
 @kernel("count", "shift")
@@ -289,7 +291,8 @@ def route_triton(
 ) -> tuple[Tensor, Tensor]:
     """`route` in one kernel each way: x (..., D) of any floating dtype but float64, real (...). Gradients for x,
     weight, bias and log_temperature."""
-    return _Route.apply(*contiguous(x, weight, bias, log_temperature, real), float(shift))
+    real = None if real is None else real.contiguous()
+    return _Route.apply(x.contiguous(), weight.contiguous(), bias, log_temperature, real, float(shift))
 
 
 # For compilers, without gradients. A copy of this file that came with a checkpoint registers its own.
@@ -434,12 +437,13 @@ def write_memory_triton(
     """`write_memory` in one launch; what is written over is lost. Numbers of rows and positions are int64."""
     (keys, values, positions), (batch, slots) = ring, ring[2].shape
     after = torch.empty_like(activated_count)
-    total, first, *new = contiguous(total, first, *new)
+    first = None if first is None else first.contiguous()
     rows, value_width = row_block(values.shape[2])
     _write_memory_kernel(
-        (max(1, -(-slots // rows)), batch), total, first, activated_count, keys, values, positions, *new, after,
-        total.shape[1], max(1, slots), FIRST=first is not None, Z=keys.shape[2], V=values.shape[2], ROWS=rows,
-        KEY_WIDTH=row_block(keys.shape[2])[1], VALUE_WIDTH=value_width,
+        (max(1, -(-slots // rows)), batch), total.contiguous(), first, activated_count, keys, values, positions,
+        *(t.contiguous() for t in new), after, total.shape[1], max(1, slots),
+        FIRST=first is not None, Z=keys.shape[2], V=values.shape[2], ROWS=rows,
+        KEY_WIDTH=power_of_two(keys.shape[2]), VALUE_WIDTH=value_width,
     )
     return after, None, []
 
@@ -592,7 +596,7 @@ def extract_residual_triton(
     # On the device, where a CUDA graph draws anew at every replay; a layer that runs twice finds the state restored.
     seed = torch.randint(2**31 - 1, (1,), device=hidden.device) if dropout_p > 0 else None
     rows = None if packed.index is None else packed.packed_index
-    tensors = contiguous(hidden, residual, out, confidence)
+    tensors = hidden.contiguous(), residual.contiguous(), out.contiguous(), confidence.contiguous()
     return _ExtractResidual.apply(*tensors, rows, seed, float(dropout_p), packed.padded)
 
 
@@ -625,7 +629,7 @@ def column_sums(x: Tensor) -> Tensor:
     count, width = rows.shape
     if count == 0:
         return torch.zeros(width, dtype=torch.float32, device=x.device)
-    columns = min(_COLUMNS, row_block(width)[1])
+    columns = min(_COLUMNS, power_of_two(width))
     slices = -(-width // columns)
     most = min(_MOST_ROW_PROGRAMS, -(-_COLUMN_PROGRAMS // slices))
     programs, repeats, parts = program_sums(count, _ROWS, most, x, width)

@@ -18,7 +18,7 @@ from .triton_attention_seqboat import (
     row_sums,
     windowed_attention_triton,
 )
-from .triton_launch_seqboat import contiguous, first_derivative_only, jit, kernel, power_of_two, row_block, tl
+from .triton_launch_seqboat import first_derivative_only, jit, kernel, power_of_two, row_block, tl
 from .triton_rows_seqboat import silu_slope
 
 
@@ -228,7 +228,7 @@ class _ProjectUnit(torch.autograd.Function):
         # Read once: under gradient checkpointing a second reading is an error.
         saved = ctx.saved_tensors
         grad = torch.empty(saved[0].shape, dtype=saved[0].dtype, device=saved[0].device)
-        return grad, *_project_backward(*saved, *contiguous(*grads), grad), None, None, None
+        return grad, *_project_backward(*saved, *(g.contiguous() for g in grads), grad), None, None, None
 
 
 def project_unit_triton(
@@ -237,7 +237,9 @@ def project_unit_triton(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`project_unit` with silu, float32 inside, all results of projected's dtype."""
     projected = projected if projected.stride(-1) == 1 else projected.contiguous()
-    return _ProjectUnit.apply(projected, *contiguous(scale, offset, cos, sin), table_rows)
+    if cos is not None:
+        cos, sin = cos.contiguous(), sin.contiguous()
+    return _ProjectUnit.apply(projected, scale.contiguous(), offset.contiguous(), cos, sin, table_rows)
 
 
 class _GatedUnit(torch.autograd.Function):
@@ -311,8 +313,10 @@ def gated_unit_triton(
     count = projected.shape[0]
     call = plan_attention(count, count, width, projected.dtype, attention, attention_scale, bias_center, max_keys)
     projected = projected if projected.stride(-1) == 1 else projected.contiguous()
-    scale, offset, cos, sin = contiguous(scale, offset, cos, sin)
+    if cos is not None:
+        cos, sin = cos.contiguous(), sin.contiguous()
     gated, k, v = _GatedUnit.apply(
-        projected, scale, offset, bias_table, cos, sin, table_rows, key_start, key_end, q_place, k_place, call
+        projected, scale.contiguous(), offset.contiguous(), bias_table, cos, sin, table_rows, key_start, key_end,
+        q_place, k_place, call,
     )
     return (gated, k, v) if keep else (gated, None, None)
