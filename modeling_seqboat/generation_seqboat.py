@@ -184,29 +184,15 @@ class SeqBoatGenerationMixin(GenerationMixin):
         self.generate_batch()
 
     def prepare_inputs_for_generation(
-        self,
-        input_ids,
-        next_sequence_length=None,
-        attention_mask=None,
-        inputs_embeds=None,
-        prefill_progress=None,
-        tokenizer=None,
-        assistant_tokenizer=None,
-        assistant_model=None,
-        **kwargs,
-    ):
+        self, input_ids, *args, inputs_embeds=None, prefill_progress=None, tokenizer=None, assistant_tokenizer=None,
+        assistant_model=None, **kwargs,
+    ):  # fmt: skip
         """Positions are counted by the model, from the cache on. For a static cache the mask is cut to the new
         columns: the padding before them is in the state already, and its width would change at every step. The
         tokenizers, which generate() hands on, are for its stopping criteria alone; a draft model it hands on to beam
         search, having warned that it is not used."""
         _rename_cache(kwargs)
-        inputs = super().prepare_inputs_for_generation(
-            input_ids,
-            next_sequence_length=next_sequence_length,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            **kwargs,
-        )
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
         if getattr(inputs.get(CACHE_NAME), "is_seqboat_cache", False):
             given = inputs.get("inputs_embeds")
             length = (inputs["input_ids"] if given is None else given).shape[1]

@@ -115,10 +115,7 @@ def refuse_unknown_arguments(forward: Callable, kwargs: dict, also: tuple[str, .
                 f"SeqBoat does not run under paged continuous batching (got {name}): its state has no pages; use "
                 "generate() with a padded batch"
             )
-        known = [
-            *taken,
-            *(known for known in inspect.signature(forward).parameters if known not in ("self", "kwargs")),
-        ]
+        known = [*taken, *(own for own in inspect.signature(forward).parameters if own not in ("self", "kwargs"))]
         near = _OTHER_NAMES.get(name) or difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
         raise ValueError(f"{name!r} is not an argument of this model, and would be ignored; the nearest is {near!r}")
 
@@ -183,14 +180,6 @@ def count_labels(labels: Tensor, num_items: Tensor | int | None, part: Any = Non
         count = (labels != -100).sum()
         num_items = count if part is None else part.total(count)
     return num_items + (num_items == 0)
-
-
-def refuse_tracing() -> None:
-    if torch.jit.is_tracing():
-        raise ValueError(
-            "SeqBoat cannot be traced by torch.jit.trace: how many tokens attend depends on the data, and a trace "
-            "would hold the number of its example; use torch.compile or torch.export"
-        )
 
 
 def _warn_of_another_window(config: SeqBoatConfig, name: str | os.PathLike, options: dict[str, Any]) -> None:
@@ -423,8 +412,7 @@ class SeqBoatModel(SeqBoatPreTrainedModel):
         """
         config = self.config
         refuse_unknown_arguments(type(self).forward, kwargs)
-        self._refuse_attentions(output_attentions)
-        refuse_tracing()
+        self._refuse_unsupported(output_attentions)
         self._expect_one_input(input_ids, input_values, inputs_embeds)
         _expect_same_borders(cu_seq_lens_q, cu_seq_lens_k)
         past = one_cache(past_key_values=past_key_values, cache=cache, cache_params=cache_params)
@@ -522,11 +510,16 @@ class SeqBoatModel(SeqBoatPreTrainedModel):
             expected = ", ".join(("batch >= 1", "length >= 1", *map(str, width)))
             raise ValueError(f"{name} must be of shape ({expected}), got {shape}")
 
-    def _refuse_attentions(self, output_attentions: bool | None) -> None:
+    def _refuse_unsupported(self, output_attentions: bool | None) -> None:
         if output_attentions or (output_attentions is None and self.config.output_attentions):
             raise ValueError(
                 "output_attentions=True is not supported: attention runs over activated tokens in blocks and keeps no "
                 "weights; output_router_probs=True shows which tokens attend"
+            )
+        if torch.jit.is_tracing():
+            raise ValueError(
+                "SeqBoat cannot be traced by torch.jit.trace: how many tokens attend depends on the data, and a trace "
+                "would hold the number of its example; use torch.compile or torch.export"
             )
 
     def _cache_for(self, past_key_values: SeqBoatCache | None, use_cache: bool | None) -> SeqBoatCache | None:
@@ -649,20 +642,12 @@ class SeqBoatForCausalLM(SeqBoatPreTrainedModel, SeqBoatGenerationMixin):
         if fused:
             expect_liger(self.lm_head)
         outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
+            input_ids=input_ids, inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids,
             past_key_values=one_cache(past_key_values=past_key_values, cache=cache, cache_params=cache_params),
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            output_hidden_states=output_hidden_states,
-            output_router_probs=output_router_probs,
-            output_attentions=output_attentions,
-            cu_seq_lens_q=cu_seq_lens_q,
-            cu_seq_lens_k=cu_seq_lens_k,
-            seq_idx=seq_idx,
-            return_dict=True,
-        )
+            seq_idx=seq_idx, cu_seq_lens_q=cu_seq_lens_q, cu_seq_lens_k=cu_seq_lens_k, use_cache=use_cache,
+            output_hidden_states=output_hidden_states, output_router_probs=output_router_probs,
+            output_attentions=output_attentions, return_dict=True,
+        )  # fmt: skip
         logits = None
         if not fused:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -734,9 +719,7 @@ def __getattr__(name: str) -> type:
     if name in AUTO_CLASSES.values():
         from .heads_seqboat import HEADS
 
-        for head in HEADS:
-            if head.__name__ == name:
-                return head
+        return HEADS[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
