@@ -425,8 +425,11 @@ class SeqBoatModel(SeqBoatPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_values if input_ids is None else input_ids)
         batch, length = inputs_embeds.shape[:2]
-        if cache is not None and cache.is_initialized and cache.batch_size != batch:
-            raise ValueError(f"past_key_values holds {cache.batch_size} rows, the input has {batch}")
+        if cache is not None and cache.layers[0].is_initialized and cache.batch_size != batch:
+            raise ValueError(
+                f"past_key_values holds {cache.batch_size} rows, the input has {batch}; they must be equal (see "
+                "SeqBoatCache.batch_repeat_interleave and batch_select_indices)"
+            )
         texts = Texts(attention_mask, position_ids, seq_idx, cu_seq_lens_q)
         facts = inputs_embeds.dtype, self.training, self.rate_is_held, self.parts
         context = build_context(config, batch, length, inputs_embeds.device, texts, cache, *facts)
