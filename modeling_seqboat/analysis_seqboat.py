@@ -285,11 +285,10 @@ def analyse_activations(
             f"router_probs of layer {layer} is above 0 at padding (row {row}, column {column}): is attention_mask the "
             "one that the model was given?"
         )
-    reaches = [
+    *reaches, always_on = (
         attention_reach(layer, config.memory_size, config.bidirectional, real=real, segment=context.segment)
-        for layer in active
-    ]
-    always_on = attention_reach(real, config.memory_size, config.bidirectional, real=real, segment=context.segment)
+        for layer in (*active, real)
+    )
     buckets = _places(real, context.reset) // bucket_size
     classes, names = torch.zeros_like(buckets), ()
     if input_ids is not None:
