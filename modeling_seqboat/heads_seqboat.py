@@ -279,8 +279,6 @@ class SeqBoatForImageClassification(SeqBoatPooledClassifier):
                 "pixel is one step of the sequence, so a picture has one channel; make it grey first, for instance by "
                 "np.asarray(image.convert('L'))"
             )
-        if kwargs.get("attention_mask") is not None:
-            raise ValueError("a picture has no padding: attention_mask must not be given")
         return self._answer(*self._encode(kwargs, input_values=pixel_values.flatten(1)), labels, kwargs)
 
 

@@ -54,12 +54,8 @@ AUTO_CLASSES: dict[str, str] = {
     "AutoModelForMaskedLM": "SeqBoatForMaskedLM",
 }
 
-# Up to here one busy program takes a large part of the machine.
-_FEW_CORES = 4
-
 # What every model takes that says what else to return.
 OUTPUT_FLAGS = ("output_hidden_states", "output_router_probs", "output_attentions")
-_PAGED_ARGUMENTS = ("read_index", "write_index", "block_table")
 # Arguments that may come along and say nothing that the model does not know: the longest packed segment, and the
 # columns that the cache counts itself.
 _IMPLIED_ARGUMENTS = ("max_length_q", "max_length_k", "cache_position")
@@ -110,7 +106,7 @@ def refuse_unknown_arguments(forward: Callable, kwargs: dict, also: tuple[str, .
             if bool((value == 0).all()):
                 continue
             raise ValueError("token_type_ids must be all 0: SeqBoat has no embeddings of token types")
-        if name in _PAGED_ARGUMENTS:
+        if name in ("read_index", "write_index", "block_table"):
             raise ValueError(
                 f"SeqBoat does not run under paged continuous batching (got {name}): its state has no pages; use "
                 "generate() with a padded batch"
@@ -202,7 +198,7 @@ def _warn_of_another_window(config: SeqBoatConfig, name: str | os.PathLike, opti
 def _hint_at_waiting_threads() -> None:
     """Says once that OpenMP's threads spin while they wait, where that can cost most of the speed: few cores, and no
     accelerator. Only the environment of a process that starts can change it."""
-    few = sys.platform == "linux" and (os.cpu_count() or 1) <= _FEW_CORES and torch.get_num_threads() > 1
+    few = sys.platform == "linux" and (os.cpu_count() or 1) <= 4 and torch.get_num_threads() > 1
     chosen = "OMP_WAIT_POLICY" in os.environ or "GOMP_SPINCOUNT" in os.environ
     if few and not chosen and not torch.accelerator.is_available():
         logger.warning_once(
@@ -351,6 +347,7 @@ class SeqBoatModel(SeqBoatPreTrainedModel):
         if config.input_type == "tokens":
             self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         else:
+            self._input_embed_layer = "embed_values"
             self.embed_values = SeqBoatValueEmbedding(config.hidden_size)
         self.absolute_positions = (
             SeqBoatAbsolutePositions(config.hidden_size) if config.add_absolute_positions else None
@@ -364,12 +361,6 @@ class SeqBoatModel(SeqBoatPreTrainedModel):
         # Set by `context_parallel`.
         self.parts = None
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embed_tokens if self.config.input_type == "tokens" else self.embed_values
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        setattr(self, "embed_tokens" if self.config.input_type == "tokens" else "embed_values", value)
 
     @can_return_tuple
     def forward(
