@@ -199,16 +199,10 @@ class SeqBoatForSequenceClassification(SeqBoatPooledClassifier):
 
     @can_return_tuple
     def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        input_values: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        pair_input_ids: Tensor | None = None,
-        pair_attention_mask: Tensor | None = None,
-        labels: Tensor | None = None,
-        **kwargs,
-    ) -> SeqBoatClassifierOutput:
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
+        input_values: Tensor | None = None, inputs_embeds: Tensor | None = None, pair_input_ids: Tensor | None = None,
+        pair_attention_mask: Tensor | None = None, labels: Tensor | None = None, **kwargs,
+    ) -> SeqBoatClassifierOutput:  # fmt: skip
         """Classifies sequences.
 
         Args:
@@ -290,12 +284,9 @@ class SeqBoatForAudioClassification(SeqBoatPooledClassifier):
 
     @can_return_tuple
     def forward(
-        self,
-        input_values: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        labels: Tensor | None = None,
+        self, input_values: Tensor | None = None, attention_mask: Tensor | None = None, labels: Tensor | None = None,
         **kwargs,
-    ) -> SeqBoatClassifierOutput:
+    ) -> SeqBoatClassifierOutput:  # fmt: skip
         """Classifies recordings.
 
         Args:
@@ -313,18 +304,11 @@ class SeqBoatTokenHead(SeqBoatHead):
 
     @can_return_tuple
     def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        input_values: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        cu_seq_lens_q: Tensor | None = None,
-        cu_seq_lens_k: Tensor | None = None,
-        seq_idx: Tensor | None = None,
-        **kwargs,
-    ) -> SeqBoatTokenOutput:
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None, input_values: Tensor | None = None, inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None, cu_seq_lens_q: Tensor | None = None, cu_seq_lens_k: Tensor | None = None,
+        seq_idx: Tensor | None = None, **kwargs,
+    ) -> SeqBoatTokenOutput:  # fmt: skip
         """Scores every token.
 
         Args:
@@ -412,15 +396,10 @@ class SeqBoatForQuestionAnswering(SeqBoatHead):
 
     @can_return_tuple
     def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        input_values: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        start_positions: Tensor | None = None,
-        end_positions: Tensor | None = None,
-        **kwargs,
-    ) -> SeqBoatQuestionAnsweringOutput:
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
+        input_values: Tensor | None = None, inputs_embeds: Tensor | None = None, start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None, **kwargs,
+    ) -> SeqBoatQuestionAnsweringOutput:  # fmt: skip
         """Scores every token as the start and the end of the answer.
 
         Args:

@@ -364,24 +364,14 @@ class SeqBoatModel(SeqBoatPreTrainedModel):
 
     @can_return_tuple
     def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: SeqBoatCache | None = None,
-        inputs_embeds: Tensor | None = None,
-        input_values: Tensor | None = None,
-        use_cache: bool | None = None,
-        output_hidden_states: bool | int | list[int] | None = None,
-        output_router_probs: bool = False,
-        output_attentions: bool | None = None,
-        cu_seq_lens_q: Tensor | None = None,
-        cu_seq_lens_k: Tensor | None = None,
-        seq_idx: Tensor | None = None,
-        cache: SeqBoatCache | None = None,
-        cache_params: SeqBoatCache | None = None,
-        **kwargs,
-    ) -> SeqBoatModelOutput:
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None, past_key_values: SeqBoatCache | None = None,
+        inputs_embeds: Tensor | None = None, input_values: Tensor | None = None, use_cache: bool | None = None,
+        output_hidden_states: bool | int | list[int] | None = None, output_router_probs: bool = False,
+        output_attentions: bool | None = None, cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None, seq_idx: Tensor | None = None, cache: SeqBoatCache | None = None,
+        cache_params: SeqBoatCache | None = None, **kwargs,
+    ) -> SeqBoatModelOutput:  # fmt: skip
         """Runs the model.
 
         Args:
@@ -582,27 +572,15 @@ class SeqBoatForCausalLM(SeqBoatPreTrainedModel, SeqBoatGenerationMixin):
 
     @can_return_tuple
     def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: SeqBoatCache | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
-        output_hidden_states: bool | int | list[int] | None = None,
-        output_router_probs: bool = False,
-        output_attentions: bool | None = None,
-        cu_seq_lens_q: Tensor | None = None,
-        cu_seq_lens_k: Tensor | None = None,
-        seq_idx: Tensor | None = None,
-        skip_logits: bool | None = None,
-        num_items_in_batch: Tensor | int | None = None,
-        cache: SeqBoatCache | None = None,
-        cache_params: SeqBoatCache | None = None,
-        **kwargs,
-    ) -> SeqBoatCausalLMOutput:
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None, past_key_values: SeqBoatCache | None = None,
+        inputs_embeds: Tensor | None = None, labels: Tensor | None = None, use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0, output_hidden_states: bool | int | list[int] | None = None,
+        output_router_probs: bool = False, output_attentions: bool | None = None, cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None, seq_idx: Tensor | None = None, skip_logits: bool | None = None,
+        num_items_in_batch: Tensor | int | None = None, cache: SeqBoatCache | None = None,
+        cache_params: SeqBoatCache | None = None, **kwargs,
+    ) -> SeqBoatCausalLMOutput:  # fmt: skip
         """Runs the model and its output matrix.
 
         Args:

@@ -59,15 +59,8 @@ def build_byte_tokenizer(chat: bool = True) -> PreTrainedTokenizerFast:
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token="<|pad|>",
-        bos_token="<|bos|>",
-        eos_token="<|eos|>",
-        mask_token="<|mask|>",
-        additional_special_tokens=["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"],
-        padding_side="left",
-        model_max_length=10**30,
-        clean_up_tokenization_spaces=False,
-        model_input_names=["input_ids", "attention_mask"],
+        tokenizer_object=backend, pad_token="<|pad|>", bos_token="<|bos|>", eos_token="<|eos|>", mask_token="<|mask|>",
+        additional_special_tokens=["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"], padding_side="left",
+        model_max_length=10**30, clean_up_tokenization_spaces=False, model_input_names=["input_ids", "attention_mask"],
         chat_template=CHAT_TEMPLATE if chat else None,
-    )
+    )  # fmt: skip
