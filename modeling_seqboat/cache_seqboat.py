@@ -613,7 +613,6 @@ class SeqBoatCache(Cache):
         if not isinstance(config, SeqBoatConfig) and isinstance(config, Iterator):
             self._join(list(config))
             return
-        # Not by class: code that came with a checkpoint has a class object of its own.
         if getattr(config, "model_type", None) != SeqBoatConfig.model_type:
             raise ValueError(f"SeqBoatCache is made of a SeqBoatConfig (model.config), got {type(config).__name__}")
         if config.bidirectional:
@@ -708,7 +707,6 @@ class SeqBoatCache(Cache):
         """Reads a state written by `save`, bit for bit.
 
         Args:
-            path: the file.
             config: of the model that will continue.
             device: where the buffers go.
 

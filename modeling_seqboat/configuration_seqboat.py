@@ -129,8 +129,6 @@ _INHERITED_CHECKS: dict[str, Check] = {
     "problem_type": _one_of("regression", "single_label_classification", "multi_label_classification", optional=True),
 }
 
-SPECIAL_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
-
 
 def _contradictions(config: Mapping[str, Any]) -> Iterator[str]:
     """Yield one message for each pair of field values that cannot go together, naming both."""
@@ -169,7 +167,7 @@ def _ids_without_rows(config: Mapping[str, Any]) -> Iterator[str]:
     """Yield one message for each special id that the vocabulary is too small for."""
     if config["input_type"] != "tokens":
         return
-    for name in SPECIAL_IDS:
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         ids = config[name] if isinstance(config[name], list) else [config[name]]
         if any(item is not None and item >= config["vocab_size"] for item in ids):
             yield (

@@ -57,7 +57,6 @@ def one_cache(**given: SeqBoatCache | None) -> SeqBoatCache | None:
     named = {name: cache for name, cache in given.items() if cache is not None}
     caches = list(named.values())
     for name, cache in named.items():
-        # Not by class: code that came with a checkpoint has a class object of its own.
         if not getattr(cache, "is_seqboat_cache", False):
             raise ValueError(
                 f"{name} must be a SeqBoatCache, got {type(cache).__name__}, which has no place for the state of the "

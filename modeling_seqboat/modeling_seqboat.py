@@ -472,7 +472,7 @@ class SeqBoatModel(SeqBoatPreTrainedModel):
             return None
         config, rates = self.config, torch.stack([rate.to(device) for rate in rates])
         if context.part is not None:
-            rates = context.part.whole_rates(rates)
+            rates = context.part.total(rates * context.part.share)
         if config.router_target_scope == "model":
             missed = len(rates) * (rates.mean() - config.router_target_rate).square()
         else:

@@ -75,23 +75,6 @@ class _Gather(torch.autograd.Function):
         return found.sum(0, dtype=dtype).to(grad.dtype), None
 
 
-class _Total(torch.autograd.Function):
-    """The sum over all processes, which backward takes too."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        total = x.clone()
-        dist.all_reduce(total, group=group)
-        return total
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        total = grad.clone()
-        dist.all_reduce(total, group=ctx.group)
-        return total, None
-
-
 class StateRelay:
     """Hands states over amid a scan, see `ema_scan_triton`: then no process reads its part twice.
 
@@ -149,11 +132,7 @@ class Part:
 
     def total(self, x: Tensor) -> Tensor:
         """The sum of all processes' x, with gradients where x is floating."""
-        return _Total.apply(x, self.group)
-
-    def whole_rates(self, rates: Tensor) -> Tensor:
-        """(layers,) activation rates of this part's real tokens -> those of all parts together."""
-        return self.total(rates * self.share)
+        return _Gather.apply(x[None], self.group).sum((0, 1))
 
     def before(self, ssm: Recurrence, x: Tensor, context: SequenceContext) -> tuple[Before, Tensor | None]:
         """What the recurrence continues, and with truncation the last T real inputs (B, T, D), oldest first.
