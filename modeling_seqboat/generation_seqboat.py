@@ -229,14 +229,10 @@ class SeqBoatGenerationMixin(GenerationMixin):
         with tqdm(total=total, desc="prefill", unit="tokens", unit_scale=True, delay=delay, disable=hidden) as bar:
             for chunk in given[:, first:].split(size, dim=1):
                 end += chunk.shape[1]
-                part = {"attention_mask": None if mask is None else mask[:, :end]}
+                ids, part = chunk, model_kwargs | {"attention_mask": None if mask is None else mask[:, :end]}
                 if by_embeds:
-                    part["inputs_embeds"] = chunk
-                inputs = self.prepare_inputs_for_generation(
-                    input_ids if by_embeds else chunk,
-                    is_first_iteration=is_first_iteration,
-                    **{**model_kwargs, **part},
-                )
+                    ids, part["inputs_embeds"] = input_ids, chunk
+                inputs = self.prepare_inputs_for_generation(ids, is_first_iteration=is_first_iteration, **part)
                 outputs = self(**inputs, return_dict=True)
                 bar.update(chunk.shape[1])
                 if callable(progress):

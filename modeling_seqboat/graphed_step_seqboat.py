@@ -433,7 +433,10 @@ class GraphedUpdate:
         if self._graph is None:
             self._graph = self._capture()
             self.captures += 1
-        self._send_rates()
+        rates = [float(group["lr"]) for group in groups]
+        if rates != self._sent:
+            self._rates.copy_(torch.tensor(rates))
+            self._sent = rates
         self._graph.replay()
 
     def forget(self) -> None:
@@ -448,12 +451,6 @@ class GraphedUpdate:
         self.optimizer.step()
         for function in self.then:
             function()
-
-    def _send_rates(self) -> None:
-        rates = [float(group["lr"]) for group in self.optimizer.param_groups]
-        if rates != self._sent:
-            self._rates.copy_(torch.tensor(rates))
-            self._sent = rates
 
     @contextmanager
     def _rates_on_device(self) -> Iterator[None]:

@@ -394,7 +394,7 @@ class SeqBoatModel(SeqBoatPreTrainedModel):
         config = self.config
         refuse_unknown_arguments(type(self).forward, kwargs)
         self._refuse_unsupported(output_attentions)
-        self._expect_one_input(input_ids, input_values, inputs_embeds)
+        self._expect_one_input(input_ids=input_ids, input_values=input_values, inputs_embeds=inputs_embeds)
         _expect_same_borders(cu_seq_lens_q, cu_seq_lens_k)
         past = one_cache(past_key_values=past_key_values, cache=cache, cache_params=cache_params)
         cache = self._cache_for(past, use_cache)
@@ -479,12 +479,9 @@ class SeqBoatModel(SeqBoatPreTrainedModel):
             missed = (rates - config.router_target_rate).square().mean()
         return config.router_target_weight * missed
 
-    def _expect_one_input(
-        self, input_ids: Tensor | None, input_values: Tensor | None, inputs_embeds: Tensor | None
-    ) -> None:
+    def _expect_one_input(self, **inputs: Tensor | None) -> None:
         """Raises ValueError unless there is exactly one input, of the config's type and of a shape that fits."""
         config, own = self.config, main_input_name(self.config)
-        inputs = {"input_ids": input_ids, "input_values": input_values, "inputs_embeds": inputs_embeds}
         given = [name for name, value in inputs.items() if value is not None]
         if len(given) != 1 or given[0] not in (own, "inputs_embeds"):
             raise ValueError(f"give exactly one of {own} and inputs_embeds (input_type is {config.input_type!r})")
