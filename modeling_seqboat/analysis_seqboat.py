@@ -232,17 +232,11 @@ class ActivationReport:
 
 
 def analyse_activations(
-    router_probs: Sequence[Tensor] | nn.Module,
-    config: SeqBoatConfig | Tensor | None = None,
-    *,
-    input_ids: Tensor | None = None,
-    attention_mask: Tensor | None = None,
-    position_ids: Tensor | None = None,
-    seq_idx: Tensor | None = None,
-    cu_seq_lens_q: Tensor | None = None,
-    bucket_size: int | None = None,
+    router_probs: Sequence[Tensor] | nn.Module, config: SeqBoatConfig | Tensor | None = None, *,
+    input_ids: Tensor | None = None, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
+    seq_idx: Tensor | None = None, cu_seq_lens_q: Tensor | None = None, bucket_size: int | None = None,
     token_classes: TokenClasses = BYTE_CLASSES,
-) -> ActivationReport:
+) -> ActivationReport:  # fmt: skip
     """Counts activations, spans and FLOPs of whole rows.
 
     `analyse_activations(model, input_ids)` runs a model that reads tokens on (B, L) ids, in evaluation mode and with
@@ -285,11 +279,10 @@ def analyse_activations(
             f"router_probs of layer {layer} is above 0 at padding (row {row}, column {column}): is attention_mask the "
             "one that the model was given?"
         )
-    reaches = [
+    *reaches, always_on = (
         attention_reach(layer, config.memory_size, config.bidirectional, real=real, segment=context.segment)
-        for layer in active
-    ]
-    always_on = attention_reach(real, config.memory_size, config.bidirectional, real=real, segment=context.segment)
+        for layer in (*active, real)
+    )
     buckets = _places(real, context.reset) // bucket_size
     classes, names = torch.zeros_like(buckets), ()
     if input_ids is not None:

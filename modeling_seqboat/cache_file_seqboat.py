@@ -22,7 +22,7 @@ from torch import Tensor
 FORMAT = "seqboat-cache-1"
 # More columns than any state has seen; an int64 holds their number.
 _MOST_COLUMNS = 2**53
-_COUNTS = ("activated_count", "token_count")
+COUNTS = ("activated_count", "token_count")
 
 
 @dataclass
@@ -35,7 +35,7 @@ class SavedState:
     static: bool
 
 
-def write_state(path: Path, state: SavedState, save=save_file) -> None:
+def write_state(path: Path, state: SavedState) -> None:
     """Writes a state; an existing file is replaced only once the new one is complete."""
     meta = {
         "format": FORMAT,
@@ -49,7 +49,7 @@ def write_state(path: Path, state: SavedState, save=save_file) -> None:
     with open(temporary, "xb") as file:
         mode = os.fstat(file.fileno()).st_mode
     try:
-        save(tensors, temporary, metadata=meta)
+        save_file(tensors, temporary, metadata=meta)
         # safetensors writes files that only their owner may read; as for any other file the umask decides.
         os.chmod(temporary, mode)
         os.replace(temporary, path)
@@ -124,24 +124,27 @@ def check_buffer(
         raise ValueError(f"{name} in {path} is {tensor.dtype}, expected {dtype}")
     if tensor.is_floating_point() and not torch.isfinite(tensor).all():
         raise ValueError(f"{name} in {path} holds numbers that are not finite")
-    if name.rpartition(".")[2] in _COUNTS and tensor.numel() and not 0 <= int(tensor.min()):
+    if name.rpartition(".")[2] in COUNTS and tensor.numel() and not 0 <= int(tensor.min()):
         raise ValueError(f"{name} in {path} holds a negative count: {int(tensor.min())}")
 
 
 def check_counts(path: str | os.PathLike, prefix: str, tensors: dict[str, Tensor], seen: int) -> None:
     """Raises ValueError unless a layer has activated at most the tokens counted, and counted at most the columns."""
-    activated, tokens = (tensors[f"{prefix}.{name}"] for name in _COUNTS)
+    activated, tokens = (tensors[f"{prefix}.{name}"] for name in COUNTS)
     if (activated > tokens).any() or (tokens > seen).any():
         raise ValueError(
             f"{prefix} in {path} counts {activated.tolist()} activated of {tokens.tolist()} tokens in {seen} columns"
         )
 
 
-def memory_of(path: str | os.PathLike, name: str, tensors: dict[str, Tensor]) -> tuple[int, torch.dtype]:
-    """Rows and dtype of a layer's memory, by its keys. Raises ValueError where these cannot be a layer's."""
+def memory_of(
+    path: str | os.PathLike, name: str, tensors: dict[str, Tensor], shape: tuple[int, int]
+) -> tuple[int, torch.dtype]:
+    """Rows and dtype of a layer's memory, by its keys. Raises ValueError unless these are of `shape` in each row."""
     if name not in tensors:
         raise ValueError(f"{path} lacks {name}")
     keys = tensors[name]
     if keys.ndim != 3 or keys.shape[0] < 1 or not keys.is_floating_point() or math.prod(keys.shape) == 0:
         raise ValueError(f"{name} in {path} is {keys.dtype} {tuple(keys.shape)}: it is no memory of at least one row")
+    check_buffer(path, name, keys, (keys.shape[0], *shape), keys.dtype)
     return keys.shape[0], keys.dtype

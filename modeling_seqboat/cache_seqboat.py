@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from .cache_file_seqboat import SavedState, check_buffer, check_counts, memory_of, read_state, write_state
+from .cache_file_seqboat import COUNTS, SavedState, check_buffer, check_counts, memory_of, read_state, write_state
 from .configuration_seqboat import SeqBoatConfig
 from .context_seqboat import SequenceContext
 from .ops_ema_seqboat import without_autocast
@@ -128,7 +127,6 @@ class PartMemory(NamedTuple):
 
 
 _RING = ("keys", "values", "positions")
-_COUNTS = ("activated_count", "token_count")
 
 
 class SeqBoatCacheLayer(CacheLayerMixin):
@@ -179,13 +177,8 @@ class SeqBoatCacheLayer(CacheLayerMixin):
         self.is_initialized, self.is_blank = False, True
 
     def initialize(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> None:
-        """Makes the buffers for `batch_size` rows; later calls only check that the batch is the same."""
+        """Makes the buffers for `batch_size` rows, once. That later forwards have as many is checked by the model."""
         if self.is_initialized:
-            if batch_size != self.batch_size:
-                raise ValueError(
-                    f"past_key_values holds {self.batch_size} rows, the input has {batch_size}; "
-                    "they must be equal (see SeqBoatCache.batch_repeat_interleave and batch_select_indices)"
-                )
             self._leave_inference_mode()
             return
         with _ordinary_tensors():
@@ -248,7 +241,7 @@ class SeqBoatCacheLayer(CacheLayerMixin):
         return -1 if self.ssm_state is None else self.ssm_state.shape[0]
 
     def _buffers(self) -> dict[str, Tensor]:
-        names = ("ssm_state", *_RING, *_COUNTS, "ssm_inputs")
+        names = ("ssm_state", *_RING, *COUNTS, "ssm_inputs")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def tensors(self) -> dict[str, Tensor]:
@@ -430,12 +423,10 @@ class SeqBoatCacheLayer(CacheLayerMixin):
     def _write(self, columns: _Columns, state: Tensor, write_memory: Callable = write_memory) -> _Undo:
         """Takes the columns in, and returns how to take them out again. No value is read off the device."""
         length = columns.length
-        before = {name: getattr(self, name) for name in ("ssm_state", "ssm_inputs", *_COUNTS)}
-        if self.static:
-            before = {}
+        before = {} if self.static else {name: getattr(self, name) for name in ("ssm_state", "ssm_inputs", *COUNTS)}
         inputs = self.recent_inputs()
         tokens = length if columns.real is None else columns.real.sum(1)
-        counts, first = {name: getattr(self, name) for name in _COUNTS}, None
+        counts, first = {name: getattr(self, name) for name in COUNTS}, None
         self.make_room(min(length, columns.index.shape[0]))
         if columns.reset is not None:
             begun = columns.reset.any(1)
@@ -622,7 +613,6 @@ class SeqBoatCache(Cache):
         if not isinstance(config, SeqBoatConfig) and isinstance(config, Iterator):
             self._join(list(config))
             return
-        # Not by class: code that came with a checkpoint has a class object of its own.
         if getattr(config, "model_type", None) != SeqBoatConfig.model_type:
             raise ValueError(f"SeqBoatCache is made of a SeqBoatConfig (model.config), got {type(config).__name__}")
         if config.bidirectional:
@@ -708,7 +698,7 @@ class SeqBoatCache(Cache):
         if not self.is_initialized:
             raise ValueError("the cache is empty: feed at least one token before saving it")
         state = SavedState(dict(self.tensors()), self.signature, self.get_seq_length(), self.layers[0].static)
-        write_state(Path(path), state, save_file)
+        write_state(Path(path), state)
 
     @classmethod
     def load(
@@ -717,7 +707,6 @@ class SeqBoatCache(Cache):
         """Reads a state written by `save`, bit for bit.
 
         Args:
-            path: the file.
             config: of the model that will continue.
             device: where the buffers go.
 
@@ -732,12 +721,8 @@ class SeqBoatCache(Cache):
         left = set(state.tensors)
         for index, layer in enumerate(cache.layers):
             prefix = f"layers.{index}"
-            rows, dtype = memory_of(path, f"{prefix}.keys", state.tensors)
             # Keys of the right shape are as large as the file says; of another shape nothing is allocated.
-            _, key_width, _ = layer.shapes
-            check_buffer(
-                path, f"{prefix}.keys", state.tensors[f"{prefix}.keys"], (rows, layer.memory_size, key_width), dtype
-            )
+            rows, dtype = memory_of(path, f"{prefix}.keys", state.tensors, (layer.memory_size, layer.shapes[1]))
             layer._allocate(rows, layer.memory_size, dtype, torch.device(device))
             for name, buffer in layer.tensors().items():
                 key = f"{prefix}.{name}"

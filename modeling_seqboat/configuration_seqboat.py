@@ -36,43 +36,35 @@ def is_integer(value: Any) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
-def _integer(minimum: int, optional: bool = False, maximum: int | None = None) -> Check:
-    expected = f"an integer of at least {minimum}" if maximum is None else f"an integer from {minimum} to {maximum}"
+def _check(expected: str, accepts: Callable[[Any], bool], make: Callable[[Any], Any], optional: bool = False) -> Check:
+    """A check that refuses what is not accepted, and makes its own type of the rest."""
     expected += " or None" if optional else ""
 
-    def check(name: str, value: Any) -> int | None:
+    def check(name: str, value: Any) -> Any:
         if value is None and optional:
             return None
-        if not is_integer(value) or value < minimum or (maximum is not None and value > maximum):
+        if not accepts(value):
             _refuse(name, value, expected)
-        return int(value)
+        return make(value)
 
     return check
+
+
+def _integer(minimum: int, optional: bool = False, maximum: float = math.inf) -> Check:
+    limits = f"of at least {minimum}" if maximum == math.inf else f"from {minimum} to {maximum}"
+    return _check(f"an integer {limits}", lambda it: is_integer(it) and minimum <= it <= maximum, int, optional)
 
 
 def _real(expected: str, accepts: Callable[[float], bool] = lambda value: True, optional: bool = False) -> Check:
-    expected += " or None" if optional else ""
-
-    def check(name: str, value: Any) -> float | None:
-        if value is None and optional:
-            return None
+    def is_valid(value: Any) -> bool:
         if not isinstance(value, numbers.Real) or isinstance(value, bool):
-            _refuse(name, value, expected)
+            return False
         try:
-            number = float(value)
+            return math.isfinite(value) and accepts(float(value))
         except OverflowError:
-            number = math.inf
-        if not math.isfinite(number) or not accepts(number):
-            _refuse(name, value, expected)
-        return number
+            return False
 
-    return check
-
-
-def _boolean(name: str, value: Any) -> bool:
-    if not isinstance(value, (bool, np.bool_)):
-        _refuse(name, value, "True or False")
-    return bool(value)
+    return _check(expected, is_valid, float, optional)
 
 
 def _one_of(*allowed: str, optional: bool = False) -> Check:
@@ -89,18 +81,16 @@ def _one_of(*allowed: str, optional: bool = False) -> Check:
 
 
 def _token_id(several: bool = False) -> Check:
-    expected = "a token id (an integer of at least 0)" + (", a list of them" if several else "") + " or None"
+    expected = "a token id (an integer of at least 0)" + (", a list of them" if several else "")
 
-    def check(name: str, value: Any) -> int | list[int] | None:
-        if value is None:
-            return None
-        given = list(value) if several and isinstance(value, (list, tuple)) else [value]
-        if not given or any(not is_integer(item) or item < 0 for item in given):
-            _refuse(name, value, expected)
-        ids = [int(item) for item in given]
-        return ids if isinstance(value, (list, tuple)) else ids[0]
+    def is_valid(value: Any) -> bool:
+        given = value if several and isinstance(value, (list, tuple)) else [value]
+        return len(given) > 0 and all(is_integer(item) and item >= 0 for item in given)
 
-    return check
+    def make(value: Any) -> int | list[int]:
+        return list(map(int, value)) if isinstance(value, (list, tuple)) else int(value)
+
+    return _check(expected, is_valid, make, optional=True)
 
 
 # Router types with parameters; the others decide without looking at the token.
@@ -120,10 +110,9 @@ _AT_LEAST_0 = ("a finite number of at least 0", lambda value: value >= 0)
 _NotNegative = Annotated[float, _real(*_AT_LEAST_0)]
 _OptionalNotNegative = Annotated[float | None, _real(*_AT_LEAST_0, optional=True)]
 _Probability = Annotated[float, _real("a number from 0 up to, but not including, 1", lambda value: 0 <= value < 1)]
+_boolean = _check("True or False", lambda value: isinstance(value, (bool, np.bool_)), bool)
 _Boolean = Annotated[bool, _boolean]
 _Activation = Annotated[str, _one_of(*sorted(ACT2FN))]
-
-_MOST_LABELS = 1_000_000
 
 # Keys that transformers and its companions put into a config without declaring them on the base class.
 _COMPANION_KEYS = frozenset(
@@ -136,11 +125,9 @@ _COMPANION_KEYS = frozenset(
 
 # Fields of transformers' own that would fail, or do nothing, only where they are used. A name is made for each label.
 _INHERITED_CHECKS: dict[str, Check] = {
-    "num_labels": _integer(0, maximum=_MOST_LABELS),
+    "num_labels": _integer(0, maximum=1_000_000),
     "problem_type": _one_of("regression", "single_label_classification", "multi_label_classification", optional=True),
 }
-
-SPECIAL_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 
 def _contradictions(config: Mapping[str, Any]) -> Iterator[str]:
@@ -180,7 +167,7 @@ def _ids_without_rows(config: Mapping[str, Any]) -> Iterator[str]:
     """Yield one message for each special id that the vocabulary is too small for."""
     if config["input_type"] != "tokens":
         return
-    for name in SPECIAL_IDS:
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         ids = config[name] if isinstance(config[name], list) else [config[name]]
         if any(item is not None and item >= config["vocab_size"] for item in ids):
             yield (

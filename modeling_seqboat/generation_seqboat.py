@@ -3,9 +3,6 @@
 Letters: B batch, L columns.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-
 import torch
 import transformers
 from packaging.version import Version
@@ -60,7 +57,6 @@ def one_cache(**given: SeqBoatCache | None) -> SeqBoatCache | None:
     named = {name: cache for name, cache in given.items() if cache is not None}
     caches = list(named.values())
     for name, cache in named.items():
-        # Not by class: code that came with a checkpoint has a class object of its own.
         if not getattr(cache, "is_seqboat_cache", False):
             raise ValueError(
                 f"{name} must be a SeqBoatCache, got {type(cache).__name__}, which has no place for the state of the "
@@ -74,29 +70,11 @@ def one_cache(**given: SeqBoatCache | None) -> SeqBoatCache | None:
     return caches[0] if caches else None
 
 
-def take_cache(kwargs: dict) -> SeqBoatCache | None:
-    """`one_cache` of keyword arguments, which lose those names."""
-    return one_cache(**{name: kwargs.pop(name) for name in CACHE_NAMES if name in kwargs})
-
-
-@contextmanager
-def _reported(progress: bool | Callable[[int, int], None] | None, total: int) -> Iterator[Callable[[int], None]]:
-    """Yields what to call with the number of columns that a chunk had; `progress` as `generate` takes it."""
-    if callable(progress):
-        done = 0
-
-        def report(columns: int) -> None:
-            nonlocal done
-            done += columns
-            progress(done, total)
-
-        yield report
-    else:
-        delay = 0 if progress else 10
-        with tqdm(
-            total=total, desc="prefill", unit="tokens", unit_scale=True, delay=delay, disable=progress is False
-        ) as bar:
-            yield bar.update
+def _rename_cache(kwargs: dict) -> None:
+    """Gives the cache among keyword arguments the name that this transformers looks for."""
+    cache = one_cache(**{name: kwargs.pop(name) for name in CACHE_NAMES if name in kwargs})
+    if cache is not None:
+        kwargs[CACHE_NAME] = cache
 
 
 def _refuse_uneven_positions(position_ids: Tensor, attention_mask: Tensor | None) -> None:
@@ -120,33 +98,25 @@ def _refuse_uneven_positions(position_ids: Tensor, attention_mask: Tensor | None
         )
 
 
-def _refuse_other_mask(inputs: Tensor | None, kwargs: dict) -> None:
-    """Raises ValueError for the attention_mask of another prompt, which transformers leaves out if it is all ones."""
-    mask, given = kwargs.get("attention_mask"), kwargs.get("inputs_embeds")
-    name = "input_ids" if given is None else "inputs_embeds"
-    if given is None:
-        given = kwargs.get("input_ids") if inputs is None else inputs
-    if not isinstance(mask, Tensor) or mask.ndim != 2 or given is None or given.ndim < 2:
-        return
-    if mask.shape != given.shape[:2]:
-        raise ValueError(
-            f"attention_mask must be of shape {tuple(given.shape[:2])}, as {name} (a row for each prompt), got "
-            f"{tuple(mask.shape)}"
-        )
-
-
-def _refuse_short_continuation(inputs: Tensor | None, kwargs: dict) -> None:
-    """Raises ValueError where `generate` would cut the inputs at the wrong column, as it does without a word when new
-    columns alone come with a filled cache and no mask tells."""
+def _refuse_misfits(inputs: Tensor | None, kwargs: dict) -> None:
+    """Raises ValueError for the attention_mask of another prompt, which transformers leaves out if it is all ones, and
+    where `generate` would cut the inputs at the wrong column, as it does without a word when new columns alone come
+    with a filled cache and no mask tells."""
     cache, mask, embeds = (kwargs.get(name) for name in (CACHE_NAME, "attention_mask", "inputs_embeds"))
-    past = cache.get_seq_length() if getattr(cache, "is_seqboat_cache", False) else 0
-    if past == 0:
-        _refuse_other_mask(inputs, kwargs)
-    if past and mask is not None and mask.ndim == 2 and mask.shape[1] > past:
-        expect_same_past(mask[:, :past], cache)
+    past = 0 if cache is None else cache.get_seq_length()
     name = "input_ids" if embeds is None else "inputs_embeds"
     given = embeds if embeds is not None else kwargs.get("input_ids") if inputs is None else inputs
-    if past == 0 or given is None:
+    if past == 0:
+        plain = isinstance(mask, Tensor) and mask.ndim == 2 and given is not None and given.ndim >= 2
+        if plain and mask.shape != given.shape[:2]:
+            raise ValueError(
+                f"attention_mask must be of shape {tuple(given.shape[:2])}, as {name} (a row for each prompt), got "
+                f"{tuple(mask.shape)}"
+            )
+        return
+    if mask is not None and mask.ndim == 2 and mask.shape[1] > past:
+        expect_same_past(mask[:, :past], cache)
+    if given is None:
         return
     width = given.shape[1]
     if mask is not None and mask.shape[1] != width:
@@ -185,9 +155,7 @@ class SeqBoatGenerationMixin(GenerationMixin):
             prefill_progress: False for no bar, True for one at once, or a function that is called after each chunk
                 with the columns read and the columns to be read in all.
         """
-        cache = take_cache(kwargs)
-        if cache is not None:
-            kwargs[CACHE_NAME] = cache
+        _rename_cache(kwargs)
         if kwargs.get("output_router_probs"):
             raise ValueError(
                 "generate() returns no router_probs: give forward() the generated text with output_router_probs=True"
@@ -202,7 +170,7 @@ class SeqBoatGenerationMixin(GenerationMixin):
         if not getattr(generation_config, "is_assistant", False):
             if kwargs.get("position_ids") is not None:
                 _refuse_uneven_positions(kwargs["position_ids"], mask)
-            _refuse_short_continuation(inputs, kwargs)
+            _refuse_misfits(inputs, kwargs)
         return super().generate(inputs, generation_config, *args, **kwargs)
 
     def generate_batch(self, *args, **kwargs):
@@ -215,31 +183,15 @@ class SeqBoatGenerationMixin(GenerationMixin):
         self.generate_batch()
 
     def prepare_inputs_for_generation(
-        self,
-        input_ids,
-        next_sequence_length=None,
-        attention_mask=None,
-        inputs_embeds=None,
-        prefill_progress=None,
-        tokenizer=None,
-        assistant_tokenizer=None,
-        assistant_model=None,
-        **kwargs,
-    ):
+        self, input_ids, *args, inputs_embeds=None, prefill_progress=None, tokenizer=None, assistant_tokenizer=None,
+        assistant_model=None, **kwargs,
+    ):  # fmt: skip
         """Positions are counted by the model, from the cache on. For a static cache the mask is cut to the new
         columns: the padding before them is in the state already, and its width would change at every step. The
         tokenizers, which generate() hands on, are for its stopping criteria alone; a draft model it hands on to beam
         search, having warned that it is not used."""
-        cache = take_cache(kwargs)
-        if cache is not None:
-            kwargs[CACHE_NAME] = cache
-        inputs = super().prepare_inputs_for_generation(
-            input_ids,
-            next_sequence_length=next_sequence_length,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            **kwargs,
-        )
+        _rename_cache(kwargs)
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
         if getattr(inputs.get(CACHE_NAME), "is_seqboat_cache", False):
             given = inputs.get("inputs_embeds")
             length = (inputs["input_ids"] if given is None else given).shape[1]
@@ -272,20 +224,19 @@ class SeqBoatGenerationMixin(GenerationMixin):
             size = LONG_PREFILL
         if cache is None or size is None or first >= given.shape[1]:
             return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
-        end = cache.get_seq_length()
-        with _reported(progress, given.shape[1] - first) as report:
+        start = end = cache.get_seq_length()
+        total, delay, hidden = given.shape[1] - first, 0 if progress else 10, progress is False or callable(progress)
+        with tqdm(total=total, desc="prefill", unit="tokens", unit_scale=True, delay=delay, disable=hidden) as bar:
             for chunk in given[:, first:].split(size, dim=1):
                 end += chunk.shape[1]
-                part = {"attention_mask": None if mask is None else mask[:, :end]}
+                ids, part = chunk, model_kwargs | {"attention_mask": None if mask is None else mask[:, :end]}
                 if by_embeds:
-                    part["inputs_embeds"] = chunk
-                inputs = self.prepare_inputs_for_generation(
-                    input_ids if by_embeds else chunk,
-                    is_first_iteration=is_first_iteration,
-                    **{**model_kwargs, **part},
-                )
+                    ids, part["inputs_embeds"] = input_ids, chunk
+                inputs = self.prepare_inputs_for_generation(ids, is_first_iteration=is_first_iteration, **part)
                 outputs = self(**inputs, return_dict=True)
-                report(chunk.shape[1])
+                bar.update(chunk.shape[1])
+                if callable(progress):
+                    progress(end - start, total)
         return outputs
 
     def _get_stopping_criteria(self, *args, **kwargs) -> StoppingCriteriaList:
@@ -303,14 +254,8 @@ class SeqBoatGenerationMixin(GenerationMixin):
         return attention_mask
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:
-        cache = model_kwargs.get(CACHE_NAME)
         implementation = generation_config.cache_implementation
-        if cache is not None:
-            if not getattr(cache, "is_seqboat_cache", False):
-                raise ValueError(
-                    f"past_key_values must be a SeqBoatCache, got {type(cache).__name__}; use "
-                    "SeqBoatCache(model.config)"
-                )
+        if model_kwargs.get(CACHE_NAME) is not None:
             if generation_config.use_cache is False:
                 raise ValueError(
                     "use_cache=False contradicts past_key_values: without a cache every step reads the whole text, "

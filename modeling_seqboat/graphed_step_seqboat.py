@@ -226,20 +226,16 @@ class GraphedStep:
             and any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self._modules),
             "no parameter is trainable": not any(parameter.requires_grad for parameter in model.parameters()),
         }
-        reason = next((text for text, applies in reasons.items() if applies), None)
-        if reason is not None:
+        if reason := next((text for text, applies in reasons.items() if applies), None):
             raise ValueError(f"GraphedStep cannot run this: {reason}")
 
-    def _loss_of(self, batch: dict[str, Any], model: Callable) -> Tensor:
+    def _backward(self, batch: dict[str, Any], model: Callable | None = None, check: bool = False) -> Tensor:
         kind = self.device.type
         # Casts of weights belong to a step: one that autocast kept for later would tie its graph to a stream.
         with torch.autocast(
             kind, torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind), cache_enabled=False
         ):
-            return model(**batch).loss
-
-    def _backward(self, batch: dict[str, Any], model: Callable | None = None, check: bool = False) -> Tensor:
-        loss = self._loss_of(batch, model or self.model)
+            loss = (model or self.model)(**batch).loss
         if check and any(layer.stream_count is None for layer in self.layers):
             raise ValueError(
                 "GraphedStep needs the fused kernels in every layer: kernel_backend 'auto' or 'triton', hidden_act "
@@ -266,25 +262,24 @@ class GraphedStep:
 
         return run, [parameter for parameter in aliases.values() if parameter.requires_grad]
 
-    def _listen(self, capacities: list[int] | None) -> None:
-        """Has layers report their counts, with these capacities; or, with None, as they come."""
-        for place, layer in enumerate(self.layers):
-            layer.stream_capacity = None if capacities is None else capacities[place]
-            layer.counts_stream, layer.stream_count = True, None
-
-    def _stop_listening(self) -> None:
-        for layer in self.layers:
-            layer.stream_capacity = layer.stream_count = None
-            layer.counts_stream = False
+    @contextmanager
+    def _counting(self, capacities: list[int] | None) -> Iterator[None]:
+        """Within it layers report their counts, with these capacities; or, with None, as they come."""
+        try:
+            for place, layer in enumerate(self.layers):
+                layer.stream_capacity = None if capacities is None else capacities[place]
+                layer.counts_stream, layer.stream_count = True, None
+            yield
+        finally:
+            for layer in self.layers:
+                layer.stream_capacity = layer.stream_count = None
+                layer.counts_stream = False
 
     def _eager(self, batch: dict[str, Any]) -> Tensor:
         self._refuse(batch)
-        try:
-            self._listen(None)
+        with self._counting(None):
             loss = self._backward(batch, check=True)
             self._remember(torch.cat([layer.stream_count for layer in self.layers]).tolist())
-        finally:
-            self._stop_listening()
         return loss
 
     def _remember(self, counts: list[int]) -> None:
@@ -298,8 +293,7 @@ class GraphedStep:
         capacities = self._room()
         self._inputs = {name: value.clone() if isinstance(value, Tensor) else value for name, value in batch.items()}
         torch.clear_autocast_cache()
-        try:
-            self._listen(capacities)
+        with self._counting(capacities):
             aside = torch.cuda.Stream()
             aside.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(aside):
@@ -320,8 +314,6 @@ class GraphedStep:
                 self._loss = self._backward(self._inputs, model)
                 self._counts = torch.cat([layer.stream_count for layer in self.layers])
                 copies = [] if self.parallel is None else [_flattened(bucket) for bucket in _buckets(aliases)]
-        finally:
-            self._stop_listening()
         self._parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self._flats = [flat for flat, _ in copies]
         self._grads = [view for _, views in copies for view in views] if copies else [alias.grad for alias in aliases]
@@ -429,9 +421,10 @@ class GraphedUpdate:
         self._rates: Tensor | None = None
 
     def __call__(self) -> None:
-        grads = [p.grad for group in self.optimizer.param_groups for p in group["params"]]
-        state = self.optimizer.state
-        seen = tuple(map(id, grads)), id(state), self._settings()
+        groups, state, skipped = self.optimizer.param_groups, self.optimizer.state, ("params", "lr", "initial_lr")
+        grads = [p.grad for group in groups for p in group["params"]]
+        settings = [[item for item in group.items() if item[0] not in skipped] for group in groups]
+        seen = tuple(map(id, grads)), id(state), settings
         if seen != self._seen:
             # Held, so that no other tensor can take an identity over.
             self._seen, self._held, self._graph = seen, (grads, state), None
@@ -440,20 +433,16 @@ class GraphedUpdate:
         if self._graph is None:
             self._graph = self._capture()
             self.captures += 1
-        self._send_rates()
+        rates = [float(group["lr"]) for group in groups]
+        if rates != self._sent:
+            self._rates.copy_(torch.tensor(rates))
+            self._sent = rates
         self._graph.replay()
 
     def forget(self) -> None:
         """Gives up the graph, and with it gradients, which keep a `GraphedStep`'s memory after its graph is gone."""
         self._graph = self._seen = None
         self._held = ()
-
-    def _settings(self) -> tuple:
-        skipped = ("params", "lr", "initial_lr")
-        return tuple(
-            tuple((name, value) for name, value in group.items() if name not in skipped)
-            for group in self.optimizer.param_groups
-        )
 
     def _run(self) -> None:
         if self.max_grad_norm is not None:
@@ -462,12 +451,6 @@ class GraphedUpdate:
         self.optimizer.step()
         for function in self.then:
             function()
-
-    def _send_rates(self) -> None:
-        rates = [float(group["lr"]) for group in self.optimizer.param_groups]
-        if rates != self._sent:
-            self._rates.copy_(torch.tensor(rates))
-            self._sent = rates
 
     @contextmanager
     def _rates_on_device(self) -> Iterator[None]:

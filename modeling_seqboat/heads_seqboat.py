@@ -18,6 +18,7 @@ from transformers.utils.generic import can_return_tuple
 from .configuration_seqboat import SeqBoatConfig
 from .context_seqboat import Texts, marks_of
 from .modeling_seqboat import (
+    AUTO_CLASSES,
     OUTPUT_FLAGS,
     RouterOutput,
     SeqBoatModel,
@@ -102,14 +103,6 @@ def refuse_swallowed(forward: Callable, kwargs: dict) -> None:
     refuse_unknown_of_head(forward, kwargs)
 
 
-def refuse_other_than_values(config: SeqBoatConfig, name: str) -> None:
-    """Raises ValueError unless the config is that of a single sequence of real numbers."""
-    if config.input_type != "values":
-        raise ValueError(f"{name} needs input_type='values', got input_type={config.input_type!r}")
-    if config.pair_features != "none":
-        raise ValueError(f"{name} reads one input a row: pair_features must be 'none', got {config.pair_features!r}")
-
-
 class SeqBoatHead(SeqBoatPreTrainedModel):
     """What the heads without a cache share."""
 
@@ -140,10 +133,14 @@ class SeqBoatPooledClassifier(SeqBoatHead):
     """What the heads share that give one answer a row: pooling, the classifier and the loss."""
 
     def __init__(self, config: SeqBoatConfig):
+        name, pair = type(self).__name__, config.pair_features
         if type(self).main_input_name != "input_ids":
-            refuse_other_than_values(config, type(self).__name__)
+            if config.input_type != "values":
+                raise ValueError(f"{name} needs input_type='values', got input_type={config.input_type!r}")
+            if pair != "none":
+                raise ValueError(f"{name} reads one input a row: pair_features must be 'none', got {pair!r}")
         super().__init__(config)
-        parts = {"none": 1, "concat": 2, "nli": 4}[config.pair_features]
+        parts = {"none": 1, "concat": 2, "nli": 4}[pair]
         self.classifier = SeqBoatClassificationHead(config, parts * config.hidden_size)
         self.post_init()
 
@@ -202,16 +199,10 @@ class SeqBoatForSequenceClassification(SeqBoatPooledClassifier):
 
     @can_return_tuple
     def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        input_values: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        pair_input_ids: Tensor | None = None,
-        pair_attention_mask: Tensor | None = None,
-        labels: Tensor | None = None,
-        **kwargs,
-    ) -> SeqBoatClassifierOutput:
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
+        input_values: Tensor | None = None, inputs_embeds: Tensor | None = None, pair_input_ids: Tensor | None = None,
+        pair_attention_mask: Tensor | None = None, labels: Tensor | None = None, **kwargs,
+    ) -> SeqBoatClassifierOutput:  # fmt: skip
         """Classifies sequences.
 
         Args:
@@ -239,12 +230,9 @@ class SeqBoatForSequenceClassification(SeqBoatPooledClassifier):
                 f"{tuple(pair_input_ids.shape)}"
             )
         outputs, features = self._encode(
-            kwargs,
+            kwargs, input_ids=input_ids, input_values=input_values, inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            input_ids=input_ids,
-            input_values=input_values,
-            inputs_embeds=inputs_embeds,
-        )
+        )  # fmt: skip
         if wants_pair:
             paired, other = self._encode({}, input_ids=pair_input_ids, attention_mask=pair_attention_mask)
             if paired.router_penalty is not None:
@@ -285,8 +273,6 @@ class SeqBoatForImageClassification(SeqBoatPooledClassifier):
                 "pixel is one step of the sequence, so a picture has one channel; make it grey first, for instance by "
                 "np.asarray(image.convert('L'))"
             )
-        if kwargs.get("attention_mask") is not None:
-            raise ValueError("a picture has no padding: attention_mask must not be given")
         return self._answer(*self._encode(kwargs, input_values=pixel_values.flatten(1)), labels, kwargs)
 
 
@@ -298,12 +284,9 @@ class SeqBoatForAudioClassification(SeqBoatPooledClassifier):
 
     @can_return_tuple
     def forward(
-        self,
-        input_values: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        labels: Tensor | None = None,
+        self, input_values: Tensor | None = None, attention_mask: Tensor | None = None, labels: Tensor | None = None,
         **kwargs,
-    ) -> SeqBoatClassifierOutput:
+    ) -> SeqBoatClassifierOutput:  # fmt: skip
         """Classifies recordings.
 
         Args:
@@ -321,18 +304,11 @@ class SeqBoatTokenHead(SeqBoatHead):
 
     @can_return_tuple
     def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        input_values: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        cu_seq_lens_q: Tensor | None = None,
-        cu_seq_lens_k: Tensor | None = None,
-        seq_idx: Tensor | None = None,
-        **kwargs,
-    ) -> SeqBoatTokenOutput:
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None, input_values: Tensor | None = None, inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None, cu_seq_lens_q: Tensor | None = None, cu_seq_lens_k: Tensor | None = None,
+        seq_idx: Tensor | None = None, **kwargs,
+    ) -> SeqBoatTokenOutput:  # fmt: skip
         """Scores every token.
 
         Args:
@@ -343,16 +319,10 @@ class SeqBoatTokenHead(SeqBoatHead):
         """
         refuse_unknown_of_head(type(self).forward, kwargs)
         outputs, real = self._run_model(
-            kwargs,
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            input_values=input_values,
-            inputs_embeds=inputs_embeds,
-            cu_seq_lens_q=cu_seq_lens_q,
+            kwargs, input_ids=input_ids, input_values=input_values, inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask, position_ids=position_ids, seq_idx=seq_idx, cu_seq_lens_q=cu_seq_lens_q,
             cu_seq_lens_k=cu_seq_lens_k,
-            seq_idx=seq_idx,
-        )
+        )  # fmt: skip
         logits, options = self._logits(outputs.last_hidden_state)
         loss, num_items = None, kwargs.get("num_items_in_batch")
         if labels is not None:
@@ -426,15 +396,10 @@ class SeqBoatForQuestionAnswering(SeqBoatHead):
 
     @can_return_tuple
     def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        input_values: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        start_positions: Tensor | None = None,
-        end_positions: Tensor | None = None,
-        **kwargs,
-    ) -> SeqBoatQuestionAnsweringOutput:
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
+        input_values: Tensor | None = None, inputs_embeds: Tensor | None = None, start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None, **kwargs,
+    ) -> SeqBoatQuestionAnsweringOutput:  # fmt: skip
         """Scores every token as the start and the end of the answer.
 
         Args:
@@ -452,12 +417,9 @@ class SeqBoatForQuestionAnswering(SeqBoatHead):
             missing = "start_positions" if start_positions is None else "end_positions"
             raise ValueError(f"{missing} is missing: give both positions or none")
         outputs, real = self._run_model(
-            kwargs,
-            input_ids=input_ids,
+            kwargs, input_ids=input_ids, input_values=input_values, inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            input_values=input_values,
-            inputs_embeds=inputs_embeds,
-        )
+        )  # fmt: skip
         logits = self.qa_outputs(outputs.last_hidden_state)
         if real is not None:
             logits = logits.masked_fill(~real[..., None], torch.finfo(logits.dtype).min)
@@ -492,11 +454,5 @@ class SeqBoatForMaskedLM(SeqBoatTokenHead):
         return self.lm_head(hidden), {"vocab_size": self.config.vocab_size}
 
 
-HEADS = (
-    SeqBoatForSequenceClassification,
-    SeqBoatForImageClassification,
-    SeqBoatForAudioClassification,
-    SeqBoatForTokenClassification,
-    SeqBoatForQuestionAnswering,
-    SeqBoatForMaskedLM,
-)
+# By name, for `AUTO_CLASSES`' own module.
+HEADS = {name: globals()[name] for name in AUTO_CLASSES.values() if name in globals()}

@@ -54,12 +54,8 @@ AUTO_CLASSES: dict[str, str] = {
     "AutoModelForMaskedLM": "SeqBoatForMaskedLM",
 }
 
-# Up to here one busy program takes a large part of the machine.
-_FEW_CORES = 4
-
 # What every model takes that says what else to return.
 OUTPUT_FLAGS = ("output_hidden_states", "output_router_probs", "output_attentions")
-_PAGED_ARGUMENTS = ("read_index", "write_index", "block_table")
 # Arguments that may come along and say nothing that the model does not know: the longest packed segment, and the
 # columns that the cache counts itself.
 _IMPLIED_ARGUMENTS = ("max_length_q", "max_length_k", "cache_position")
@@ -110,15 +106,12 @@ def refuse_unknown_arguments(forward: Callable, kwargs: dict, also: tuple[str, .
             if bool((value == 0).all()):
                 continue
             raise ValueError("token_type_ids must be all 0: SeqBoat has no embeddings of token types")
-        if name in _PAGED_ARGUMENTS:
+        if name in ("read_index", "write_index", "block_table"):
             raise ValueError(
                 f"SeqBoat does not run under paged continuous batching (got {name}): its state has no pages; use "
                 "generate() with a padded batch"
             )
-        known = [
-            *taken,
-            *(known for known in inspect.signature(forward).parameters if known not in ("self", "kwargs")),
-        ]
+        known = [*taken, *(own for own in inspect.signature(forward).parameters if own not in ("self", "kwargs"))]
         near = _OTHER_NAMES.get(name) or difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
         raise ValueError(f"{name!r} is not an argument of this model, and would be ignored; the nearest is {near!r}")
 
@@ -185,14 +178,6 @@ def count_labels(labels: Tensor, num_items: Tensor | int | None, part: Any = Non
     return num_items + (num_items == 0)
 
 
-def refuse_tracing() -> None:
-    if torch.jit.is_tracing():
-        raise ValueError(
-            "SeqBoat cannot be traced by torch.jit.trace: how many tokens attend depends on the data, and a trace "
-            "would hold the number of its example; use torch.compile or torch.export"
-        )
-
-
 def _warn_of_another_window(config: SeqBoatConfig, name: str | os.PathLike, options: dict[str, Any]) -> None:
     """Says where a model was loaded with another memory than its weights were saved with."""
     where = {key: options[key] for key in ("cache_dir", "revision", "subfolder") if options.get(key) is not None}
@@ -213,7 +198,7 @@ def _warn_of_another_window(config: SeqBoatConfig, name: str | os.PathLike, opti
 def _hint_at_waiting_threads() -> None:
     """Says once that OpenMP's threads spin while they wait, where that can cost most of the speed: few cores, and no
     accelerator. Only the environment of a process that starts can change it."""
-    few = sys.platform == "linux" and (os.cpu_count() or 1) <= _FEW_CORES and torch.get_num_threads() > 1
+    few = sys.platform == "linux" and (os.cpu_count() or 1) <= 4 and torch.get_num_threads() > 1
     chosen = "OMP_WAIT_POLICY" in os.environ or "GOMP_SPINCOUNT" in os.environ
     if few and not chosen and not torch.accelerator.is_available():
         logger.warning_once(
@@ -362,6 +347,7 @@ class SeqBoatModel(SeqBoatPreTrainedModel):
         if config.input_type == "tokens":
             self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         else:
+            self._input_embed_layer = "embed_values"
             self.embed_values = SeqBoatValueEmbedding(config.hidden_size)
         self.absolute_positions = (
             SeqBoatAbsolutePositions(config.hidden_size) if config.add_absolute_positions else None
@@ -376,32 +362,16 @@ class SeqBoatModel(SeqBoatPreTrainedModel):
         self.parts = None
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embed_tokens if self.config.input_type == "tokens" else self.embed_values
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        setattr(self, "embed_tokens" if self.config.input_type == "tokens" else "embed_values", value)
-
     @can_return_tuple
     def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: SeqBoatCache | None = None,
-        inputs_embeds: Tensor | None = None,
-        input_values: Tensor | None = None,
-        use_cache: bool | None = None,
-        output_hidden_states: bool | int | list[int] | None = None,
-        output_router_probs: bool = False,
-        output_attentions: bool | None = None,
-        cu_seq_lens_q: Tensor | None = None,
-        cu_seq_lens_k: Tensor | None = None,
-        seq_idx: Tensor | None = None,
-        cache: SeqBoatCache | None = None,
-        cache_params: SeqBoatCache | None = None,
-        **kwargs,
-    ) -> SeqBoatModelOutput:
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None, past_key_values: SeqBoatCache | None = None,
+        inputs_embeds: Tensor | None = None, input_values: Tensor | None = None, use_cache: bool | None = None,
+        output_hidden_states: bool | int | list[int] | None = None, output_router_probs: bool = False,
+        output_attentions: bool | None = None, cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None, seq_idx: Tensor | None = None, cache: SeqBoatCache | None = None,
+        cache_params: SeqBoatCache | None = None, **kwargs,
+    ) -> SeqBoatModelOutput:  # fmt: skip
         """Runs the model.
 
         Args:
@@ -423,9 +393,8 @@ class SeqBoatModel(SeqBoatPreTrainedModel):
         """
         config = self.config
         refuse_unknown_arguments(type(self).forward, kwargs)
-        self._refuse_attentions(output_attentions)
-        refuse_tracing()
-        self._expect_one_input(input_ids, input_values, inputs_embeds)
+        self._refuse_unsupported(output_attentions)
+        self._expect_one_input(input_ids=input_ids, input_values=input_values, inputs_embeds=inputs_embeds)
         _expect_same_borders(cu_seq_lens_q, cu_seq_lens_k)
         past = one_cache(past_key_values=past_key_values, cache=cache, cache_params=cache_params)
         cache = self._cache_for(past, use_cache)
@@ -437,8 +406,11 @@ class SeqBoatModel(SeqBoatPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_values if input_ids is None else input_ids)
         batch, length = inputs_embeds.shape[:2]
-        if cache is not None and cache.is_initialized and cache.batch_size != batch:
-            raise ValueError(f"past_key_values holds {cache.batch_size} rows, the input has {batch}")
+        if cache is not None and cache.layers[0].is_initialized and cache.batch_size != batch:
+            raise ValueError(
+                f"past_key_values holds {cache.batch_size} rows, the input has {batch}; they must be equal (see "
+                "SeqBoatCache.batch_repeat_interleave and batch_select_indices)"
+            )
         texts = Texts(attention_mask, position_ids, seq_idx, cu_seq_lens_q)
         facts = inputs_embeds.dtype, self.training, self.rate_is_held, self.parts
         context = build_context(config, batch, length, inputs_embeds.device, texts, cache, *facts)
@@ -500,19 +472,16 @@ class SeqBoatModel(SeqBoatPreTrainedModel):
             return None
         config, rates = self.config, torch.stack([rate.to(device) for rate in rates])
         if context.part is not None:
-            rates = context.part.whole_rates(rates)
+            rates = context.part.total(rates * context.part.share)
         if config.router_target_scope == "model":
             missed = len(rates) * (rates.mean() - config.router_target_rate).square()
         else:
             missed = (rates - config.router_target_rate).square().mean()
         return config.router_target_weight * missed
 
-    def _expect_one_input(
-        self, input_ids: Tensor | None, input_values: Tensor | None, inputs_embeds: Tensor | None
-    ) -> None:
+    def _expect_one_input(self, **inputs: Tensor | None) -> None:
         """Raises ValueError unless there is exactly one input, of the config's type and of a shape that fits."""
         config, own = self.config, main_input_name(self.config)
-        inputs = {"input_ids": input_ids, "input_values": input_values, "inputs_embeds": inputs_embeds}
         given = [name for name, value in inputs.items() if value is not None]
         if len(given) != 1 or given[0] not in (own, "inputs_embeds"):
             raise ValueError(f"give exactly one of {own} and inputs_embeds (input_type is {config.input_type!r})")
@@ -522,11 +491,16 @@ class SeqBoatModel(SeqBoatPreTrainedModel):
             expected = ", ".join(("batch >= 1", "length >= 1", *map(str, width)))
             raise ValueError(f"{name} must be of shape ({expected}), got {shape}")
 
-    def _refuse_attentions(self, output_attentions: bool | None) -> None:
+    def _refuse_unsupported(self, output_attentions: bool | None) -> None:
         if output_attentions or (output_attentions is None and self.config.output_attentions):
             raise ValueError(
                 "output_attentions=True is not supported: attention runs over activated tokens in blocks and keeps no "
                 "weights; output_router_probs=True shows which tokens attend"
+            )
+        if torch.jit.is_tracing():
+            raise ValueError(
+                "SeqBoat cannot be traced by torch.jit.trace: how many tokens attend depends on the data, and a trace "
+                "would hold the number of its example; use torch.compile or torch.export"
             )
 
     def _cache_for(self, past_key_values: SeqBoatCache | None, use_cache: bool | None) -> SeqBoatCache | None:
@@ -595,27 +569,15 @@ class SeqBoatForCausalLM(SeqBoatPreTrainedModel, SeqBoatGenerationMixin):
 
     @can_return_tuple
     def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: SeqBoatCache | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
-        output_hidden_states: bool | int | list[int] | None = None,
-        output_router_probs: bool = False,
-        output_attentions: bool | None = None,
-        cu_seq_lens_q: Tensor | None = None,
-        cu_seq_lens_k: Tensor | None = None,
-        seq_idx: Tensor | None = None,
-        skip_logits: bool | None = None,
-        num_items_in_batch: Tensor | int | None = None,
-        cache: SeqBoatCache | None = None,
-        cache_params: SeqBoatCache | None = None,
-        **kwargs,
-    ) -> SeqBoatCausalLMOutput:
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None, past_key_values: SeqBoatCache | None = None,
+        inputs_embeds: Tensor | None = None, labels: Tensor | None = None, use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0, output_hidden_states: bool | int | list[int] | None = None,
+        output_router_probs: bool = False, output_attentions: bool | None = None, cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None, seq_idx: Tensor | None = None, skip_logits: bool | None = None,
+        num_items_in_batch: Tensor | int | None = None, cache: SeqBoatCache | None = None,
+        cache_params: SeqBoatCache | None = None, **kwargs,
+    ) -> SeqBoatCausalLMOutput:  # fmt: skip
         """Runs the model and its output matrix.
 
         Args:
@@ -649,20 +611,12 @@ class SeqBoatForCausalLM(SeqBoatPreTrainedModel, SeqBoatGenerationMixin):
         if fused:
             expect_liger(self.lm_head)
         outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
+            input_ids=input_ids, inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids,
             past_key_values=one_cache(past_key_values=past_key_values, cache=cache, cache_params=cache_params),
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            output_hidden_states=output_hidden_states,
-            output_router_probs=output_router_probs,
-            output_attentions=output_attentions,
-            cu_seq_lens_q=cu_seq_lens_q,
-            cu_seq_lens_k=cu_seq_lens_k,
-            seq_idx=seq_idx,
-            return_dict=True,
-        )
+            seq_idx=seq_idx, cu_seq_lens_q=cu_seq_lens_q, cu_seq_lens_k=cu_seq_lens_k, use_cache=use_cache,
+            output_hidden_states=output_hidden_states, output_router_probs=output_router_probs,
+            output_attentions=output_attentions, return_dict=True,
+        )  # fmt: skip
         logits = None
         if not fused:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -734,9 +688,7 @@ def __getattr__(name: str) -> type:
     if name in AUTO_CLASSES.values():
         from .heads_seqboat import HEADS
 
-        for head in HEADS:
-            if head.__name__ == name:
-                return head
+        return HEADS[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

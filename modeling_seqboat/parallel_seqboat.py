@@ -75,23 +75,6 @@ class _Gather(torch.autograd.Function):
         return found.sum(0, dtype=dtype).to(grad.dtype), None
 
 
-class _Total(torch.autograd.Function):
-    """The sum over all processes, which backward takes too."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        total = x.clone()
-        dist.all_reduce(total, group=group)
-        return total
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        total = grad.clone()
-        dist.all_reduce(total, group=ctx.group)
-        return total, None
-
-
 class StateRelay:
     """Hands states over amid a scan, see `ema_scan_triton`: then no process reads its part twice.
 
@@ -116,7 +99,7 @@ class StateRelay:
     def _sum(self, own: Tensor, linked: Tensor, gaps: Tensor) -> Tensor:
         found = _Gather.apply(own, self.part.group)
         decayed = self.decayed(found.flatten(0, 1), gaps.flatten()).view_as(found)
-        return torch.where(linked[:, :, None, None], decayed, 0).sum(0)
+        return torch.where(linked.view(*linked.shape, *[1] * (found.dim() - 2)), decayed, 0).sum(0)
 
 
 @dataclass(frozen=True)
@@ -149,11 +132,7 @@ class Part:
 
     def total(self, x: Tensor) -> Tensor:
         """The sum of all processes' x, with gradients where x is floating."""
-        return _Total.apply(x, self.group)
-
-    def whole_rates(self, rates: Tensor) -> Tensor:
-        """(layers,) activation rates of this part's real tokens -> those of all parts together."""
-        return self.total(rates * self.share)
+        return _Gather.apply(x[None], self.group).sum((0, 1))
 
     def before(self, ssm: Recurrence, x: Tensor, context: SequenceContext) -> tuple[Before, Tensor | None]:
         """What the recurrence continues, and with truncation the last T real inputs (B, T, D), oldest first.
@@ -162,10 +141,7 @@ class Part:
         if truncation is None and ssm.takes_relay(context):
             return Before(None, None, False, relay=functools.partial(StateRelay, self)), None
         if truncation is None:
-            found = _Gather.apply(ssm.state_after(x, context), self.group)
-            decayed = ssm.decayed(found.flatten(0, 1), self.gaps.flatten()).view_as(found)
-            linked = self.linked.view(*self.linked.shape, *[1] * (found.dim() - 2))
-            return Before(torch.where(linked, decayed, 0).sum(0), None, False), None
+            return Before(StateRelay(self, ssm.decayed).forward(ssm.state_after(x, context)), None, False), None
         nothing = x.new_zeros(x.shape[0], truncation, x.shape[2])
         newest = last_real_tokens(x, truncation, context.real, context.reset, nothing)
         index, filled = self._newest(self.tails.clamp_max(truncation), truncation, 0)
@@ -283,7 +259,9 @@ class Parts:
         if self._calls and self._calls[-1] is module:
             self._calls.pop()
         if not self._met and not self._calls:
-            self._exchange([0] * len(_ALIKE), 0, _current_error())
+            error = sys.exception()
+            reason = "its forward ended early" if error is None else f"{type(error).__name__}: {error}"
+            self._exchange([0] * len(_ALIKE), 0, reason)
 
     def _exchange(self, values: list[int], columns: int, error: str | None = None) -> list[int]:
         """Columns of all parts. Raises ValueError where a process failed or the values differ."""
@@ -366,11 +344,6 @@ def _links(order: Iterable[int], resets: Tensor, count: Tensor) -> tuple[Tensor,
     return linked, gaps
 
 
-def _current_error() -> str:
-    kind, error, _ = sys.exc_info()
-    return "its forward ended early" if error is None else f"{kind.__name__}: {error}"
-
-
 def _edges(known: Tensor, reset: Tensor | None, position_ids: Tensor | None, seq_idx: Tensor | None) -> Tensor:
     """(B, 7) int64: real tokens, those of the last segment, whether one starts behind the first real token, and
     position and segment number of the first and the last real token."""
@@ -446,8 +419,7 @@ def _check(model: nn.Module, base: nn.Module, head: nn.Module) -> None:
         "a model on several devices: each process has one": len({p.device for p in model.parameters()}) != 1,
         "a model that is in a context_parallel() already": base.parts is not None,
     }
-    reason = next((text for text, applies in reasons.items() if applies), None)
-    if reason is not None:
+    if reason := next((text for text, applies in reasons.items() if applies), None):
         raise ValueError(f"context parallelism cannot run {reason}")
 
 
@@ -528,10 +500,8 @@ def sequence_part(
     for name, value in batch.items():
         if name == "cu_seq_lens_q" and value is not None:
             borders = value.to(given.device)
-            number = torch.searchsorted(
-                borders, torch.arange(columns, device=given.device, dtype=borders.dtype), right=True
-            )
-            name, value = "seq_idx", number[None]
+            places = torch.arange(columns, device=given.device, dtype=borders.dtype)
+            name, value = "seq_idx", torch.searchsorted(borders, places, right=True)[None]
         elif name in ("cu_seq_lens_k", "max_length_q", "max_length_k"):
             continue
         if isinstance(value, Tensor) and value.ndim > 1:

@@ -35,14 +35,6 @@ CHAT_TEMPLATE = (
 )
 
 
-def _byte_symbols() -> list[str]:
-    """The printable character by which byte-level tokenizers write each byte: itself where it is printable Latin-1,
-    the others in order from U+0100."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = iter(range(0x100, 0x200))
-    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
-
-
 def build_byte_tokenizer(chat: bool = True) -> PreTrainedTokenizerFast:
     """Build the byte tokenizer: ids 0..255 are bytes, 256..263 `<|pad|> <|bos|> <|eos|> <|mask|> <|system|> <|user|>
     <|assistant|> <|end|>`; 264 ids in all.
@@ -57,21 +49,18 @@ def build_byte_tokenizer(chat: bool = True) -> PreTrainedTokenizerFast:
         chat: whether it has a chat template. Tokenizers of encoders should have none: sentence-transformers writes
             every text as a chat where there is one.
     """
-    backend = Tokenizer(models.BPE(vocab={symbol: byte for byte, symbol in enumerate(_byte_symbols())}, merges=[]))
+    # Printable Latin-1 stands for its own byte, the symbols from U+0100 on for the other bytes in order.
+    symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
+    printable = [ord(symbol) for symbol in symbols if symbol < "\u0100"]
+    ids = [*printable, *sorted({*range(256)} - {*printable})]
+    backend = Tokenizer(models.BPE(vocab=dict(zip(symbols, ids, strict=True)), merges=[]))
     # Without the regular expression a text is one piece, and no blank is treated specially.
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token="<|pad|>",
-        bos_token="<|bos|>",
-        eos_token="<|eos|>",
-        mask_token="<|mask|>",
-        additional_special_tokens=["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"],
-        padding_side="left",
-        model_max_length=10**30,
-        clean_up_tokenization_spaces=False,
-        model_input_names=["input_ids", "attention_mask"],
+        tokenizer_object=backend, pad_token="<|pad|>", bos_token="<|bos|>", eos_token="<|eos|>", mask_token="<|mask|>",
+        additional_special_tokens=["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"], padding_side="left",
+        model_max_length=10**30, clean_up_tokenization_spaces=False, model_input_names=["input_ids", "attention_mask"],
         chat_template=CHAT_TEMPLATE if chat else None,
-    )
+    )  # fmt: skip

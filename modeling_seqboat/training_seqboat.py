@@ -44,12 +44,8 @@ def model_and_head(model: nn.Module) -> tuple[nn.Module, nn.Module]:
 
 def _owned_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Parameter]]:
     """Each parameter once (a tied one under its first name), with the module that owns it."""
-    seen = set()
-    for prefix, module in model.named_modules():
-        for name, parameter in module.named_parameters(prefix=prefix, recurse=False):
-            if id(parameter) not in seen:
-                seen.add(id(parameter))
-                yield name, module, parameter
+    for name, parameter in model.named_parameters():
+        yield name, model.get_submodule(name.rpartition(".")[0]), parameter
 
 
 def decay_parameter_names(model: nn.Module, decay_embeddings: bool = False) -> list[str]:
@@ -67,15 +63,10 @@ def decay_parameter_names(model: nn.Module, decay_embeddings: bool = False) -> l
 
 
 def parameter_groups(
-    model: nn.Module,
-    weight_decay: float,
-    *,
-    decay_embeddings: bool = False,
-    router_learning_rate: float | None = None,
-    muon_learning_rate: float | None = None,
-    muon_split: bool = False,
+    model: nn.Module, weight_decay: float, *, decay_embeddings: bool = False,
+    router_learning_rate: float | None = None, muon_learning_rate: float | None = None, muon_split: bool = False,
     qk_learning_rate: float | None = None,
-) -> list[dict]:
+) -> list[dict]:  # fmt: skip
     """Parameter groups for any torch optimizer, in model order; frozen parameters are left out, empty groups too.
 
     Args:
@@ -121,12 +112,8 @@ def parameter_groups(
     for name, module, parameter in _owned_parameters(model):
         if not parameter.requires_grad:
             continue
-        if (
-            muon_learning_rate is not None
-            and isinstance(module, nn.Linear)
-            and name in decaying
-            and _LAYER.search(name)
-        ):
+        by_muon = muon_learning_rate is not None and isinstance(module, nn.Linear) and name in decaying
+        if by_muon and _LAYER.search(name):
             own.setdefault(id(parameter), muon_group)
         own.get(id(parameter), groups[name not in decaying])["params"].append(parameter)
     found = (*groups, router_group, qk_group, muon_group, *split_groups.values())
@@ -352,8 +339,7 @@ class CollapseWarning:
                     f"{consequence}. A lower learning rate for the routers, a longer warm-up or another "
                     "router_temperature_init may help"
                 )
-        for message in messages:
-            logger.warning(message)
+                logger.warning(messages[-1])
         return messages
 
 
@@ -387,7 +373,7 @@ class RouterCallback(TrainerCallback):
         return callback
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        self._stop()
+        self.on_train_end(args, state, control)
         self._monitor = RouterMonitor(model)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -402,9 +388,6 @@ class RouterCallback(TrainerCallback):
             self._warning.check(statistics, state.global_step)
 
     def on_train_end(self, args, state, control, **kwargs):
-        self._stop()
-
-    def _stop(self) -> None:
         if self._monitor is not None:
             self._monitor.close()
             self._monitor = None

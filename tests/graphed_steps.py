@@ -54,13 +54,12 @@ class EmulatedGraph(GraphedStep):
         capacities = self._capacities
 
         def replay():
-            self._listen(capacities)
-            run, aliases = self._on_aliases({})
-            self._loss.copy_(self._backward(self._inputs, run))
-            self._counts.copy_(torch.cat([layer.stream_count for layer in self.layers]))
-            for own, alias in zip(self._grads, aliases, strict=True):
-                own.copy_(alias.grad)
-            self._stop_listening()
+            with self._counting(capacities):
+                run, aliases = self._on_aliases({})
+                self._loss.copy_(self._backward(self._inputs, run))
+                self._counts.copy_(torch.cat([layer.stream_count for layer in self.layers]))
+                for own, alias in zip(self._grads, aliases, strict=True):
+                    own.copy_(alias.grad)
 
         self._graph.replay = replay
 

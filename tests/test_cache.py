@@ -10,7 +10,7 @@ from small_models import random_ids, small_lm
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import Cache
 
-from modeling_seqboat import SeqBoatCache, SeqBoatForCausalLM, cache_seqboat
+from modeling_seqboat import SeqBoatCache, SeqBoatForCausalLM, cache_file_seqboat
 from modeling_seqboat.cache_seqboat import SeqBoatCacheLayer
 
 KINDS = [("rotary", None), ("simple", None), ("local", None), ("rotary", 5)]
@@ -577,7 +577,7 @@ def test_a_half_written_file_is_never_left(tmp_path, monkeypatch):
             file.write(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(cache_seqboat, "save_file", fails)
+    monkeypatch.setattr(cache_file_seqboat, "save_file", fails)
     model(random_ids(1, 5), past_key_values=cache)
     with pytest.raises(OSError, match="disk full"):
         cache.save(path)
