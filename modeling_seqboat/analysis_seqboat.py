@@ -232,11 +232,17 @@ class ActivationReport:
 
 
 def analyse_activations(
-    router_probs: Sequence[Tensor] | nn.Module, config: SeqBoatConfig | Tensor | None = None, *,
-    input_ids: Tensor | None = None, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
-    seq_idx: Tensor | None = None, cu_seq_lens_q: Tensor | None = None, bucket_size: int | None = None,
+    router_probs: Sequence[Tensor] | nn.Module,
+    config: SeqBoatConfig | Tensor | None = None,
+    *,
+    input_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    bucket_size: int | None = None,
     token_classes: TokenClasses = BYTE_CLASSES,
-) -> ActivationReport:  # fmt: skip
+) -> ActivationReport:
     """Counts activations, spans and FLOPs of whole rows.
 
     `analyse_activations(model, input_ids)` runs a model that reads tokens on (B, L) ids, in evaluation mode and with

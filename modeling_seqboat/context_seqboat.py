@@ -57,9 +57,14 @@ class SequenceContext:
     """
 
     def __init__(
-        self, real: Tensor | None, reset: Tensor | None, segment: Tensor | None, positions: Tensor,
-        ops: Ops | None = None, part: Any = None,
-    ):  # fmt: skip
+        self,
+        real: Tensor | None,
+        reset: Tensor | None,
+        segment: Tensor | None,
+        positions: Tensor,
+        ops: Ops | None = None,
+        part: Any = None,
+    ):
         self.real, self.reset, self.segment, self.positions = real, reset, segment, positions
         self.ops, self.part = ops, part
         self.dtype = torch.float32

@@ -199,10 +199,16 @@ class SeqBoatForSequenceClassification(SeqBoatPooledClassifier):
 
     @can_return_tuple
     def forward(
-        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
-        input_values: Tensor | None = None, inputs_embeds: Tensor | None = None, pair_input_ids: Tensor | None = None,
-        pair_attention_mask: Tensor | None = None, labels: Tensor | None = None, **kwargs,
-    ) -> SeqBoatClassifierOutput:  # fmt: skip
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        input_values: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        pair_input_ids: Tensor | None = None,
+        pair_attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs,
+    ) -> SeqBoatClassifierOutput:
         """Classifies sequences.
 
         Args:
@@ -229,10 +235,8 @@ class SeqBoatForSequenceClassification(SeqBoatPooledClassifier):
                 f"pair_input_ids must have a row for each of the {first.shape[0]} first texts, got shape "
                 f"{tuple(pair_input_ids.shape)}"
             )
-        outputs, features = self._encode(
-            kwargs, input_ids=input_ids, input_values=input_values, inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-        )  # fmt: skip
+        inputs = {"input_ids": input_ids, "input_values": input_values, "inputs_embeds": inputs_embeds}
+        outputs, features = self._encode(kwargs, attention_mask=attention_mask, **inputs)
         if wants_pair:
             paired, other = self._encode({}, input_ids=pair_input_ids, attention_mask=pair_attention_mask)
             if paired.router_penalty is not None:
@@ -284,9 +288,12 @@ class SeqBoatForAudioClassification(SeqBoatPooledClassifier):
 
     @can_return_tuple
     def forward(
-        self, input_values: Tensor | None = None, attention_mask: Tensor | None = None, labels: Tensor | None = None,
+        self,
+        input_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
         **kwargs,
-    ) -> SeqBoatClassifierOutput:  # fmt: skip
+    ) -> SeqBoatClassifierOutput:
         """Classifies recordings.
 
         Args:
@@ -318,11 +325,9 @@ class SeqBoatTokenHead(SeqBoatHead):
         The other arguments are those of `SeqBoatModel.forward`; rows may be packed.
         """
         refuse_unknown_of_head(type(self).forward, kwargs)
-        outputs, real = self._run_model(
-            kwargs, input_ids=input_ids, input_values=input_values, inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask, position_ids=position_ids, seq_idx=seq_idx, cu_seq_lens_q=cu_seq_lens_q,
-            cu_seq_lens_k=cu_seq_lens_k,
-        )  # fmt: skip
+        inputs = {"input_ids": input_ids, "input_values": input_values, "inputs_embeds": inputs_embeds}
+        texts = Texts(attention_mask, position_ids, seq_idx, cu_seq_lens_q)._asdict()
+        outputs, real = self._run_model(kwargs, cu_seq_lens_k=cu_seq_lens_k, **inputs, **texts)
         logits, options = self._logits(outputs.last_hidden_state)
         loss, num_items = None, kwargs.get("num_items_in_batch")
         if labels is not None:
@@ -396,10 +401,15 @@ class SeqBoatForQuestionAnswering(SeqBoatHead):
 
     @can_return_tuple
     def forward(
-        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
-        input_values: Tensor | None = None, inputs_embeds: Tensor | None = None, start_positions: Tensor | None = None,
-        end_positions: Tensor | None = None, **kwargs,
-    ) -> SeqBoatQuestionAnsweringOutput:  # fmt: skip
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        input_values: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+        **kwargs,
+    ) -> SeqBoatQuestionAnsweringOutput:
         """Scores every token as the start and the end of the answer.
 
         Args:
@@ -416,10 +426,8 @@ class SeqBoatForQuestionAnswering(SeqBoatHead):
         if (start_positions is None) != (end_positions is None):
             missing = "start_positions" if start_positions is None else "end_positions"
             raise ValueError(f"{missing} is missing: give both positions or none")
-        outputs, real = self._run_model(
-            kwargs, input_ids=input_ids, input_values=input_values, inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-        )  # fmt: skip
+        inputs = {"input_ids": input_ids, "input_values": input_values, "inputs_embeds": inputs_embeds}
+        outputs, real = self._run_model(kwargs, attention_mask=attention_mask, **inputs)
         logits = self.qa_outputs(outputs.last_hidden_state)
         if real is not None:
             logits = logits.masked_fill(~real[..., None], torch.finfo(logits.dtype).min)

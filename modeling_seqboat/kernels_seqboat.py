@@ -237,9 +237,12 @@ def select_ops(
 
 
 def explain(
-    config: SeqBoatConfig, device: torch.device | str, dtype: torch.dtype = torch.float32, training: bool = False,
+    config: SeqBoatConfig,
+    device: torch.device | str,
+    dtype: torch.dtype = torch.float32,
+    training: bool = False,
     rate_is_held: bool = False,
-) -> list[Choice]:  # fmt: skip
+) -> list[Choice]:
     """Which op of such a model runs where, and why not in Triton.
 
     Args:

@@ -33,18 +33,19 @@ def why_not_liger(head: nn.Module) -> str | None:
         kinds = type(head).__name__, type(weight).__name__
         return f"lm_head must be a plain linear layer, got {kinds[0]} whose weight is a {kinds[1]}"
     expected, found = (head.out_features, head.in_features), tuple(weight.shape)
-    on_gpu = weight.device.type == "cuda"
+    place, dtype, floats = weight.device.type, weight.dtype, (torch.float32, torch.bfloat16, torch.float16)
+    on_gpu, interpreted = place == "cuda", os.environ.get("TRITON_INTERPRET") == "1"
     table = (
         (found != expected, f"lm_head.weight must be of shape {expected}, got {found}: it is packed or sharded"),
-        (not on_gpu and os.environ.get("TRITON_INTERPRET") != "1",
-         f"tensors are on {weight.device.type}, Liger's kernels need a CUDA device"),
-        (weight.dtype not in (torch.float32, torch.bfloat16, torch.float16),
-         f"lm_head.weight is {weight.dtype}, Liger's kernels take float32, bfloat16 and float16"),
-        (on_gpu and torch.cuda.is_current_stream_capturing(),
-         "Liger waits for the device in every step, which a CUDA graph (GraphedStep, cuda_graphs=True) does not "
-         "allow"),
+        (not (on_gpu or interpreted), f"tensors are on {place}, Liger's kernels need a CUDA device"),
+        (dtype not in floats, f"lm_head.weight is {dtype}, Liger's kernels take float32, bfloat16 and float16"),
+        (
+            on_gpu and torch.cuda.is_current_stream_capturing(),
+            "Liger waits for the device in every step, which a CUDA graph (GraphedStep, cuda_graphs=True) does not "
+            "allow",
+        ),
         (_liger_sum() is None, "the package liger-kernel is not installed, or older than 0.6.2"),
-    )  # fmt: skip
+    )
     return next((reason for applies, reason in table if applies), None)
 
 

@@ -610,20 +610,19 @@ class SeqBoatForCausalLM(SeqBoatPreTrainedModel, SeqBoatGenerationMixin):
         fused = has_targets and wanted and self.config.loss_implementation == "liger"
         if fused:
             expect_liger(self.lm_head)
-        outputs = self.model(
-            input_ids=input_ids, inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids,
-            past_key_values=one_cache(past_key_values=past_key_values, cache=cache, cache_params=cache_params),
-            seq_idx=seq_idx, cu_seq_lens_q=cu_seq_lens_q, cu_seq_lens_k=cu_seq_lens_k, use_cache=use_cache,
-            output_hidden_states=output_hidden_states, output_router_probs=output_router_probs,
-            output_attentions=output_attentions, return_dict=True,
-        )  # fmt: skip
+        texts = Texts(attention_mask, position_ids, seq_idx, cu_seq_lens_q)
+        inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "cu_seq_lens_k": cu_seq_lens_k}
+        past = one_cache(past_key_values=past_key_values, cache=cache, cache_params=cache_params)
+        extras = {"output_hidden_states": output_hidden_states, "output_router_probs": output_router_probs}
+        extras |= {"output_attentions": output_attentions, "use_cache": use_cache, "return_dict": True}
+        outputs = self.model(**inputs, **texts._asdict(), past_key_values=past, **extras)
         logits = None
         if not fused:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(outputs.last_hidden_state[:, kept, :].contiguous())
         loss = part = None
         if has_targets:
-            marks = marks_of(outputs, self.config, Texts(attention_mask, position_ids, seq_idx, cu_seq_lens_q))
+            marks = marks_of(outputs, self.config, texts)
             part, shift_labels = marks.part, self._next_labels(labels, marks) if shift_labels is None else shift_labels
             loss = self._loss(outputs.last_hidden_state, logits, shift_labels, num_items_in_batch, part)
         results = {"logits": logits, CACHE_NAME: outputs[CACHE_NAME] if CACHE_NAME in outputs else None}

@@ -168,9 +168,14 @@ def windowed_attention(
 
 @op("project_unit", triton=project_unit_triton, needs=(needs_silu,))
 def project_unit(
-    projected: Tensor, scale: Tensor, offset: Tensor, cos: Tensor | None = None, sin: Tensor | None = None,
-    table_rows: Tensor | None = None, activation: Callable[[Tensor], Tensor] = F.silu,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    projected: Tensor,
+    scale: Tensor,
+    offset: Tensor,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    table_rows: Tensor | None = None,
+    activation: Callable[[Tensor], Tensor] = F.silu,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What the unit makes of its input projection: q, k, v and the gate (arXiv 2306.11197, section 3.3).
 
     Args:
@@ -229,11 +234,9 @@ def gated_unit(
     if memory is not None:
         place, old_keys, old_values = memory
         keys, values = place.join(old_keys, k), place.join(old_values, v)
-    gated = windowed_attention(
-        q, keys, values, key_start, key_end, activation=attention, scale=attention_scale, bias_table=bias_table,
-        bias_center=bias_center, q_place=q_place, k_place=k_place, dropout_p=attention_dropout, max_keys=max_keys,
-        gate=gate,
-    )  # fmt: skip
+    bias = {"bias_table": bias_table, "bias_center": bias_center, "q_place": q_place, "k_place": k_place}
+    options = {"scale": attention_scale, "dropout_p": attention_dropout, "max_keys": max_keys, "gate": gate}
+    gated = windowed_attention(q, keys, values, key_start, key_end, activation=attention, **bias, **options)
     return (gated, k, v) if keep else (gated, None, None)
 
 

@@ -160,10 +160,15 @@ def ema_step(
 
 
 def one_step(
-    x: Tensor, state_shape: tuple[int, ...], after: Callable[[Tensor, Tensor], Tensor],
-    read: Callable[[Tensor], Tensor], skip: Tensor | None, real: Tensor | None, reset: Tensor | None,
+    x: Tensor,
+    state_shape: tuple[int, ...],
+    after: Callable[[Tensor, Tensor], Tensor],
+    read: Callable[[Tensor], Tensor],
+    skip: Tensor | None,
+    real: Tensor | None,
+    reset: Tensor | None,
     state: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """One column of a recurrence, without branches on values.
 
     Args:
@@ -362,9 +367,15 @@ def recomputed(function: Callable[..., tuple[Tensor, Tensor]], *tensors: Tensor 
 # Not traced: torch 2.11 compiles the in-place border scan to wrong gradients.
 @torch.compiler.disable
 def chunked_scan(
-    inputs: list[tuple[Tensor, Tensor]], log_decay: Tensor, output_gain: Tensor, skip: Tensor | None,
-    real: Tensor | None, reset: Tensor | None, state: Tensor | None, plan: ScanPlan | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    inputs: list[tuple[Tensor, Tensor]],
+    log_decay: Tensor,
+    output_gain: Tensor,
+    skip: Tensor | None,
+    real: Tensor | None,
+    reset: Tensor | None,
+    state: Tensor | None,
+    plan: ScanPlan | None,
+) -> tuple[Tensor, Tensor]:
     """s_t = exp(z)*s_{t-1} + (sum over inputs of g*x_t), y_t = Re(sum_n o_n*s_{t,n}) + skip*x_t, of real numbers or,
     then with twice that real part, of complex ones; x being the first input.
 

@@ -28,9 +28,14 @@ def _needs_row_norm(facts: Facts) -> str | None:
 
 @op("pack", triton=pack_triton)
 def pack(
-    active: Tensor, memory_size: int, bidirectional: bool, bounds: Tensor | None = None, *,
-    capacity: int | None = None, memory: tuple[Tensor, Tensor | None] | None = None,
-) -> Packed:  # fmt: skip
+    active: Tensor,
+    memory_size: int,
+    bidirectional: bool,
+    bounds: Tensor | None = None,
+    *,
+    capacity: int | None = None,
+    memory: tuple[Tensor, Tensor | None] | None = None,
+) -> Packed:
     """Compresses a batch (arXiv 2306.11197, section 3.2).
 
     Args:
@@ -133,9 +138,14 @@ def write_memory(
 
 @op("extract_residual", triton=extract_residual_triton, needs=(needs_silu,))
 def extract_residual(
-    hidden: Tensor, residual: Tensor, out: Tensor, confidence: Tensor, packed: Packed, dropout_p: float = 0.0,
+    hidden: Tensor,
+    residual: Tensor,
+    out: Tensor,
+    confidence: Tensor,
+    packed: Packed,
+    dropout_p: float = 0.0,
     activation: Callable[[Tensor], Tensor] = F.silu,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Extract and residual (arXiv 2306.11197, section 3.2):
     activation(dropout(hidden + confidence * out[packed_index]) + residual).
 
@@ -160,9 +170,14 @@ def extract_residual(
 
 @op("norm_residual", triton=norm_residual_triton, needs=(_needs_row_norm,))
 def norm_residual(
-    x: Tensor, norm: Callable[[Tensor], Tensor], weight: Tensor | None, bias: Tensor | None, eps: float,
-    centered: bool, dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    norm: Callable[[Tensor], Tensor],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    centered: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
     """A norm at the entry of a layer, and x itself for the residual, whose gradients meet in one kernel.
 
     Args:

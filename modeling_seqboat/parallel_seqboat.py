@@ -306,12 +306,10 @@ class Parts:
                 "a prompt that is cut over processes needs an empty past_key_values that is not recorded for rollback"
             )
         kind = self.device.type
-        values = [
-            shape[0], _DTYPES.index(dtype), torch.is_autocast_enabled(kind), base.training, torch.is_grad_enabled(),
-            base.gradient_checkpointing, sum(p.requires_grad for p in base.parameters()), self._targets,
-            self._counts, base.rate_is_held, position_ids is not None, seq_idx is not None, cache is not None,
-            ops.runs_triton("ema_scan"),
-        ]  # fmt: skip
+        values = [shape[0], _DTYPES.index(dtype), torch.is_autocast_enabled(kind), base.training]
+        values += [torch.is_grad_enabled(), base.gradient_checkpointing]
+        values += [sum(p.requires_grad for p in base.parameters()), self._targets, self._counts, base.rate_is_held]
+        values += [position_ids is not None, seq_idx is not None, cache is not None, ops.runs_triton("ema_scan")]
         columns = self._exchange([int(value) for value in values], shape[1])
         known = torch.ones(shape, dtype=torch.bool, device=self.device) if real is None else real
         marks = _Gather.apply(_edges(known, reset, position_ids, seq_idx), self.group).cpu()

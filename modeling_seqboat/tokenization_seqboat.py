@@ -58,9 +58,14 @@ def build_byte_tokenizer(chat: bool = True) -> PreTrainedTokenizerFast:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    roles = {"pad_token": "<|pad|>", "bos_token": "<|bos|>", "eos_token": "<|eos|>", "mask_token": "<|mask|>"}
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<|pad|>", bos_token="<|bos|>", eos_token="<|eos|>", mask_token="<|mask|>",
-        additional_special_tokens=["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"], padding_side="left",
-        model_max_length=10**30, clean_up_tokenization_spaces=False, model_input_names=["input_ids", "attention_mask"],
+        tokenizer_object=backend,
+        additional_special_tokens=["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"],
+        padding_side="left",
+        model_max_length=10**30,
+        clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],
         chat_template=CHAT_TEMPLATE if chat else None,
-    )  # fmt: skip
+        **roles,
+    )

@@ -63,10 +63,15 @@ def decay_parameter_names(model: nn.Module, decay_embeddings: bool = False) -> l
 
 
 def parameter_groups(
-    model: nn.Module, weight_decay: float, *, decay_embeddings: bool = False,
-    router_learning_rate: float | None = None, muon_learning_rate: float | None = None, muon_split: bool = False,
+    model: nn.Module,
+    weight_decay: float,
+    *,
+    decay_embeddings: bool = False,
+    router_learning_rate: float | None = None,
+    muon_learning_rate: float | None = None,
+    muon_split: bool = False,
     qk_learning_rate: float | None = None,
-) -> list[dict]:  # fmt: skip
+) -> list[dict]:
     """Parameter groups for any torch optimizer, in model order; frozen parameters are left out, empty groups too.
 
     Args:
