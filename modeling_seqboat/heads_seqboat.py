@@ -116,11 +116,9 @@ class SeqBoatHead(SeqBoatPreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, SeqBoatClassificationHead):
-            for linear in filter(None, (module.dense, module.output)):
-                init.xavier_uniform_(linear.weight)
-                if linear.bias is not None:
-                    init.zeros_(linear.bias)
+        # By the linears: transformers does not ask for modules without parameters of their own, as the classifier is.
+        if isinstance(module, nn.Linear) and module in getattr(self, "classifier", nn.Module()).children():
+            init.xavier_uniform_(module.weight)
 
     def _run_model(self, kwargs: dict, **inputs) -> tuple[SeqBoatModelOutput, Tensor | None]:
         """The model's outputs for these inputs, extras of `kwargs` too, and the real columns (B, L) bool or None."""

@@ -68,7 +68,8 @@ class Recurrence(nn.Module):
         raise NotImplementedError
 
     def draw_initial_values(self) -> None:
-        """Initialises the parameters."""
+        """Initialises the parameters by `transformers.initialization`, which leaves loaded ones alone. Called for a
+        recurrence that holds a parameter itself, not for one of submodules alone."""
         raise NotImplementedError
 
     def forward(

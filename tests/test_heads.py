@@ -74,6 +74,38 @@ def test_auto_class_builds_the_head_and_the_file_restores_it(task, tmp_path):
         assert torch.equal(loaded.state_dict()[name], tensor), name
 
 
+@pytest.mark.parametrize("hidden", [0, 48])
+@pytest.mark.parametrize("task", ["SequenceClassification", "TokenClassification", *VALUE_TASKS])
+def test_classifiers_start_xavier_uniform_unless_loaded(task, hidden, tmp_path):
+    """Built, made on the meta device, behind a checkpoint without a head or with half of one; biases are 0."""
+
+    def starts_as_xavier(linear):
+        bound = (6 / (linear.in_features + linear.out_features)) ** 0.5
+        assert linear.weight.abs().max() <= bound
+        assert linear.weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.15)
+        assert linear.bias is None or not linear.bias.any()
+
+    model = head(task, classifier_hidden_size=hidden, num_labels=64, hidden_size=32)
+    kind, config = type(model), model.config
+    model.model.save_pretrained(tmp_path / "headless")
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        late = kind(config)
+    late.to_empty(device="cpu").initialize_weights()
+    headless = kind.from_pretrained(tmp_path / "headless", classifier_hidden_size=hidden, num_labels=64)
+    for fresh in (kind(config), late, headless):
+        for linear in filter(None, (fresh.classifier.dense, fresh.classifier.output)):
+            starts_as_xavier(linear)
+    assert torch.equal(headless.model.layers[0].hidden_proj.weight, model.model.layers[0].hidden_proj.weight)
+    if hidden:
+        kept = {name: tensor for name, tensor in model.state_dict().items() if name != "classifier.output.weight"}
+        model.save_pretrained(tmp_path / "half", state_dict=kept)
+        half = kind.from_pretrained(tmp_path / "half").classifier
+        starts_as_xavier(half.output)
+        assert torch.equal(half.dense.weight, model.classifier.dense.weight)
+        assert torch.equal(half.dense.bias, model.classifier.dense.bias)
+
+
 @pytest.mark.parametrize("task", TASKS + VALUE_TASKS)
 def test_what_forward_documents_is_what_trainer_counts(task):
     model = head(task)
