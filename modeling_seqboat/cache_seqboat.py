@@ -177,8 +177,10 @@ class SeqBoatCacheLayer(CacheLayerMixin):
         self.is_initialized, self.is_blank = False, True
 
     def initialize(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> None:
-        """Makes the buffers for `batch_size` rows, once. That later forwards have as many is checked by the model."""
+        """Makes the buffers for `batch_size` rows; later calls only check that the batch is the same."""
         if self.is_initialized:
+            if batch_size != self.batch_size:
+                raise ValueError(f"past_key_values holds {self.batch_size} rows, the input has {batch_size}")
             self._leave_inference_mode()
             return
         with _ordinary_tensors():
@@ -613,6 +615,7 @@ class SeqBoatCache(Cache):
         if not isinstance(config, SeqBoatConfig) and isinstance(config, Iterator):
             self._join(list(config))
             return
+        # Not by class, for the same reason.
         if getattr(config, "model_type", None) != SeqBoatConfig.model_type:
             raise ValueError(f"SeqBoatCache is made of a SeqBoatConfig (model.config), got {type(config).__name__}")
         if config.bidirectional:

@@ -117,7 +117,8 @@ class SeqBoatHead(SeqBoatPreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         # By the linears: transformers does not ask for modules without parameters of their own, as the classifier is.
-        if isinstance(module, nn.Linear) and module in getattr(self, "classifier", nn.Module()).children():
+        head = getattr(self, "classifier", None)
+        if isinstance(head, SeqBoatClassificationHead) and isinstance(module, nn.Linear) and module in head.children():
             init.xavier_uniform_(module.weight)
 
     def _run_model(self, kwargs: dict, **inputs) -> tuple[SeqBoatModelOutput, Tensor | None]:
@@ -131,14 +132,15 @@ class SeqBoatPooledClassifier(SeqBoatHead):
     """What the heads share that give one answer a row: pooling, the classifier and the loss."""
 
     def __init__(self, config: SeqBoatConfig):
-        name, pair = type(self).__name__, config.pair_features
+        name = type(self).__name__
         if type(self).main_input_name != "input_ids":
             if config.input_type != "values":
                 raise ValueError(f"{name} needs input_type='values', got input_type={config.input_type!r}")
-            if pair != "none":
-                raise ValueError(f"{name} reads one input a row: pair_features must be 'none', got {pair!r}")
+            if config.pair_features != "none":
+                got = f"got {config.pair_features!r}"
+                raise ValueError(f"{name} reads one input a row: pair_features must be 'none', {got}")
         super().__init__(config)
-        parts = {"none": 1, "concat": 2, "nli": 4}[pair]
+        parts = {"none": 1, "concat": 2, "nli": 4}[config.pair_features]
         self.classifier = SeqBoatClassificationHead(config, parts * config.hidden_size)
         self.post_init()
 
@@ -460,5 +462,5 @@ class SeqBoatForMaskedLM(SeqBoatTokenHead):
         return self.lm_head(hidden), {"vocab_size": self.config.vocab_size}
 
 
-# By name, for `AUTO_CLASSES`' own module.
+# What `__getattr__` of modeling_seqboat looks up.
 HEADS = {name: globals()[name] for name in AUTO_CLASSES.values() if name in globals()}

@@ -126,7 +126,8 @@ class Ops(SimpleNamespace):
     def but(self, **facts: Any) -> "Ops":
         """The ops that would be chosen if these facts were others: for another `device`, outside of a compiler's
         graph."""
-        return _select(self.facts._replace(**facts))
+        changed = self.facts._replace(**facts)
+        return self if changed == self.facts else _select(changed)
 
 
 def requested_backend(config_value: str) -> str:

@@ -245,5 +245,7 @@ class SeqBoatDecoderLayer(GradientCheckpointingLayer):
         kernels, and would add nothing to them."""
         return self.forward(hidden_states, context.but(ops=context.ops.but(compiling=False)), past_key_values)
 
-    # Where a compiled model breaks its graph: sizes depend on the data.
-    _attend_outside_of_graphs = torch.compiler.disable(_attend)
+    @torch.compiler.disable
+    def _attend_outside_of_graphs(self, *args):
+        """`_attend` where a compiled model breaks its graph: sizes depend on the data."""
+        return self._attend(*args)

@@ -378,7 +378,8 @@ class RouterCallback(TrainerCallback):
         return callback
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        self.on_train_end(args, state, control)
+        # Not a subclass's, which would be told of an end at the beginning.
+        RouterCallback.on_train_end(self, args, state, control)
         self._monitor = RouterMonitor(model)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
