@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .triton_launch_seqboat import contiguous, first_derivative_only, jit, kernel, power_of_two, tl
+from .triton_launch_seqboat import first_derivative_only, jit, kernel, power_of_two, tl
 
 # (largest L, C): a chunk depends on the length alone, so that a row is computed alike whatever its batch mates.
 # Longer chunks save traffic of chunk states, shorter ones fill the chip at batch 1.
@@ -841,8 +841,14 @@ def ema_scan_triton(
     """
     if x.numel() == 0:
         return x, x.new_zeros(x.shape[0], *decay.shape, dtype=torch.float32) if state is None else state
-    tensors = contiguous(x, decay, input_gain, output_gain, skip, real, reset, state, delayed, delay_decay)
-    return _EmaScan.apply(*tensors, reverse, activation == "silu", relay)
+    real = None if real is None else real.contiguous()
+    reset = None if reset is None else reset.contiguous()
+    if delayed is not None:
+        delayed, delay_decay = delayed.contiguous(), delay_decay.contiguous()
+    return _EmaScan.apply(
+        x.contiguous(), decay.contiguous(), input_gain.contiguous(), output_gain.contiguous(), skip, real, reset,
+        None if state is None else state.contiguous(), delayed, delay_decay, reverse, activation == "silu", relay,
+    )
 
 
 class _EmaParameters(torch.autograd.Function):
