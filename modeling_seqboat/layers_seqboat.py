@@ -209,7 +209,8 @@ class SeqBoatDecoderLayer(GradientCheckpointingLayer):
         cache or a `PartMemory`. Moves the cache past these columns, given the recurrence's inputs, state and
         replay."""
         config, ops = self.config, context.ops
-        exporting = is_exporting() and not in_place
+        # Asked only where something traces: a layer calls into few other files.
+        exporting = not in_place and torch.compiler.is_compiling() and is_exporting()
         if in_place:
             if context.reset is not None:
                 cache.start_segments(context.reset)
