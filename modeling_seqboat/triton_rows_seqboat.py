@@ -486,9 +486,20 @@ def gather_rows_triton(x: Tensor, index: Tensor, packed_index: Tensor) -> Tensor
 
 
 @jit
+def _mixed(value):
+    """A bijection of uint32 whose bits all depend on each other, the router's `_mixed`."""
+    value = (value ^ (value >> 16)) * 0x21F0AAAD
+    value = (value ^ (value >> 15)) * 0x735A2D97
+    return value ^ (value >> 15)
+
+
+@jit
 def _kept(seed, place, dropout):
-    """What dropout multiplies with: 0 or 1 / (1 - dropout), drawn by the place in the tensor."""
-    return tl.where(tl.rand(tl.load(seed), place) >= dropout, 1 / (1 - dropout), 0.0)
+    """What dropout multiplies with: 0 or 1 / (1 - dropout), by a hash of seed and place in the tensor. Triton's own
+    generator takes a hundred and more integer operations a number, and with places of int64 several times as many."""
+    key = _mixed(tl.load(seed).to(tl.uint32) + 1)
+    drawn = _mixed(_mixed(place.to(tl.uint32)) + key + _mixed((place >> 32).to(tl.uint32)))
+    return tl.where((drawn >> 8).to(tl.float32) * 2.0**-24 >= dropout, 1 / (1 - dropout), 0.0)
 
 
 @jit
