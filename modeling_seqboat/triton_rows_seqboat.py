@@ -495,10 +495,9 @@ def _mixed(value):
 
 @jit
 def _kept(seed, place, dropout):
-    """What dropout multiplies with: 0 or 1 / (1 - dropout), by a hash of seed and place in the tensor. Triton's own
-    generator takes a hundred and more integer operations a number, and with places of int64 several times as many."""
-    key = _mixed(tl.load(seed).to(tl.uint32) + 1)
-    drawn = _mixed(_mixed(place.to(tl.uint32)) + key + _mixed((place >> 32).to(tl.uint32)))
+    """What dropout multiplies with: 0 or 1 / (1 - dropout), by a hash of seed and place in the tensor, which takes
+    less than half of the instructions of Triton's generator."""
+    drawn = _mixed(_mixed(place.to(tl.uint32)) + _mixed(tl.load(seed).to(tl.uint32)))
     return tl.where((drawn >> 8).to(tl.float32) * 2.0**-24 >= dropout, 1 / (1 - dropout), 0.0)
 
 
