@@ -487,7 +487,7 @@ def gather_rows_triton(x: Tensor, index: Tensor, packed_index: Tensor) -> Tensor
 
 @jit
 def _mixed(value):
-    """A bijection of uint32 whose bits all depend on each other, the router's `_mixed`."""
+    """A bijection of uint32, the router's `_mixed`: each bit of the result depends on every bit of the value."""
     value = (value ^ (value >> 16)) * 0x21F0AAAD
     value = (value ^ (value >> 15)) * 0x735A2D97
     return value ^ (value >> 15)
@@ -496,7 +496,7 @@ def _mixed(value):
 @jit
 def _kept(seed, place, dropout):
     """What dropout multiplies with: 0 or 1 / (1 - dropout), by a hash of seed and place in the tensor, which takes
-    less than half of the instructions of Triton's generator."""
+    less than half of the instructions of Triton's generator. Places 2^32 apart share a draw; no batch has so many."""
     drawn = _mixed(_mixed(place.to(tl.uint32)) + _mixed(tl.load(seed).to(tl.uint32)))
     return tl.where((drawn >> 8).to(tl.float32) * 2.0**-24 >= dropout, 1 / (1 - dropout), 0.0)
 

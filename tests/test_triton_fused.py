@@ -197,6 +197,25 @@ def test_dropout_in_extract_falls_on_the_branch_alone(residual_dtype):
     torch.testing.assert_close(residual.grad, torch.ones_like(residual), atol=1e-2, rtol=1e-2)
 
 
+def test_dropout_in_extract_is_even_and_independent(monkeypatch):
+    """Seeds and places next to each other: under a weak hash a seed's drops are the next one's, moved by a place."""
+    tokens, width, dropout = 2000, 64, 0.3
+    ones, zeros = (torch.full((tokens, width), value, device=DEVICE) for value in (1.0, 0.0))
+    drops = []
+    for seed in (5, 6, 2**30):
+        monkeypatch.setattr(torch, "randint", lambda *_, seed=seed, **__: torch.tensor([seed], device=DEVICE))
+        result = extract_residual_triton(ones, zeros, zeros, zeros[:, 0], Packed(None), dropout)
+        drops.append((result == 0).flatten().double().cpu() - dropout)
+    for one in drops:
+        # A drop less its mean has a variance of p (1 - p), the product of two that are independent the square of it.
+        assert abs(float(one.mean())) < 3 * (dropout * (1 - dropout) / len(one)) ** 0.5
+        for other in drops:
+            for shift in (0, 1, 2, width):
+                if one is not other or shift:
+                    products = one[shift:] * other[: len(other) - shift]
+                    assert abs(float(products.mean())) < 4 * dropout * (1 - dropout) / len(products) ** 0.5, shift
+
+
 def test_extract_refuses_a_dropout_that_keeps_nothing():
     tokens = torch.zeros(4, 8, device=DEVICE)
     slot = torch.full((4,), -1, device=DEVICE)
