@@ -1,5 +1,5 @@
-"""Distillation by `teacher_labels.py` and `train_lm.py --teacher_labels`: the labels are the teacher's predictions, each
-of its token, and the loss is the mixture that it says."""
+"""Distillation by `teacher_labels.py` and `train_lm.py --teacher_labels`: the labels are the teacher's predictions,
+each of its token, and the loss is the mixture that it says."""
 
 import json
 
@@ -136,7 +136,7 @@ def test_what_cannot_teach_is_refused_before_work(tmp_path, examples, teacher_la
     cases = (
         (FileNotFoundError, "there is no file", {"teacher_labels": tmp_path / "nothing"}),
         (ValueError, "of 5700 tokens, the training text has 5700", {"teacher_labels": certain(tmp_path / "a", other)}),
-        (ValueError, "of 5000 tokens, the training text has 5700", {"teacher_labels": certain(tmp_path / "b", BYTES[:5000])}),
+        (ValueError, "of 500 tokens, the training text has 5700", {"teacher_labels": certain(tmp_path / "b", BYTES[:500])}),
         (ValueError, "they are for SeqBoat", {"teacher_labels": tmp_path / "a", "model_type": "llama"}),
         (ValueError, "teacher_share must be", {"teacher_labels": tmp_path / "a", "teacher_share": 1.5}),
         (ValueError, "'liger' has no logits", {
