@@ -65,6 +65,11 @@ class TrainArguments:
     average_decay: float | None = field(
         default=None, metadata={"help": "also keep, score and save an average of the weights, such as 0.999 a step"}
     )
+    teacher_labels: str | None = field(
+        default=None,
+        metadata={"help": "folder of teacher_labels.py: what another model predicts, to learn too"},
+    )
+    teacher_share: float = field(default=0.5, metadata={"help": "their part of the loss, the text's tokens the rest"})
     beta1: float = field(default=0.9)
     beta2: float = field(default=0.98)
     weight_decay: float = field(default=0.1)
@@ -124,6 +129,7 @@ RANGES: dict[str, Range] = {
     **dict.fromkeys(("router_learning_rate", "muon_learning_rate", "qk_learning_rate", "router_gain"), at_least(0)),
     "muon_row_beta": BETA,
     "average_decay": PART,
+    "teacher_share": from_to(0, 1),
     "weight_decay": at_least(0),
     "warmup_steps": at_least(0),
     "warmup_start": from_to(0, 1),
@@ -153,9 +159,19 @@ def check_arguments(a: TrainArguments) -> None:
     if a.model_type == "llama" and (a.muon_split or a.qk_learning_rate is not None):
         raise ValueError("muon_split and qk_learning_rate are for SeqBoat's attention, this run trains a llama")
     check_ranges(a, RANGES)
+    check_teacher(a)
     if a.eval_context is not None and a.eval_context >= a.sequence_length:
         raise ValueError(f"eval_context must be from 1 to {a.sequence_length - 1}, got {a.eval_context}")
     json_object(a.config_overrides, "config_overrides")
+
+
+def check_teacher(a: TrainArguments) -> None:
+    """Raises ValueError where no teacher's predictions can be learned, saying why."""
+    reasons = {"they are for train_file": a.train_file is None, "they are for SeqBoat": a.model_type != "seqboat",
+               "they do not go with context_parallel": a.context_parallel > 1}  # fmt: skip
+    reason = next((text for text, applies in reasons.items() if applies), None)
+    if a.teacher_labels is not None and reason is not None:
+        raise ValueError(f"teacher_labels cannot be used: {reason}")
 
 
 def check_parts(a: TrainArguments) -> None:

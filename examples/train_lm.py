@@ -10,6 +10,8 @@ Writes to `output_dir`: `checkpoint-N/` to resume from, `best/` (the model with 
 step, or of several processes the next one, and ends. A checkpoint is read without running anything in it, and resumed
 from only if every file is as it was written.
 
+`--teacher_labels FOLDER` learns from another model's predictions too, which `teacher_labels.py` has written.
+
 `--average_decay` keeps an average of the weights beside them, scores it at each validation and writes it to
 `averaged/`. A layer whose router stops choosing is an entry `router/collapse` of `metrics.jsonl`.
 
@@ -40,6 +42,7 @@ from lm_arguments import MUON_ARGUMENTS, TrainArguments, check_arguments, check_
 from lm_checkpoints import Clock, Progress, Saver, resume
 from lm_data import HeldOut, StreamPlaces, build_loader, load_data
 from lm_parts import Parts
+from lm_teacher import TaughtWindows, TeacherLoss, read_labels
 from optimizers import build_optimizer
 from recipes import (
     check_launch,
@@ -141,6 +144,17 @@ def build_budget(a: TrainArguments, model: torch.nn.Module, accelerator: Acceler
     return RouterBudget(model, a.router_gain)
 
 
+def build_teacher(
+    a: TrainArguments, model: torch.nn.Module, rows: Dataset, device: torch.device
+) -> TeacherLoss | None:
+    """Gives the model a loss that learns from the teacher's predictions too; None without `teacher_labels`."""
+    if not isinstance(rows, TaughtWindows):
+        return None
+    own = model.loss_function
+    model.loss_function = TeacherLoss(own, a.teacher_share, rows.labels, a.batch_size, a.sequence_length, device)
+    return model.loss_function
+
+
 @torch.no_grad()
 def evaluate(a: TrainArguments, accelerator: Accelerator, parts: Parts, model, held_out: HeldOut) -> float:
     """Bits per byte under a sliding context: of each row of `sequence_length` tokens only those after `eval_context`
@@ -227,7 +241,12 @@ def main(argv: list[str] | None = None) -> dict:
     rows = rows_of_a_step(a, int(os.environ.get("WORLD_SIZE", "1")))
     checkpoint = find_checkpoint(a.resume_from_checkpoint, a.output_dir, config, rows)
     check_output_folder(a.output_dir, checkpoint is not None, a.overwrite_output_dir)
+    if a.teacher_labels is not None and config.loss_implementation == "liger":
+        raise ValueError("teacher_labels cannot be used: loss_implementation 'liger' has no logits to compare")
     train_rows, held_out = load_data(a, tokenizer)
+    if a.teacher_labels is not None:
+        labels = read_labels(a.teacher_labels, train_rows.tokens, config.vocab_size)
+        train_rows = TaughtWindows(train_rows.tokens, a.sequence_length, labels)
     if len(held_out["validation"].tokens) < 2:
         raise ValueError(f"there are {len(held_out['validation'].tokens)} validation tokens; at least 2 are needed")
 
@@ -310,9 +329,11 @@ def train(
         set_seed(a.seed, device_specific=True)
     rows = rows_of_a_step(a, accelerator.num_processes)
     saver = Saver(a, accelerator, model, tokenizer, config, folder, states, averaged, rows)
+    teacher = build_teacher(a, accelerator.unwrap_model(model), train_rows, accelerator.device)
     result = Training(
-        a, accelerator, parts, model, optimizer, schedule, progress, saver, monitor, held_out, budget, averaged, places
-    ).run(loader)
+        a, accelerator, parts, model, optimizer, schedule, progress, saver, monitor, held_out, budget, averaged,
+        places, teacher,
+    ).run(loader)  # fmt: skip
     monitor.close()
     if accelerator.is_main_process:
         write_record(folder.path, run_record(a, argv, accelerator, parts, progress))
@@ -354,6 +375,7 @@ def run_record(a: TrainArguments, argv: list[str], accelerator: Accelerator, par
         **({} if a.qk_learning_rate is None else {"qk_learning_rate": a.qk_learning_rate}),
         **({name: getattr(a, name) for name in MUON_ARGUMENTS} if a.optimizer == "muon" else {}),
         **({} if a.average_decay is None else {"average_decay": a.average_decay}),
+        **({} if a.teacher_labels is None else {"teacher_share": a.teacher_share}),
         "lr_scheduler_type": a.schedule,
         "warmup_steps": a.warmup_steps,
         "weight_decay": a.weight_decay,
@@ -369,7 +391,8 @@ class Training:
 
     Attributes:
         budget: what holds the routers' rate, None where nothing or the loss does.
-        averaged: an average of the weights, or None; places: of a streamed dataset, or None.
+        averaged: an average of the weights, or None; places: of a streamed dataset, or None; teacher: the loss that
+            has to know a batch's predictions, or None.
     """
 
     a: TrainArguments
@@ -385,6 +408,7 @@ class Training:
     budget: RouterBudget | None
     averaged: AveragedModel | None
     places: StreamPlaces | None
+    teacher: TeacherLoss | None
 
     def __post_init__(self):
         self.tokens_a_step = rows_of_a_step(self.a, self.accelerator.num_processes) * self.a.sequence_length
@@ -471,6 +495,8 @@ class Training:
             batch = next(batches)
             if self.places is not None:
                 self.places.reached(batch)
+            if self.teacher is not None:
+                self.teacher.take(batch)
             ids = batch["input_ids"].to(accelerator.device, non_blocking=True)
             with accelerator.accumulate(model):
                 if self.graphed is not None:

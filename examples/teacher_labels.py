@@ -1,0 +1,121 @@
+"""What a trained model expects at each token of a training text, for `train_lm.py --teacher_labels`.
+
+    python examples/teacher_labels.py outputs/large/final --data enwik8 --output outputs/labels
+    python examples/train_lm.py configuration/recipes/enwik8-small.yaml --train_file enwik8 \
+        --teacher_labels outputs/labels --output_dir outputs/small
+
+The text is that which `train_lm.py` trains on, by the same --max_bytes and --validation_fraction. It is read in
+windows of --context tokens, one every --stride, each afresh; of a window the last --stride tokens are labelled, of the
+first all but its first token: with the --top tokens that the model held most likely there, and their probabilities,
+which are scaled to add up to 1. --top 16 of bytes takes 48 bytes a token.
+"""
+
+from script_start import ArgumentParser  # before torch
+
+# isort: split
+import argparse
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from lm_teacher import PROBABILITIES_FILE, RECORD_FILE, TOKENS_FILE, checksum
+from recipes import check_model_folder
+from safe_files import write_json
+from text_data import load_tokenizer, read_text_file, split_text
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="folder of a causal language model with its tokenizer, or a Hub name")
+    parser.add_argument("--data", required=True, help="text file, plain, .gz or .xz: train_file of the training")
+    parser.add_argument("--output", required=True, type=Path, help="folder to write, must be new")
+    parser.add_argument("--max_bytes", type=int, help="that of the training")
+    parser.add_argument("--validation_fraction", type=float, default=0.05, help="that of the training")
+    parser.add_argument("--top", type=int, default=16, help="predictions that are kept of each token")
+    parser.add_argument("--context", type=int, default=8192)
+    parser.add_argument("--stride", type=int, help="default: half of --context")
+    parser.add_argument("--batch_size", type=int, default=8, help="windows a forward reads")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    arguments = parser.parse_args(argv)
+    for name, least in {"max_bytes": 2, "top": 1, "context": 2, "batch_size": 1}.items():
+        value = getattr(arguments, name)
+        if value is not None and value < least:
+            parser.error(f"--{name} must be at least {least}, got {value}")
+    if not 0 <= arguments.validation_fraction < 1:
+        parser.error(f"--validation_fraction must be at least 0 and below 1, got {arguments.validation_fraction}")
+    if arguments.stride is None:
+        arguments.stride = arguments.context // 2
+    if not 1 <= arguments.stride < arguments.context:
+        parser.error(f"--stride must be from 1 to {arguments.context - 1}, below --context; got {arguments.stride}")
+    if arguments.output.exists():
+        parser.error(f"--output {arguments.output} exists already; name another folder")
+    try:
+        check_model_folder(arguments.model)
+    except FileNotFoundError as error:
+        parser.error(str(error))
+    return arguments
+
+
+@torch.no_grad()
+def write_labels(
+    model: PreTrainedModel,
+    tokens: np.ndarray,
+    vocabulary: int,
+    a: argparse.Namespace,
+    top_tokens: np.ndarray,
+    top_probabilities: np.ndarray,
+) -> None:
+    """Fills top_tokens and top_probabilities, (T, K), for tokens (T,) below `vocabulary`; the first has none, 0."""
+    context = min(a.context, len(tokens))
+    # As in evaluate_lm: the first window is labelled whole, the last one ends with the text.
+    ends = [*range(context, len(tokens), a.stride), len(tokens)]
+    windows = [(end - context, end, known) for end, known in zip(ends, [1, *ends[:-1]], strict=True)]
+    for first in tqdm(range(0, len(windows), a.batch_size), desc="labels"):
+        batch = windows[first : first + a.batch_size]
+        ids = torch.stack([torch.as_tensor(tokens[start:end].astype("int64")) for start, end, _ in batch])
+        logits = model(ids.to(model.device), use_cache=False).logits[..., :vocabulary]
+        probabilities, found = logits.float().softmax(-1).topk(top_tokens.shape[1], dim=-1)
+        probabilities = (probabilities / probabilities.sum(-1, keepdim=True)).half().cpu().numpy()
+        found = found.to(torch.int32).cpu().numpy()
+        for row, (start, end, known) in enumerate(batch):
+            top_tokens[known:end] = found[row, known - start - 1 : -1]
+            top_probabilities[known:end] = probabilities[row, known - start - 1 : -1]
+
+
+def main(argv: list[str] | None = None) -> Path:
+    a = parse_arguments(argv)
+    tokenizer = load_tokenizer(a.model)
+    tokens = split_text(read_text_file(a.data), tokenizer, a.validation_fraction, a.max_bytes).train
+    if len(tokens) < 2:
+        raise ValueError(f"the training text has {len(tokens)} tokens; at least 2 are needed to label one")
+    model = AutoModelForCausalLM.from_pretrained(a.model, dtype=getattr(torch, a.dtype)).eval()
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    # A text of bytes holds none of the byte tokenizer's special tokens.
+    vocabulary = min(model.config.vocab_size, 256 if tokens.dtype == np.uint8 else 2**31)
+    if a.top > vocabulary:
+        raise ValueError(f"top must be at most the vocabulary's size, {vocabulary}, got {a.top}")
+    kind = np.uint8 if vocabulary <= 256 else np.int32
+    a.output.mkdir(parents=True)
+    try:
+        shape = len(tokens), a.top
+        arrays = [
+            np.lib.format.open_memmap(a.output / name, "w+", dtype, shape)
+            for name, dtype in ((TOKENS_FILE, kind), (PROBABILITIES_FILE, np.float16))
+        ]
+        write_labels(model, tokens, vocabulary, a, *arrays)
+        for array in arrays:
+            array.flush()
+        # Last: without it the folder is unfinished.
+        record = {"teacher": Path(a.model).name, "context": a.context, "stride": a.stride, "top": a.top}
+        write_json(a.output / RECORD_FILE, {**record, "vocab_size": vocabulary, "checksum": checksum(tokens)})
+    except BaseException:
+        shutil.rmtree(a.output, ignore_errors=True)
+        raise
+    return a.output
+
+
+if __name__ == "__main__":
+    main()
