@@ -67,9 +67,11 @@ class TrainArguments:
     )
     teacher_labels: str | None = field(
         default=None,
-        metadata={"help": "folder of teacher_labels.py: what another model predicts, to learn too"},
+        metadata={"help": "folder written by teacher_labels.py: also learn another model's predictions"},
     )
-    teacher_share: float = field(default=0.5, metadata={"help": "their part of the loss, the text's tokens the rest"})
+    teacher_share: float | None = field(
+        default=None, metadata={"help": "weight of these predictions in the loss, default 0.5; the rest is the text's"}
+    )
     beta1: float = field(default=0.9)
     beta2: float = field(default=0.98)
     weight_decay: float = field(default=0.1)
@@ -167,10 +169,17 @@ def check_arguments(a: TrainArguments) -> None:
 
 def check_teacher(a: TrainArguments) -> None:
     """Raises ValueError where no teacher's predictions can be learned, saying why."""
-    reasons = {"they are for train_file": a.train_file is None, "they are for SeqBoat": a.model_type != "seqboat",
-               "they do not go with context_parallel": a.context_parallel > 1}  # fmt: skip
+    if a.teacher_labels is None:
+        if a.teacher_share is not None:
+            raise ValueError(f"teacher_share {a.teacher_share} needs teacher_labels, whose part of the loss it is")
+        return
+    reasons = {
+        f"they are for a train_file, not for dataset_name {a.dataset_name!r}": a.train_file is None,
+        f"they are for SeqBoat, not for model_type {a.model_type!r}": a.model_type != "seqboat",
+        f"they do not go with context_parallel {a.context_parallel}": a.context_parallel > 1,
+    }
     reason = next((text for text, applies in reasons.items() if applies), None)
-    if a.teacher_labels is not None and reason is not None:
+    if reason is not None:
         raise ValueError(f"teacher_labels cannot be used: {reason}")
 
 

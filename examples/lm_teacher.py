@@ -21,7 +21,7 @@ TOKENS_FILE, PROBABILITIES_FILE, RECORD_FILE = "tokens.npy", "probabilities.npy"
 
 class TeacherLabels(NamedTuple):
     """tokens: (N, K) uint8 or int32; probabilities: (N, K) float16, those of a token adding up to 1, or 0 where there
-    is no prediction; teacher: the model's name."""
+    is no prediction; teacher: the model's name as it can be published."""
 
     tokens: np.ndarray
     probabilities: np.ndarray
@@ -36,22 +36,30 @@ def checksum(tokens: np.ndarray) -> int:
 def read_labels(folder: str, tokens: np.ndarray, vocab_size: int) -> TeacherLabels:
     """What `teacher_labels.py` wrote, left on the disk and read as it is asked for.
 
-    Raises FileNotFoundError for a folder that is not one of it, or unfinished; ValueError for one of another text or
-    of a larger vocabulary.
+    Raises FileNotFoundError for a folder that it did not write; ValueError for labels of another text or of a larger
+    vocabulary, or that are damaged.
     """
-    path = Path(folder)
-    record = read_json_object(path / RECORD_FILE)
-    labels = [np.load(path / name, mmap_mode="r") for name in (TOKENS_FILE, PROBABILITIES_FILE)]
-    if record.get("checksum") != checksum(tokens) or any(len(array) != len(tokens) for array in labels):
+    path, named = Path(folder), f"teacher_labels {folder!r}"
+    if not (path / RECORD_FILE).is_file():
+        raise FileNotFoundError(f"{named} is no folder that teacher_labels.py wrote: it has no {RECORD_FILE}")
+    record, arrays = read_json_object(path / RECORD_FILE), []
+    for name in (TOKENS_FILE, PROBABILITIES_FILE):
+        try:
+            arrays.append(np.load(path / name, mmap_mode="r"))
+        except (OSError, ValueError, EOFError) as error:
+            raise ValueError(f"{name} of {named} is missing or damaged: {error}") from error
+    found = len(arrays[0])
+    if found != len(tokens) or record.get("checksum") != checksum(tokens):
+        what = "as many, but others" if found == len(tokens) else len(tokens)
         raise ValueError(
-            f"teacher_labels {folder!r} are of another text: of {len(labels[0])} tokens, the training text has "
-            f"{len(tokens)}, or as many others"
+            f"{named} are of {found} tokens, this run trains on {what}: give both scripts the same text, tokenizer, "
+            "max_bytes and validation_fraction"
         )
+    if arrays[0].ndim != 2 or arrays[0].shape != arrays[1].shape:
+        raise ValueError(f"{named} are damaged: arrays of shapes {arrays[0].shape} and {arrays[1].shape}")
     if record.get("vocab_size", vocab_size) > vocab_size:
-        raise ValueError(
-            f"teacher_labels {folder!r} are of a vocabulary of {record['vocab_size']}, the model has {vocab_size}"
-        )
-    return TeacherLabels(*labels, str(record.get("teacher")))
+        raise ValueError(f"{named} are of a vocabulary of {record['vocab_size']}, the model has {vocab_size}")
+    return TeacherLabels(*arrays, str(record.get("teacher")))
 
 
 class TaughtWindows(TokenWindows):
@@ -87,19 +95,21 @@ class TeacherLoss:
         self, own: Callable, share: float, labels: TeacherLabels, rows: int, length: int, device: torch.device
     ):
         shape = rows, length, labels.tokens.shape[1]
-        self.own, self.share = own, share
+        self.own, self.share, self.teacher = own, share, labels.teacher
         self.tokens = torch.zeros(shape, dtype=torch.int64, device=device)
         self.probabilities = torch.zeros(shape, dtype=torch.float32, device=device)
 
     def take(self, batch: dict[str, Tensor]) -> None:
         """The predictions of the batch that the model is given next, of `TaughtWindows`."""
-        self.tokens.copy_(batch["teacher_tokens"], non_blocking=True)
-        self.probabilities.copy_(batch["teacher_probabilities"], non_blocking=True)
+        # Moved as they are, since the places they go to take four times as many bytes.
+        self.tokens.copy_(batch["teacher_tokens"].to(self.tokens.device))
+        self.probabilities.copy_(batch["teacher_probabilities"].to(self.tokens.device))
 
     def __call__(self, logits: Tensor, labels: Tensor, shift_labels: Tensor, **options: Any) -> Tensor:
-        """logits (B, L, V); shift_labels (B, L) int64, the token after each column, -100 where none is."""
+        """logits (B, L, V); shift_labels (B, L) int64, the token after each column, -100 where none is; their number,
+        num_items_in_batch, is among the options."""
         loss = self.own(logits=logits, labels=labels, shift_labels=shift_labels, **options)
-        counted = shift_labels != -100
         expected = logits.float().log_softmax(-1).gather(-1, self.tokens)
-        taught = -((self.probabilities * expected).sum(-1) * counted).sum() / counted.sum()
+        taught = -((self.probabilities * expected).sum(-1) * (shift_labels != -100)).sum()
+        taught = taught / options["num_items_in_batch"]
         return (1 - self.share) * loss + self.share * taught

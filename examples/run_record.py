@@ -10,7 +10,7 @@ from safe_files import read_json_object, write_json
 RECORD_FILE = "training_record.json"
 ROOT = Path(__file__).resolve().parent.parent
 # Where a run read and wrote is nobody's business: of these only the last part of the path is kept.
-_PATHS = ("train_file", "dataset_files", "output_dir", "tokenizer", "init_from", "data", "output")
+_PATHS = ("train_file", "dataset_files", "output_dir", "tokenizer", "init_from", "teacher_labels", "data", "output")
 # Folders of a run that hold a model.
 PARTS = ("best", "final", "averaged")
 _LEFT_OUT = ("resume_from_checkpoint", "overwrite_output_dir")

@@ -14,17 +14,20 @@ from script_start import ArgumentParser  # before torch
 
 # isort: split
 import argparse
-import shutil
 from pathlib import Path
 
 import numpy as np
 import torch
 from lm_teacher import PROBABILITIES_FILE, RECORD_FILE, TOKENS_FILE, checksum
 from recipes import check_model_folder
+from run_folder import RunFolder
+from run_record import published_name
 from safe_files import write_json
 from text_data import load_tokenizer, read_text_file, split_text
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from modeling_seqboat import SeqBoatConfig
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -76,44 +79,40 @@ def write_labels(
     for first in tqdm(range(0, len(windows), a.batch_size), desc="labels"):
         batch = windows[first : first + a.batch_size]
         ids = torch.stack([torch.as_tensor(tokens[start:end].astype("int64")) for start, end, _ in batch])
-        logits = model(ids.to(model.device), use_cache=False).logits[..., :vocabulary]
-        probabilities, found = logits.float().softmax(-1).topk(top_tokens.shape[1], dim=-1)
-        probabilities = (probabilities / probabilities.sum(-1, keepdim=True)).half().cpu().numpy()
-        found = found.to(torch.int32).cpu().numpy()
+        logits = model(ids.to(model.device), use_cache=False).logits
         for row, (start, end, known) in enumerate(batch):
-            top_tokens[known:end] = found[row, known - start - 1 : -1]
-            top_probabilities[known:end] = probabilities[row, known - start - 1 : -1]
+            # Of the columns that are labelled alone: with a large vocabulary the logits are most of what is held.
+            likely = logits[row, known - start - 1 : -1, :vocabulary].float().softmax(-1)
+            likely, found = likely.topk(top_tokens.shape[1], dim=-1)
+            top_tokens[known:end] = found.to(torch.int32).cpu().numpy()
+            top_probabilities[known:end] = (likely / likely.sum(-1, keepdim=True)).half().cpu().numpy()
 
 
 def main(argv: list[str] | None = None) -> Path:
     a = parse_arguments(argv)
     tokenizer = load_tokenizer(a.model)
+    config = AutoConfig.from_pretrained(a.model).get_text_config()
+    longest = getattr(config, "max_position_embeddings", None)
+    if not isinstance(config, SeqBoatConfig) and longest is not None and a.context > longest:
+        raise ValueError(f"context must be at most {longest}, the longest text of {a.model}, got {a.context}")
     tokens = split_text(read_text_file(a.data), tokenizer, a.validation_fraction, a.max_bytes).train
     if len(tokens) < 2:
         raise ValueError(f"the training text has {len(tokens)} tokens; at least 2 are needed to label one")
-    model = AutoModelForCausalLM.from_pretrained(a.model, dtype=getattr(torch, a.dtype)).eval()
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    # A text of bytes holds none of the byte tokenizer's special tokens.
-    vocabulary = min(model.config.vocab_size, 256 if tokens.dtype == np.uint8 else 2**31)
+    # A model may have more outputs than its tokenizer has tokens, and a text of bytes holds no special ones.
+    vocabulary = min(config.vocab_size, 256 if tokens.dtype == np.uint8 else len(tokenizer))
     if a.top > vocabulary:
         raise ValueError(f"top must be at most the vocabulary's size, {vocabulary}, got {a.top}")
-    kind = np.uint8 if vocabulary <= 256 else np.int32
-    a.output.mkdir(parents=True)
-    try:
+    model = AutoModelForCausalLM.from_pretrained(a.model, dtype=getattr(torch, a.dtype)).eval()
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    kinds = {TOKENS_FILE: np.uint8 if vocabulary <= 256 else np.int32, PROBABILITIES_FILE: np.float16}
+    with RunFolder(a.output.parent).replacing(a.output.name) as stage:
         shape = len(tokens), a.top
-        arrays = [
-            np.lib.format.open_memmap(a.output / name, "w+", dtype, shape)
-            for name, dtype in ((TOKENS_FILE, kind), (PROBABILITIES_FILE, np.float16))
-        ]
+        arrays = [np.lib.format.open_memmap(stage / name, "w+", kind, shape) for name, kind in kinds.items()]
         write_labels(model, tokens, vocabulary, a, *arrays)
         for array in arrays:
             array.flush()
-        # Last: without it the folder is unfinished.
-        record = {"teacher": Path(a.model).name, "context": a.context, "stride": a.stride, "top": a.top}
-        write_json(a.output / RECORD_FILE, {**record, "vocab_size": vocabulary, "checksum": checksum(tokens)})
-    except BaseException:
-        shutil.rmtree(a.output, ignore_errors=True)
-        raise
+        record = {"teacher": published_name(a.model), "context": a.context, "stride": a.stride, "top": a.top}
+        write_json(stage / RECORD_FILE, {**record, "vocab_size": vocabulary, "checksum": checksum(tokens)})
     return a.output
 
 

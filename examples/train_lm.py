@@ -151,7 +151,8 @@ def build_teacher(
     if not isinstance(rows, TaughtWindows):
         return None
     own = model.loss_function
-    model.loss_function = TeacherLoss(own, a.teacher_share, rows.labels, a.batch_size, a.sequence_length, device)
+    share = 0.5 if a.teacher_share is None else a.teacher_share
+    model.loss_function = TeacherLoss(own, share, rows.labels, a.batch_size, a.sequence_length, device)
     return model.loss_function
 
 
@@ -336,7 +337,7 @@ def train(
     ).run(loader)  # fmt: skip
     monitor.close()
     if accelerator.is_main_process:
-        write_record(folder.path, run_record(a, argv, accelerator, parts, progress))
+        write_record(folder.path, run_record(a, argv, accelerator, parts, progress, teacher))
     # Wrapped by DDP, a model holds on to the process group, and were it the last to do so, PyTorch's gloo could
     # deadlock.
     del model, optimizer, schedule, saver
@@ -349,7 +350,10 @@ def train(
     return result
 
 
-def run_record(a: TrainArguments, argv: list[str], accelerator: Accelerator, parts: Parts, progress: Progress) -> dict:
+def run_record(
+    a: TrainArguments, argv: list[str], accelerator: Accelerator, parts: Parts, progress: Progress,
+    teacher: TeacherLoss | None,
+) -> dict:  # fmt: skip
     """What the model card tells of a run."""
     rows = rows_of_a_step(a, accelerator.num_processes)
     tokens = progress.step * rows * a.sequence_length
@@ -375,7 +379,7 @@ def run_record(a: TrainArguments, argv: list[str], accelerator: Accelerator, par
         **({} if a.qk_learning_rate is None else {"qk_learning_rate": a.qk_learning_rate}),
         **({name: getattr(a, name) for name in MUON_ARGUMENTS} if a.optimizer == "muon" else {}),
         **({} if a.average_decay is None else {"average_decay": a.average_decay}),
-        **({} if a.teacher_labels is None else {"teacher_share": a.teacher_share}),
+        **({} if teacher is None else {"teacher": teacher.teacher, "teacher_share": teacher.share}),
         "lr_scheduler_type": a.schedule,
         "warmup_steps": a.warmup_steps,
         "weight_decay": a.weight_decay,

@@ -17,6 +17,7 @@ from .errors import HubUploadError, redact
 SCRIPTS = {
     "train": ("train_lm.py", "train a language model by a recipe, or by flags"),
     "evaluate": ("evaluate_lm.py", "bits per byte of a language model on a text"),
+    "teach": ("teacher_labels.py", "write what a model predicts on a training text, for another to learn from"),
     "activations": ("activation_map.py", "a page that shows where a model attends in a text or picture"),
 }
 

@@ -47,7 +47,7 @@ def test_lists_its_commands(capsys):
         main(["--help"])
     assert ended.value.code == 0
     shown = capsys.readouterr().out
-    for name in ("train", "evaluate", "activations", "publish", "convert", "serve", "export"):
+    for name in ("train", "evaluate", "teach", "activations", "publish", "convert", "serve", "export"):
         assert f"\n    {name} " in shown
 
 

@@ -9,6 +9,7 @@ import torch
 from example_scripts import imported
 from test_train_lm import SIBLINGS, TEXT, forget_accelerator, logged, run
 from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from modeling_seqboat import SeqBoatConfig, SeqBoatForCausalLM, build_byte_tokenizer
 
@@ -104,7 +105,8 @@ def test_the_loss_is_the_mixture(examples):
             log_p = logits[row, column].log_softmax(-1)
             said = sum(p * log_p[t] for t, p in zip(tokens[row, column], probabilities[row, column], strict=True))
             naive.append(-0.7 * log_p[targets[row, column]] - 0.3 * said)
-    torch.testing.assert_close(loss(logits=logits, labels=targets, shift_labels=targets), torch.stack(naive).mean())
+    found = loss(logits=logits, labels=targets, shift_labels=targets, num_items_in_batch=8)
+    torch.testing.assert_close(found, torch.stack(naive).mean())
 
 
 def test_a_certain_teacher_teaches_what_the_text_does(tmp_path, examples):
@@ -127,18 +129,42 @@ def test_another_teacher_teaches_something_else_and_a_resumed_run_goes_on(tmp_pa
     assert taught[6]["train/loss"] > alone[6]["train/loss"] + 0.5
     for step in (4, 5, 6):
         assert resumed[step]["train/loss"] == taught[step]["train/loss"]
-    assert json.loads((tmp_path / "taught/training_record.json").read_text("utf-8"))["teacher_share"] == 0.5
+    record = json.loads((tmp_path / "taught/training_record.json").read_text("utf-8"))
+    assert (record["teacher"], record["teacher_share"]) == ("none", 0.5)
+    assert " --teacher_labels labels " in record["command"] and str(tmp_path) not in record["command"]
+
+
+def by_blocks(folder):
+    """Labels of a teacher that says nothing about every other block of 300 tokens: a loss tells which rows it is of."""
+    known = (np.arange(len(BYTES)) // 300 % 2).astype(np.float16)
+    write(folder, BYTES[:, None], known[:, None])
+    return folder
+
+
+def test_two_micro_batches_learn_what_one_batch_does(tmp_path, examples):
+    options = {"teacher_labels": by_blocks(tmp_path / "labels"), "teacher_share": 1.0}
+    losses = []
+    for rows in (4, 2):
+        run(examples, tmp_path / str(rows), batch_size=rows, gradient_accumulation_steps=4 // rows, **options)
+        losses.append([entry["train/loss"] for entry in logged(tmp_path / str(rows)).values()])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert max(losses[0]) > 1.3 * min(losses[0])
 
 
 def test_what_cannot_teach_is_refused_before_work(tmp_path, examples, teacher_labels, teacher, capsys):
     other = BYTES.copy()
     other[100] ^= 1
-    short = certain(tmp_path / "b", BYTES[:50])
+    short, wide, empty = certain(tmp_path / "b", BYTES[:50]), certain(tmp_path / "c"), certain(tmp_path / "d")
+    (wide / "teacher.json").write_text((wide / "teacher.json").read_text("utf-8").replace("256", "300"), "utf-8")
+    (empty / "tokens.npy").write_bytes(b"")
     cases = (
-        (FileNotFoundError, "there is no file", {"teacher_labels": tmp_path / "nothing"}),
-        (ValueError, "of 5700 tokens, the training text has 5700", {"teacher_labels": certain(tmp_path / "a", other)}),
-        (ValueError, "of 50 tokens, the training text has 5700", {"teacher_labels": short}),
-        (ValueError, "they are for SeqBoat", {"teacher_labels": tmp_path / "a", "model_type": "llama"}),
+        (FileNotFoundError, "is no folder that teacher_labels.py wrote", {"teacher_labels": tmp_path / "nothing"}),
+        (ValueError, "of 5700 tokens, this run trains on as many", {"teacher_labels": certain(tmp_path / "a", other)}),
+        (ValueError, "of 50 tokens, this run trains on 5700", {"teacher_labels": short}),
+        (ValueError, "not for model_type 'llama'", {"teacher_labels": tmp_path / "a", "model_type": "llama"}),
+        (ValueError, "teacher_share 0.5 needs teacher_labels", {"teacher_share": 0.5}),
+        (ValueError, "are of a vocabulary of 300, the model has 264", {"teacher_labels": wide}),
+        (ValueError, "tokens.npy of teacher_labels .* is missing or damaged", {"teacher_labels": empty}),
         (ValueError, "teacher_share must be", {"teacher_labels": tmp_path / "a", "teacher_share": 1.5}),
         (ValueError, "'liger' has no logits", {
             "teacher_labels": tmp_path / "a", "config_overrides": '{"loss_implementation": "liger"}'}),
@@ -159,13 +185,22 @@ def test_what_cannot_teach_is_refused_before_work(tmp_path, examples, teacher_la
     with pytest.raises(ValueError, match="top must be at most the vocabulary's size, 256, got 257"):
         teacher_labels.main([*command, "--top", "257"])
     assert not (tmp_path / "labels").exists()
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    llama = LlamaForCausalLM(LlamaConfig(vocab_size=320, max_position_embeddings=64, **sizes))
+    llama.save_pretrained(tmp_path / "llama")
+    build_byte_tokenizer().save_pretrained(tmp_path / "llama")
+    command[0] = str(tmp_path / "llama")
+    with pytest.raises(ValueError, match="context must be at most 64, the longest text of .*, got 65"):
+        teacher_labels.main([*command, "--context", "65"])
+    # More outputs than the tokenizer has tokens, as many published models have, are no hindrance.
+    folder = teacher_labels.main([*command, "--context", "64", "--max_bytes", "200"])
+    assert np.load(folder / "tokens.npy").shape == (190, 16)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
 def test_a_graphed_run_learns_from_the_predictions_of_each_batch(tmp_path, examples):
-    rng = np.random.default_rng(0)
-    write(tmp_path / "labels", rng.integers(0, 256, (len(BYTES), 2)), np.full((len(BYTES), 2), 0.5))
-    options = {"teacher_labels": tmp_path / "labels", "cpu": None, "mixed_precision": "bf16"}
+    labels = by_blocks(tmp_path / "labels")
+    options = {"teacher_labels": labels, "teacher_share": 1.0, "cpu": None, "mixed_precision": "bf16"}
     losses = []
     for graphs in (False, True):
         run(examples, tmp_path / str(graphs), cuda_graphs=graphs, **options)
