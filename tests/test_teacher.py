@@ -135,7 +135,7 @@ def test_another_teacher_teaches_something_else_and_a_resumed_run_goes_on(tmp_pa
 
 
 def by_blocks(folder):
-    """Labels of a teacher that says nothing about every other block of 300 tokens: a loss tells which rows it is of."""
+    """Labels of a teacher that says nothing about every other block of 300 tokens: a loss tells its rows."""
     known = (np.arange(len(BYTES)) // 300 % 2).astype(np.float16)
     write(folder, BYTES[:, None], known[:, None])
     return folder
