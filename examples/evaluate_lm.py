@@ -20,7 +20,9 @@ import argparse
 import math
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,10 +63,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     if arguments.stride is not None:
         if arguments.context is None:
             parser.error(f"--stride {arguments.stride} needs --context, the length of the windows")
-        if not 1 <= arguments.stride < arguments.context:
-            parser.error(
-                f"--stride must be from 1 to {arguments.context - 1}, below --context; got {arguments.stride}"
-            )
+        check_stride(parser, arguments.context, arguments.stride)
     if arguments.output is not None and arguments.output.exists():
         parser.error(f"--output {arguments.output} exists already; name another file")
     try:
@@ -72,6 +71,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     except FileNotFoundError as error:
         parser.error(str(error))
     return arguments
+
+
+def check_stride(parser: argparse.ArgumentParser, context: int, stride: int) -> None:
+    """Ends the program where windows of `context` tokens cannot start every `stride` tokens."""
+    if not 1 <= stride < context:
+        parser.error(f"--stride must be from 1 to {context - 1}, below --context; got {stride}")
 
 
 def cut_split(text: bytes, split: str) -> bytes:
@@ -121,6 +126,28 @@ def score(
     return bits, scored, (activated / len(tokens)).tolist()
 
 
+def read_windows(
+    model: PreTrainedModel, tokens: np.ndarray, context: int, stride: int, batch_size: int, what: str, **options: Any
+) -> Iterator[tuple[Any, list[tuple[int, int, int]]]]:
+    """Reads windows of `context` tokens, one every `stride`, `batch_size` a forward, each afresh.
+
+    Args:
+        tokens: (T,) integers, T >= 2. what: the progress bar's name. options: for the model's forward.
+
+    Yields:
+        The model's output for some windows, and (start, end, known) of each: tokens[start:end] are read, and its own
+        are those from `known` on, `stride` of them; the first window's are all but its first token, the last one ends
+        with the text and may have fewer.
+    """
+    # A window for every `stride` tokens after the first window's.
+    ends = [*range(min(context, len(tokens)), len(tokens), stride), len(tokens)]
+    windows = [(max(0, end - context), end, known) for end, known in zip(ends, [1, *ends[:-1]], strict=True)]
+    for first in tqdm(range(0, len(windows), batch_size), desc=what, leave=False):
+        batch = windows[first : first + batch_size]
+        ids = torch.stack([torch.as_tensor(tokens[start:end].astype("int64")) for start, end, _ in batch])
+        yield model(ids.to(model.device), use_cache=False, **options), batch
+
+
 @torch.no_grad()
 def score_windows(
     model: PreTrainedModel, tokens: np.ndarray, context: int, stride: int, batch_size: int
@@ -135,24 +162,15 @@ def score_windows(
     Returns:
         As `score`; the share of activated tokens is over all that is read, and empty for models without routers.
     """
-    # A window for every `stride` tokens after the first window's; the last one ends with the text.
-    ends = list(range(min(context, len(tokens)), len(tokens), stride)) + [len(tokens)]
     options = {"output_router_probs": True} if isinstance(model, SeqBoatForCausalLM) else {}
     bits, scored, read, activated = 0.0, 0, 0, 0
-    # The first window is scored whole, the last may be short of `stride` new tokens: `known` says what is scored
-    # already.
-    windows = [(max(0, end - context), end, known) for end, known in zip(ends, [1, *ends[:-1]], strict=True)]
-    for first in tqdm(range(0, len(windows), batch_size), desc="bits per byte", leave=False):
-        batch = windows[first : first + batch_size]
-        ids = torch.stack([torch.as_tensor(tokens[start:end].astype("int64")) for start, end, _ in batch])
-        ids = ids.to(model.device)
-        out = model(ids, use_cache=False, **options)
-        for row, (start, _, known) in enumerate(batch):
+    for out, batch in read_windows(model, tokens, context, stride, batch_size, "bits per byte", **options):
+        for row, (start, end, known) in enumerate(batch):
             logits = out.logits[row, known - start - 1 : -1].float()
-            targets = ids[row, known - start :]
+            targets = torch.as_tensor(tokens[known:end].astype("int64"), device=logits.device)
             bits += float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum")) / math.log(2)
             scored += len(targets)
-        read += ids.numel()
+        read += out.logits.shape[:2].numel()
         if options:
             activated += torch.stack([(probs > 0).sum() for probs in out.router_probs]).double().cpu()
     return bits, scored, (activated / read).tolist() if options else []

@@ -18,13 +18,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from evaluate_lm import check_stride, read_windows
 from lm_teacher import PROBABILITIES_FILE, RECORD_FILE, TOKENS_FILE, checksum
 from recipes import check_model_folder
 from run_folder import RunFolder
 from run_record import published_name
 from safe_files import write_json
 from text_data import load_tokenizer, read_text_file, split_text
-from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from modeling_seqboat import SeqBoatConfig
@@ -51,8 +51,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--validation_fraction must be at least 0 and below 1, got {arguments.validation_fraction}")
     if arguments.stride is None:
         arguments.stride = arguments.context // 2
-    if not 1 <= arguments.stride < arguments.context:
-        parser.error(f"--stride must be from 1 to {arguments.context - 1}, below --context; got {arguments.stride}")
+    check_stride(parser, arguments.context, arguments.stride)
     if arguments.output.exists():
         parser.error(f"--output {arguments.output} exists already; name another folder")
     try:
@@ -72,17 +71,10 @@ def write_labels(
     top_probabilities: np.ndarray,
 ) -> None:
     """Fills top_tokens and top_probabilities, (T, K), for tokens (T,) below `vocabulary`; the first has none, 0."""
-    context = min(a.context, len(tokens))
-    # As in evaluate_lm: the first window is labelled whole, the last one ends with the text.
-    ends = [*range(context, len(tokens), a.stride), len(tokens)]
-    windows = [(end - context, end, known) for end, known in zip(ends, [1, *ends[:-1]], strict=True)]
-    for first in tqdm(range(0, len(windows), a.batch_size), desc="labels"):
-        batch = windows[first : first + a.batch_size]
-        ids = torch.stack([torch.as_tensor(tokens[start:end].astype("int64")) for start, end, _ in batch])
-        logits = model(ids.to(model.device), use_cache=False).logits
+    for out, batch in read_windows(model, tokens, a.context, a.stride, a.batch_size, "labels"):
         for row, (start, end, known) in enumerate(batch):
             # Of the columns that are labelled alone: with a large vocabulary the logits are most of what is held.
-            likely = logits[row, known - start - 1 : -1, :vocabulary].float().softmax(-1)
+            likely = out.logits[row, known - start - 1 : -1, :vocabulary].float().softmax(-1)
             likely, found = likely.topk(top_tokens.shape[1], dim=-1)
             top_tokens[known:end] = found.to(torch.int32).cpu().numpy()
             top_probabilities[known:end] = (likely / likely.sum(-1, keepdim=True)).half().cpu().numpy()
