@@ -167,6 +167,13 @@ def check_arguments(a: TrainArguments) -> None:
     json_object(a.config_overrides, "config_overrides")
 
 
+def _refuse(name: str, reasons: dict[str, bool]) -> None:
+    """Raises ValueError with the first of the reasons that applies."""
+    reason = next((text for text, applies in reasons.items() if applies), None)
+    if reason is not None:
+        raise ValueError(f"{name} cannot be used: {reason}")
+
+
 def check_teacher(a: TrainArguments) -> None:
     """Raises ValueError where no teacher's predictions can be learned, saying why."""
     if a.teacher_labels is None:
@@ -178,18 +185,15 @@ def check_teacher(a: TrainArguments) -> None:
         f"they are for SeqBoat, not for model_type {a.model_type!r}": a.model_type != "seqboat",
         f"they do not go with context_parallel {a.context_parallel}": a.context_parallel > 1,
     }
-    reason = next((text for text, applies in reasons.items() if applies), None)
-    if reason is not None:
-        raise ValueError(f"teacher_labels cannot be used: {reason}")
+    _refuse("teacher_labels", reasons)
 
 
 def check_parts(a: TrainArguments) -> None:
     """Raises ValueError where rows cannot be shared by processes, saying why."""
     reasons = {"it is for SeqBoat": a.model_type != "seqboat", "it does not go with compile": a.compile,
                "it does not go with cuda_graphs": a.cuda_graphs}  # fmt: skip
-    reason = next((text for text, applies in reasons.items() if applies), None)
-    if a.context_parallel > 1 and reason is not None:
-        raise ValueError(f"context_parallel cannot be used: {reason}")
+    if a.context_parallel > 1:
+        _refuse("context_parallel", reasons)
 
 
 def check_graphs(a: TrainArguments, on_cpu: bool) -> None:
@@ -203,6 +207,5 @@ def check_graphs(a: TrainArguments, on_cpu: bool) -> None:
         "it does not go with gradient_checkpointing": a.gradient_checkpointing,
         "fp16 scales its loss outside the graph; use bf16": a.mixed_precision == "fp16",
     }
-    reason = next((text for text, applies in reasons.items() if applies), None)
-    if a.cuda_graphs and reason is not None:
-        raise ValueError(f"cuda_graphs cannot be used: {reason}")
+    if a.cuda_graphs:
+        _refuse("cuda_graphs", reasons)
