@@ -95,7 +95,7 @@ def test_the_pages_quote_the_recorded_runs(plot_training):
     routers, readme = (RECORDS / "routers.md").read_text("utf-8"), (ROOT / "README.md").read_text("utf-8")
     for file, page_of_it, first in (
         ("enwik8-base", page, None), ("enwik8-llama", page, readme), ("routers/long-22-minutes", routers, readme),
-        ("routers/long-22-minutes-early", routers, readme),
+        ("routers/long-22-minutes-early", routers, readme), ("routers/long-22-minutes-muon-0.014", routers, readme),
     ):  # fmt: skip
         result = json.loads((RECORDS / f"{file}.test.json").read_text("utf-8"))
         value = result["results"][0]["metrics"][0]["value"]
