@@ -643,6 +643,9 @@ def test_the_compared_recipes_differ_in_what_is_each_models_own(examples):
     own = {"model_type", "preset", "config_overrides", "learning_rate", "router_learning_rate", "max_grad_norm",
            "optimizer", "muon_row_beta", "muon_split", "qk_learning_rate", "weight_decay", "cuda_graphs", "eval_steps",
            "save_steps"}  # fmt: skip
+    # Muon's rate belongs to Muon, which trains one of the two.
+    assert (boat.optimizer, llama.optimizer) == ("muon", "adamw")
+    own.add("muon_learning_rate")
     different = {name for name in vars(boat) if getattr(boat, name) != getattr(llama, name)}
     assert different <= own
     sizes = []
