@@ -27,6 +27,12 @@ class _Parser(HfArgumentParser):
 
     error = ArgumentParser.error
 
+    def add_argument(self, *names, **options):
+        # A field's help is plain text, in which argparse would take % for the start of a format.
+        if isinstance(options.get("help"), str):
+            options["help"] = options["help"].replace("%", "%%")
+        return super().add_argument(*names, **options)
+
 
 def parse_arguments(kind: type[Arguments], argv: list[str] | None = None) -> Arguments:
     """`script.py recipe.yaml --flag value` or `script.py --flag value` -> one instance of the dataclass `kind`.

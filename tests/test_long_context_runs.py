@@ -1,5 +1,6 @@
 """Long-context example: curriculum, credit for kept tokens, training, evaluation through the cache, queue of runs."""
 
+import importlib
 import json
 import shutil
 import sys
@@ -208,6 +209,14 @@ def test_a_span_is_the_distance_to_the_key_weighed_most(train):
             window = k[row, max(0, column - 8) : column + 1] @ q[row, column]
             expected.append(float(len(window) - 1 - window.argmax()))
     assert reading.spans[1].tolist() == expected
+
+
+@pytest.mark.parametrize("script", ["measure_spans", "lm_eval_tasks"])
+def test_a_percent_sign_in_a_help_is_shown(train, monkeypatch, capsys, script):
+    monkeypatch.delitem(sys.modules, script, raising=False)
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(script).main(["--help"])
+    assert ended.value.code == 0 and " 5 %" in " ".join(capsys.readouterr().out.split())
 
 
 def test_how_far_attention_looks_in_a_text(train, monkeypatch, tmp_path, capsys):
